@@ -1,1 +1,1 @@
-"""One run: a network is pruned, made smaller, tried by an NNI experiment, or streamed block by block."""
+"""Single runs: pruning, `shrink`, trials of NNI experiments, and pruning block by block."""

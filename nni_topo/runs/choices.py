@@ -1,4 +1,4 @@
-"""What is run: the choice of a model, data, a pruner and a target, and one pruning as a YAML file says."""
+"""The choice of a model, data, a pruner and a target for a run, and the YAML file of a single pruning."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class DataChoice:
     limit: int | None = None  # training images used, and of a folder validation images; None: all
     test_limit: int | None = None  # test images used, the set's first ones; None: all
     download: bool = False
-    image_size: int | None = None  # pixels a side that a folder's images are scaled to; None: as they are
+    image_size: int | None = None  # pixels of each side to which a folder's images are scaled; None: unchanged
     workers: int | None = None  # processes that read a folder's images, at least 0; None: one per core, at most 8
 
     def __post_init__(self) -> None:
@@ -60,7 +60,7 @@ class DataChoice:
 
 @dataclass(frozen=True)
 class CompensationChoice:
-    """How every row is compensated before it is fine-tuned, by ``images`` training images without their labels."""
+    """How every row is compensated before fine-tuning, with ``images`` training images without labels."""
 
     images: int = 1024
     method: str = "reconstruct"
@@ -73,7 +73,7 @@ class CompensationChoice:
 
 @dataclass(frozen=True)
 class DistillationChoice:
-    """How every row is distilled from the unpruned network before it is fine-tuned.
+    """How every row is distilled from the unpruned network before fine-tuning.
 
     ``images`` training images are used without labels; an eighth as many after them are held out. The other fields
     are knobs of :func:`nni_topo.distill`; ``augmentation`` is that of a recipe.
@@ -103,7 +103,7 @@ class PrunerChoice:
     label: str = ""  # row of the table; empty: the name
     knobs: Mapping[str, Any] = field(default_factory=dict)  # the pruner's own arguments
     calibration: int = 0  # training images, without labels, given to the pruner; 0: none
-    compensate: CompensationChoice | Literal[False] | None = None  # of this row, False: none; None: as the plan says
+    compensate: CompensationChoice | Literal[False] | None = None  # of this row; False: none; None: that of the plan
     distill: DistillationChoice | Literal[False] | None = None  # likewise
 
     def __post_init__(self) -> None:
@@ -117,7 +117,7 @@ class PrunerChoice:
 
 @dataclass(frozen=True)
 class Target:
-    """How much is removed: a ``sparse_ratio`` for every layer, or the share of a budget's cost that is kept."""
+    """The ``sparse_ratio`` of every layer, or the share of a budget's cost that is kept."""
 
     kind: Literal["ratio", "flops", "params", "latency", "memory"]
     value: float
@@ -155,15 +155,15 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """Name of the cell's record: equal settings, equal key, wherever the data lies."""
+        """Name of the cell's record; equal settings have equal keys, whatever the folder of the data."""
         settings = {**asdict(self), "model": _model_facts(self.model), "data": _data_facts(self.data)}
         for step in ("compensate", "distill"):
-            del settings["pruner"][step]  # the cell's own says what is done
+            del settings["pruner"][step]  # the cell's own fields replace them
         for name in ("compensate", "distill", "until"):
             if settings[name] is None:
                 del settings[name]
         if self.distill is not None and self.distill.precision == "float32":
-            del settings["distill"]["precision"]  # so that records from before there was a choice are found
+            del settings["distill"]["precision"]  # so that records from before this setting existed are found
         return _digest(settings)
 
     @property
@@ -174,7 +174,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """What a pruning configuration file says: a pruner by name, NNI's config_list, the pruner's own knobs."""
+    """A pruning configuration file: a pruner by name, NNI's config_list, the pruner's own knobs."""
 
     pruner: str
     config_list: list[dict[str, Any]]
@@ -182,7 +182,7 @@ class PruneConfig:
     calibration: int = 0  # training images, without labels, given to the pruner; 0: none
     compensate: CompensationChoice | None = None  # on training images without labels, for any pruner; None: none
     round_to: int | None = None  # layers keep a multiple of so many channels
-    retrain: Mapping[str, Any] = field(default_factory=dict)  # of the recipe, `epochs` first of all; empty: none
+    retrain: Mapping[str, Any] = field(default_factory=dict)  # fields of the recipe, e.g. `epochs`; empty: none
 
     def __post_init__(self) -> None:
         check_fields(self, "configuration", config_list=CONFIG_LIST, calibration=whole(0), round_to=whole(1) | NONE)
@@ -200,7 +200,7 @@ def load_prune_config(path: str | Path) -> PruneConfig:
 
 
 def read_yaml(path: str | Path, what: str) -> dict[str, Any]:
-    """Read a YAML file's mapping, its ``compensate`` and ``distill`` as settings."""
+    """Read a YAML file's mapping, with ``compensate`` and ``distill`` as settings."""
     path = Path(path)
     with reading(path, what, "of YAML"):
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -234,7 +234,7 @@ def _model_facts(model: ModelChoice) -> dict[str, Any]:
 
 
 def _data_facts(data: DataChoice) -> dict[str, Any]:
-    """The data's part of a key: without its place, and without what is used as it is."""
+    """The data's part of a key: without folder, download and workers, and without sizes that aren't set."""
     found = asdict(replace(data, data_dir=None, download=False, workers=None))
     return {
         name: value for name, value in found.items() if name not in ("test_limit", "image_size", "workers") or value

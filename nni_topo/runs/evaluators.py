@@ -54,7 +54,7 @@ def recipe_evaluator(model: nn.Module, data: zoo.DataBundle, recipe: zoo.Recipe,
     def training_step(batch: tuple[Tensor, Tensor], model: nn.Module) -> Tensor:
         return cross_entropy(*by_label(model(batch[0]), batch[1]))
 
-    # NNI makes it anew for the wrapped model, so the model here is the one before a pruner wraps it
+    # the model before a pruner wraps it, because NNI makes the optimizer anew for the wrapped model
     kind, knobs = recipe.optimizing()
     optimizer = nni.trace(kind)(model.parameters(), **knobs)
     return TorchEvaluator(train, optimizer, training_step, evaluating_func=lambda net: zoo.evaluate(net, data.test))

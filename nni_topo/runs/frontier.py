@@ -1,4 +1,4 @@
-"""Networks of several sizes from one run, and what each of them loses."""
+"""Networks of several sizes from one run, and the loss of each."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FrontierPoint:
-    """One of the networks, and what it costs and loses. Intervals are of 95 %, over the held-out images."""
+    """One of the networks, its cost and its loss. Intervals are of 95 %, over the held-out images."""
 
     share: float  # requested share of the cost; 1.0 is the unpruned network
     left: float  # share of the cost that is kept
     macs: int  # multiply-accumulates of one sample
     params: int
-    changed: float  # share of held-out images whose answer, the class of the largest output, changes; NaN: no classes
+    changed: float  # share of held-out images whose answer, the class with the largest output, changes; NaN: no classes
     changed_low: float
     changed_high: float
-    distance: float  # mean squared distance of the outputs from the unpruned network's over their variance, held out
+    distance: float  # mean squared distance from the unpruned network's outputs over their variance, held out
     distance_low: float
     distance_high: float
     accuracy: float  # what `evaluate` returns; NaN without it
@@ -62,20 +62,20 @@ class FrontierPoint:
 
 
 class Frontier(dict[float, nn.Module]):
-    """Networks of several sizes by the share of the cost that was asked for, e.g. ``found[0.25]``.
+    """Networks of several sizes by their requested share of the cost, e.g. ``found[0.25]``.
 
     Attributes
     ----------
     points : tuple of FrontierPoint
-        The unpruned network and the others, from the largest on.
+        The unpruned network and the others, in descending size.
     kind : {"flops", "params", "latency", "memory"}
-        The cost that is counted.
+        The cost that the shares refer to.
     measure : {"answers", "distance"}
-        What the curve shows: the share of changed answers, or where outputs aren't scores of classes the distance.
+        What the curve shows: the share of changed answers, or the distance if outputs aren't scores of classes.
     images, held_out : int
-        Number of calibration images, and of held-out images, which the figures are of. The held-out ones also decide
-        whether a network starts from a larger one, and whether distilled weights are kept; 0 if there were fewer than
-        eight images in all, then the figures are those of the calibration images.
+        Number of calibration images, and of held-out images, which give the figures. The held-out images also decide
+        whether a network starts from a larger one, and whether distilled weights are kept. With fewer than eight images
+        in all it is 0, and the calibration images give the figures.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Frontier(dict[float, nn.Module]):
 
     @property
     def knee(self) -> float | None:
-        """The share of the network at the knee of the curve: smaller ones lose more than they save; None without."""
+        """The share of the network at the knee of the curve: smaller ones lose more than they save; or None."""
         return next((point.share for point in self.points if point.is_knee), None)
 
     def to_frame(self) -> pandas.DataFrame:
@@ -106,7 +106,7 @@ class Frontier(dict[float, nn.Module]):
         return pandas.DataFrame([asdict(point) for point in self.points])
 
     def plot(self) -> Figure:
-        """Draw what the networks lose against their cost, with 95 % intervals and the knee."""
+        """Draw the loss of the networks against their cost, with 95 % intervals and the knee."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(5.0, 3.6), layout="constrained")
@@ -177,7 +177,7 @@ def frontier(
 ) -> Frontier:
     """Make networks of several sizes from one trained network, from unlabelled images alone.
 
-    What :func:`nni_topo.shrink` does for one budget, with everything that doesn't depend on it done once.
+    Like :func:`nni_topo.shrink` for several budgets, but work that doesn't depend on the budget is done once.
 
     Parameters
     ----------
@@ -186,7 +186,7 @@ def frontier(
     shares : sequence of float, default=(0.75, 0.5, 0.25, 0.1)
         Shares of the cost to keep, in (0, 1) and descending.
     budget : str or mapping, default="flops"
-        The cost that the shares are of, by name or with other settings, as for :func:`nni_topo.shrink` with a
+        The cost that the shares refer to, by name or with other settings, as for :func:`nni_topo.shrink` with a
         ``tolerance``.
     pruner : str, default="reconstruction"
         As for :func:`nni_topo.shrink`: a structured pruner that accepts a budget, or one of NNI's.
@@ -196,7 +196,7 @@ def frontier(
         As for :func:`nni_topo.shrink`; the order of the blocks is found once. No network then starts from a larger one.
     distill : mapping or bool, default=True
         As for :func:`nni_topo.shrink`. Unless ``steps`` or ``seconds`` of each network are given, all networks share
-        the steps that a single one takes, the smaller ones more of them.
+        the steps of a single one, and smaller ones get more of them.
 
     Returns
     -------
@@ -217,9 +217,8 @@ def frontier(
 
     Notes
     -----
-    Where the distilled weights of a network were kept, the next smaller one is also made from it, and starts from there
-    if its loss on the held-out images, as :func:`nni_topo.distill` counts it, is no larger than that of the one made
-    from the unpruned network.
+    If the distilled weights of a network were kept, the next smaller one is made both from it and from the unpruned
+    network. The one with the smaller loss on the held-out images, as in :func:`nni_topo.distill`, is used.
 
     The knee is the point farthest below the straight line between the unpruned and the smallest network, where both
     axes are scaled to [0, 1] [1]_.
@@ -256,7 +255,7 @@ def frontier(
     steps = prepare(model, calibration, settings, template, is_timed=time).for_search()
     measured, data = steps.measured, steps.images
     model, kind = steps.model, template.kind
-    # Unless their number is given, all networks share the steps of a single one: those that lose more learn more.
+    # Unless their number is given, all networks share the steps of a single one; smaller networks get more of them.
     own_steps: list[int | None] = [None] * len(wanted)
     given = settings.distillation_knobs
     if distill is not False and given.get("steps") is None and given.get("seconds") is None:
@@ -273,10 +272,10 @@ def frontier(
     for share, count in zip(wanted, own_steps, strict=True):
         began = perf_counter()
         made, start, larger = steps.make(share), 1.0, points[-1]
-        # Where learned weights were discarded, there is nothing to start from.
+        # A larger network without learned weights is no better start than the unpruned one.
         if can_start_from_larger and larger.is_distilled:
             other = _made_from_larger(networks[larger.share], larger.left, share, steps, made)
-            # One that keeps more of the cost would win for that alone.
+            # A network that keeps more of the cost would have an unfair advantage.
             most = made.left + budget_outcome(kind, share, made.left, "").tolerance
             if other is not None and other.left <= most and data.judges is not None:
                 losses = [each.loss for each in judged(model, [other.dense, made.dense], data.judges, outputs)]
@@ -303,7 +302,7 @@ def frontier(
 
 
 def _made_from_larger(larger: nn.Module, left: float, share: float, steps: Prepared, made: Pipeline) -> Pipeline | None:
-    """Prune a larger network further, to the same share of the unpruned one's cost; None where that can't be."""
+    """Prune a larger network further, to the same share of the unpruned one's cost; None if that isn't possible."""
     try:
         larger, _ = plain_weights(larger)
         own = Prepared.of(larger, steps.images, steps.settings, steps.budget)
@@ -312,7 +311,7 @@ def _made_from_larger(larger: nn.Module, left: float, share: float, steps: Prepa
         _logger.info("the network of share %g isn't made from a larger one: %s", share, error)
         return None
     left_now = steps.share_left(other.dense)
-    # Its report counts the larger network's sizes as those before: a reader wants the unpruned network's.
+    # Replace the larger network's sizes in the report by the unpruned network's.
     before = {row.name: row.before for row in made.layers.rows}
     rows = tuple(replace(row, before=before.get(row.name, row.before)) for row in other.layers.rows)
     planned = other.planned and budget_outcome(own.budget.kind, share, other.planned.left * left, other.planned.why)

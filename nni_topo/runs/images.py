@@ -1,4 +1,4 @@
-"""The images that a network is made smaller from: what every step may use, and what is held out of all of them."""
+"""The images for making a network smaller: those that every step may use, and those held out of all steps."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from nni_topo.network.runtime.inputs import calls
 class ImageParts:
     """The images, split into calibration data and held-out images.
 
-    No step uses the held-out ones: a network looks better than it is on the images that its weights were solved on.
+    No step uses the held-out images, because a network looks better than it is on images that it was fitted to.
     """
 
     all: Calibration
     learned: Calibration
-    judges: Calibration | None  # decide between networks; None where images are too few
-    held_out: Calibration | None  # the report's figures are of these; None where images are too few
+    judges: Calibration | None  # decide between networks; None if images are too few
+    held_out: Calibration | None  # give the report's figures; None if images are too few
     example: Any  # example inputs, of which only the shapes are read
 
     def judging(self, what: str) -> Calibration:
-        """Return the images that judge, or raise DataError where there are none; ``what`` needs them."""
+        """Return the images that judge; DataError, with the name of the step ``what`` that needs them, without any."""
         if self.judges is None:
             raise DataError(
                 f"{what} needs at least {HELD_OUT} samples, of which one judges, got {self.all.samples} (images)"
@@ -38,9 +38,9 @@ class ImageParts:
     def of(
         cls, calibration: Calibration, model: nn.Module, parts: tuple[Calibration | None, ...] | None = None
     ) -> ImageParts:
-        """Hold out every eighth image, or name three parts in the order of the fields; make example inputs.
+        """Hold out every eighth image, or take three parts in the order of the fields; make example inputs.
 
-        ConfigError for a model that runs on whole batches alone, of which no image can be held out.
+        ConfigError for a model that runs only on whole batches, because no image can be held out.
         """
         args, kwargs = structure_call(model, calibration)
         check_samples_first(model, calibration)

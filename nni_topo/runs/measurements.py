@@ -1,4 +1,4 @@
-"""What a network loses in each step: distances and agreements on held-out images, sizes, times, warnings."""
+"""The network after each step: distances and agreements on held-out images, sizes, times, warnings."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from nni_topo.runs.images import ImageParts
 # excludes the figure on calibration images.
 _GAP = 2.0
 _GAP_OF_AGREEMENT = 0.05
-_MANY = 8  # so many channels make it worth telling that only one is left
+_MANY = 8  # fewest channels of a layer for which a warning says that only one is left
 _logger = logging.getLogger(__name__)
 
 UNPRUNED = "unpruned"
@@ -43,10 +43,10 @@ class Stage:
     network: str  # unpruned, pruned, reconstructed or distilled
     macs: int  # multiply-accumulates of one sample
     params: int
-    distance: float  # mean squared distance of the outputs from the unpruned network's over their variance, held out
+    distance: float  # mean squared distance from the unpruned network's outputs over their variance, held out
     distance_low: float
     distance_high: float
-    agreement: float  # share of held-out images with the largest output of the unpruned network; NaN without classes
+    agreement: float  # share of held-out images with the unpruned network's largest output; NaN without classes
     agreement_low: float
     agreement_high: float
     calibration_distance: float  # the same on the calibration images, where networks look better than they are
@@ -66,7 +66,7 @@ class Measurements:
         evaluate: Callable[[nn.Module], float] | None,
         outputs: Outputs | None = None,
     ) -> None:
-        # The calibration images first, the held-out ones last; between them those that decide, if they are others.
+        # Calibration images first, held-out images last, and in between the images that decide, if they are others.
         parts = [data.learned]
         for part in (data.judges, data.held_out):
             if part is not None and part is not parts[-1]:
@@ -74,15 +74,15 @@ class Measurements:
         began = time.perf_counter()
         self.answers = Answers(model, *parts, outputs=outputs)
         self.seconds_of_a_sample = (time.perf_counter() - began) / sum(each.samples for each in parts)
-        """How long the unpruned network runs for a sample."""
+        """Seconds that the unpruned network runs for a sample."""
         self.seconds_of_a_network = 0.0
-        """How long the last network took to measure."""
+        """Seconds that measuring the last network took."""
         self._data, self._evaluate = data, evaluate
         self.stages: list[Stage] = []
         self._warnings: list[str] = []
         if self.answers.named.left_out:
             _logger.warning("%s", self.answers.named)
-        # What a model returns, beside its answer, can be what it takes at its next call.
+        # Further outputs of a model may be inputs of its next call.
         args, kwargs = first_call(model, data.learned)
         with evaluation_mode(model), torch.no_grad():
             found = model(*args, **kwargs)
@@ -105,10 +105,10 @@ class Measurements:
 
     @leaves_models_alone
     def add(self, name: str, net: nn.Module, seconds: float = 0.0) -> None:
-        """Measure a network, which took so long to make."""
+        """Measure a network that took these seconds to make."""
         began = time.perf_counter()
         found = self.answers.likenesses(net)
-        solved, held_out = found[0], found[-1]  # one and the same where none is held out
+        solved, held_out = found[0], found[-1]  # the same if none is held out
         accuracy = math.nan if self._evaluate is None else evaluated(self._evaluate, net, name)
         if self._evaluate is not None and not self.stages and not math.isfinite(accuracy):
             raise ConfigError(f"evaluate must return a number for the model as it was given, got {accuracy} (shrink)")
@@ -131,9 +131,9 @@ class Measurements:
         self.seconds_of_a_network = time.perf_counter() - began
 
     def warnings(self, rows: Iterable[LayerChannels]) -> tuple[str, ...]:
-        """Return what makes the figures of the last network doubtful, and what to do about it.
+        """Return reasons to doubt the figures of the last network, with advice.
 
-        ``rows``: the layers of that network, of which those with one channel left are named.
+        ``rows``: the layers of that network; a warning names layers with one channel left.
         """
         last, samples = self.stages[-1], self._data.learned.samples
         is_far = last.distance_low > last.calibration_distance and last.distance > _GAP * last.calibration_distance
@@ -148,7 +148,7 @@ class Measurements:
                 f"none of {samples} samples could be held out, so distance and agreement are those of the calibration "
                 f"data, on which a network looks better than it is: pass at least {HELD_OUT}, better some hundred"
             )
-        # Where the outputs hardly differ, so do the answers but for ties.
+        # If the outputs hardly differ, answers differ only by ties.
         elif last.distance >= SMALL and (is_far or agrees_less):
             figures = (
                 f"distance {last.distance:.3g} on held-out samples, {last.calibration_distance:.3g} on the calibration "
@@ -170,9 +170,9 @@ class Measurements:
 
 
 def evaluated(evaluate: Callable[[nn.Module], float], net: nn.Module, name: str) -> float:
-    """Return the number that `evaluate` returns for a network, whose ``name`` tells it from others.
+    """Return the number that `evaluate` returns for a network, whose ``name`` is used in messages.
 
-    What `evaluate` raises is told with the name, and raised on.
+    An error of `evaluate` is logged with the name, and raised again.
     """
     try:
         with lent(net) as copied:

@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tried:
-    """One way to distribute a budget, and how near the network's outputs are to the unpruned network's."""
+    """One way to distribute a budget, and how close the network's outputs are to the unpruned network's."""
 
     allocation: str  # of nni_topo.Budget
-    loss: float  # on the held-out images, as nni_topo.distill counts it; less is better
+    loss: float  # on the held-out images, as in nni_topo.distill; less is better
     agreement: float  # share of them whose largest output is the unpruned network's; NaN unless outputs are logits
     is_chosen: bool
 
@@ -44,26 +44,26 @@ class Tried:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A network on its way to a smaller one; each step returns the pipeline after it.
+    """A network and the results of the steps that make it smaller; each step returns a new pipeline.
 
-    Every step but ``remove`` may be left out.
+    All steps except ``remove`` are optional.
     """
 
     analysis: Analysis  # of the unpruned network
     round_to: int | None = None  # pruned layers keep a multiple of so many channels
     masks: Masks = field(default_factory=dict)
-    planned: BudgetOutcome | None = None  # the outcome of the budget as the pruner counts it; None: it has none
-    seconds: float = 0.0  # that selecting channels took
-    seconds_of_recovery: float = 0.0  # that reconstructing weights took
+    planned: BudgetOutcome | None = None  # the budget's outcome as the pruner counts it; None without a budget
+    seconds: float = 0.0  # for selecting channels
+    seconds_of_recovery: float = 0.0  # for reconstructing weights
     seconds_of_distillation: float = 0.0
-    solved: nn.Module | None = None  # of full size, with reconstructed weights
+    solved: nn.Module | None = None  # the network of full size with reconstructed weights
     compensation: CompensationReport | None = None
     dense: Any = None  # torch.nn.Module without the removed channels
     layers: Any = None  # DenseReport: channels of every layer before and after
-    verdict: Verdict | None = None  # whether distilled weights were kept; None: they are not distilled by this package
-    left: float = 1.0  # share of the cost that the dense network keeps, where there is a budget
+    verdict: Verdict | None = None  # whether distilled weights were kept; None without distillation
+    left: float = 1.0  # share of the cost that the dense network keeps, with a budget
     tried: tuple[Tried, ...] = ()  # ways to distribute the budget that were compared
-    depth: DepthOutcome | None = None  # where blocks compete with channels
+    depth: DepthOutcome | None = None  # with depth=True, the removed blocks
 
     @property
     def model(self) -> nn.Module:
@@ -71,7 +71,7 @@ class Pipeline:
         return self.analysis.model
 
     def select(self, pruner: Any, budget: Budget | None = None) -> Pipeline:
-        """Let a pruner of a copy of the network select channels, by another budget than its own if one is given."""
+        """Let a pruner, which holds a copy of the network, select channels, by ``budget`` or else by its own budget."""
         if isinstance(pruner, StructuredPruner):
             pruner.facts = self.analysis.facts
         masks = pruner.compress()[1] if budget is None else pruner.masks_for(budget)
@@ -80,9 +80,9 @@ class Pipeline:
 
     def reconstruct(self, method: str | RecoveryMethod, images: Any, **knobs: Any) -> Pipeline:
         """Reconstruct the weights of the network of full size; the arguments are those of `nni_topo.compensate`."""
-        with in_context(facts=self.analysis.facts):  # of the same structure
+        with in_context(facts=self.analysis.facts):  # facts of the same structure
             done = compensation(self.model, self.masks, images, method=method, **knobs)
-        give_back_memory(self.model)  # networks that were traced refer to themselves
+        give_back_memory(self.model)  # traced networks refer to themselves
         return replace(self, solved=done.model, compensation=done.report)
 
     def remove(self) -> Pipeline:

@@ -1,4 +1,4 @@
-"""What a record says of where its figures came from: versions, git revision, hardware."""
+"""Where the figures of a record came from: versions, git revision, hardware."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from typing import Any
 import torch
 
 Record = dict[str, Any]
-"""What was measured, by name, as JSON has it."""
+"""Measured values by name, as in a JSON file."""
 _PACKAGES = ["nni_topo", "nni", "torch", "torchvision", "gudhi", "pyeasyga", "numpy", "scikit-learn", "torch-pruning"]
 
 
 def provenance() -> Record:
     """Return versions, git revision and hardware of this process.
 
-    The revision is that of the checkout this package runs from, with ``+`` after it if files differ; None outside of
-    one.
+    The revision is that of the checkout from which this package runs, with ``+`` appended if files differ; None without
+    a checkout.
     """
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:

@@ -32,7 +32,7 @@ class Prunable:
     """The layers to prune, as entries of a config_list without ratios."""
 
     entries: list[dict[str, Any]]
-    # By layer that can't lose channels, why; where the caller names the layers, of those alone.
+    # For each layer that can't lose channels, the reason; if the caller names layers, for these alone.
     unpruned: dict[str, str]
     is_default: bool  # the caller named no layer
     groups: DependencyGroups  # of the entries
@@ -41,8 +41,8 @@ class Prunable:
 def layers_to_prune(analysis: Analysis, layers: Layers | None, *, is_described: bool = False) -> Prunable:
     """Return config_list entries for the named layers; by default for all layers that can lose channels.
 
-    ``is_described``: whether a config of Transformers has to describe the smaller network. Then ConfigError where the
-    caller names layers that it can't describe, some of those to which it gives one width, or none is left.
+    ``is_described``: whether a config of Transformers has to describe the smaller network. Then ConfigError if the
+    caller names layers that it can't describe, or only some of the layers with a common width, or if no layer is left.
     """
     entries: list[dict[str, Any]]
     unpruned: dict[str, str] = {}
@@ -62,7 +62,7 @@ def layers_to_prune(analysis: Analysis, layers: Layers | None, *, is_described: 
         return _without_held(analysis, entries, unpruned, is_default)
     model = analysis.model
     settings = described_layers(model)
-    # The layers to which a config gives one width go together.
+    # Layers with a common width in the config are pruned together.
     together: dict[str, set[str]] = {}
     for name, setting in settings.items():
         together.setdefault(setting, set()).add(name)
@@ -80,7 +80,7 @@ def layers_to_prune(analysis: Analysis, layers: Layers | None, *, is_described: 
                     f"channels, got none in {type(model).__name__}; {FREE_WIDTHS} (shrink)"
                 )
             unpruned = unpruned | dict.fromkeys((name for name in named if name not in kept), _NO_CONFIG)
-            # What is left out may hold channels of others.
+            # Layers that are left out may keep channels of others from being removed.
             prunable = _without_held(analysis, [{"op_names": kept}], unpruned, is_default)
             entries, unpruned = prunable.entries, prunable.unpruned
             if entries[0]["op_names"] == named:
@@ -89,7 +89,7 @@ def layers_to_prune(analysis: Analysis, layers: Layers | None, *, is_described: 
     asked: list[str] = []
     for entry in prunable.groups:
         sizes = entry.get("granularity")
-        if not (isinstance(sizes, list) and sizes[0] == -1):  # else it loses the columns that read heads
+        if not (isinstance(sizes, list) and sizes[0] == -1):  # otherwise it loses the columns that read heads
             asked += [name for name in entry["op_names"] if name not in prunable.unpruned]
     possible = described(asked)
     if refused := [name for name in asked if name not in possible]:
@@ -104,9 +104,9 @@ def layers_to_prune(analysis: Analysis, layers: Layers | None, *, is_described: 
 def _without_held(
     analysis: Analysis, entries: list[dict[str, Any]], unpruned: dict[str, str], is_default: bool
 ) -> Prunable:
-    """Note which of the layers to prune keep all channels because layers that share these aren't among them.
+    """Find layers to prune that keep all channels because layers that share these channels aren't pruned.
 
-    Raises ConfigError where that holds for all of them.
+    ConfigError if that is true of all layers.
     """
     groups = groups_of(analysis, entries, warns=not is_default)
     held = held_by_unselected(analysis.flow, groups.layers())
@@ -117,16 +117,16 @@ def _without_held(
             "too (layers)"
         )
     if is_default:
-        # Their masks would be undone later, and would keep these layers from being reconstructed until then.
+        # Without masks that would be undone later, these layers can be reconstructed.
         entries = [{"op_names": [name for name in entries[0]["op_names"] if name not in held]}]
         groups = groups_of(analysis, entries)
     return Prunable(entries, unpruned | why, is_default, groups)
 
 
 def _check_have_channels(analysis: Analysis, layers: Layers) -> None:
-    """Raise ConfigError for layers without channels of their own, and for named ones that have to keep all channels.
+    """Raise ConfigError for layers without channels of their own, and for named layers that must keep all channels.
 
-    Layers that a type selects may keep them, unless none is left.
+    Layers selected by type may keep all channels if others lose some.
     """
     model = analysis.model
     selected: dict[str, nn.Module] = {}
@@ -134,7 +134,7 @@ def _check_have_channels(analysis: Analysis, layers: Layers) -> None:
     by_head = False
     for each in layers:
         entry: dict[str, Any] = {"op_names": [each]} if isinstance(each, str) else dict(each)
-        if entry.get("granularity") == "head":  # of modules that hold layers, too; dependency_groups looks at them
+        if entry.get("granularity") == "head":  # it also names modules that hold layers; dependency_groups checks them
             by_head = True
             continue
         selected |= matched_modules(model, [entry])
@@ -156,5 +156,5 @@ def _check_have_channels(analysis: Analysis, layers: Layers) -> None:
 
 
 def _told(why: Mapping[str, str]) -> str:
-    """Return the layers of each reason with it."""
+    """Return the reasons in words, each with its layers."""
     return "; ".join(f"{listed(names)}: {each}" for each, names in by_reason(why).items())

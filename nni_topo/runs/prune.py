@@ -1,4 +1,4 @@
-"""Prune one trained model as a YAML file says: the function that ``nni-topo prune`` calls."""
+"""Prune one trained model by a YAML file: the function that ``nni-topo prune`` calls."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def prune_checkpoint(
     with empty_folder(out):
         choice = PrunerChoice(config.pruner, knobs=config.knobs, calibration=config.calibration)
 
-        # a request that can't be used ends before the training, not after it
+        # an invalid request fails before the training, not after it
         def accept(untrained: Start) -> None:
             check_pruner_knobs(config.pruner, config.knobs, "configuration")
             check_request(untrained.net, config.config_list, needs_rule=needs_rule(config.pruner, config.knobs))
@@ -91,7 +91,7 @@ def prune_checkpoint(
             record |= start.figures(dense, "retrained")
         record |= latencies(start, dense) | provenance()
         if found.planned is not None and found.planned.kind == "latency" and config.round_to is None:
-            record["budget"] = asdict(found.planned)  # timed longer, and in the batch that was asked for
+            record["budget"] = asdict(found.planned)  # timed for longer, on the requested batch
         elif found.planned is not None:
             why = found.planned.why or f"layers keep a multiple of {config.round_to} channels"
             record |= budget_facts(start, dense, found.planned, record, why)
@@ -104,14 +104,14 @@ def prune_checkpoint(
 
 @contextmanager
 def empty_folder(out: Path) -> Iterator[None]:
-    """Hold an output folder, which must be new or empty, so that no other run writes to it; ConfigError or DataError.
+    """Lock an output folder, which must be new or empty, against other runs; ConfigError or DataError.
 
-    What is left empty by an error is removed.
+    If an error leaves a new folder empty, it is removed.
     """
     _check_empty(out)
     is_new = not out.exists()
     with only_process(out, wait=False):
-        _check_empty(out)  # another run may have ended between
+        _check_empty(out)  # another run may have ended in the meantime
         try:
             yield
         finally:
@@ -122,7 +122,7 @@ def empty_folder(out: Path) -> Iterator[None]:
 
 
 def _check_empty(out: Path) -> None:
-    """Raise a ConfigError for an output folder that holds anything, DataError for a place that can't be written to."""
+    """Raise ConfigError if an output folder isn't empty, DataError if it can't be written to."""
     check_free_disk(out)
     entries = [each for each in out.iterdir() if each.name != LOCK] if out.exists() else []
     if entries:

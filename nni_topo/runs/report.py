@@ -23,7 +23,7 @@ from nni_topo.runs.tolerance import ToleranceOutcome
 if TYPE_CHECKING:
     import pandas
 
-_NAMES = 8  # of layers that a line names
+_NAMES = 8  # layers that a line names
 _UNGROUPED = (
     "where several samples are of one source, such as a speaker or a photo, nni_topo.Calibration(groups=...) holds out "
     "whole sources: on new ones a network is worse than on other samples of known ones"
@@ -35,25 +35,25 @@ class ShrinkReport(ModelReport):
     """How a network was made smaller; its ``repr`` is a table with notes."""
 
     stages: tuple[Stage, ...]  # the unpruned network, and the network after each step
-    layers: DenseReport  # channels of every layer before and after, and why some are kept though they were to go
+    layers: DenseReport  # channels of every layer before and after; reasons why channels to be removed are kept
     compensation: CompensationReport | None = None  # errors of each layer before and after weight reconstruction
     tried: tuple[Tried, ...] = ()  # with allocation="auto", the ways to distribute the budget
     budget: BudgetOutcome | None = None  # whether the budget was met, and why not
     images: int = 0  # calibration images: pruning, weight reconstruction and distillation use them
-    # Held-out images, which the figures are of and no step uses; of fewer than eight in all 0, and the figures are of
-    # the calibration images. With a tolerance those that confirm; other ones judged the candidates.
+    # Held-out images, which give the figures and which no step uses. With fewer than eight images in all it is 0, and
+    # the calibration images give the figures. With a tolerance these images confirm; others judged the candidates.
     held_out: int = 0
-    warnings: tuple[str, ...] = ()  # what makes the figures doubtful, with what to do about it
-    # By layer that keeps all channels because they can't be removed, the reason; with `layers=` of those alone.
+    warnings: tuple[str, ...] = ()  # reasons to doubt the figures, with advice
+    # For each layer whose channels can't be removed, the reason; with `layers=` for the named layers only.
     whole: dict[str, str] = field(default_factory=dict)
-    # Whether the distilled weights were kept, and the figures that decided; None where nothing was distilled.
+    # Whether the distilled weights were kept, and the figures that decided; None without distillation.
     distillation: Verdict | None = None
     tolerance: ToleranceOutcome | None = None  # with a tolerance, what the search found
-    # With depth=True, the removed blocks by their names in the unpruned network; `layers` has those in the smaller one.
+    # With depth=True, the removed blocks by their names in the unpruned network; `layers` has names in the smaller one.
     depth: DepthOutcome | None = None
-    outputs: ComparedOutputs | None = None  # which outputs of the model are compared; none are named with `outputs=`
-    undescribed: str = ""  # of a model of Transformers, what its config can't say; empty where from_pretrained loads it
-    # What functions of the package have changed since: the figures are those before.
+    outputs: ComparedOutputs | None = None  # names of the compared outputs of the model; empty with `outputs=`
+    undescribed: str = ""  # what the config of a Transformers model can't describe; empty if from_pretrained loads it
+    # Changes by functions of the package after the figures were measured.
     changed_since: tuple[str, ...] = ()
     grouped: bool = False  # whether the calibration data said which samples belong together
     time: TimedPair | None = None  # milliseconds of both networks, with time=True or a latency budget
@@ -81,7 +81,7 @@ class ShrinkReport(ModelReport):
         """Return the table's rows, with numbers and intervals as text."""
         is_discarded = self.distillation is not None and not self.distillation.is_kept
         rows: list[dict[str, Any]] = []
-        # Networks that were made in between aren't timed.
+        # Only the first and the last network are timed.
         timed = {} if self.time is None else {0: self.time.unpruned_ms, len(self.stages) - 1: self.time.ms}
         for place, stage in enumerate(self.stages):
             network = stage.network
@@ -127,7 +127,7 @@ class ShrinkReport(ModelReport):
         left_alone = self.compensation.left_alone if self.compensation else {}
         for reason, names in by_reason(left_alone).items():
             lines.append(f"the weights of {listed(names, _NAMES)} are not reconstructed: {reason}")
-        # Of a layer that keeps all channels, one line says why.
+        # A layer that keeps all channels gets only the line below.
         held = {f"{row.name} {row.kept}": row.reason for row in self.layers.kept if row.name not in self.whole}
         for reason, names in by_reason(held).items():
             lines.append(f"channels that were to be removed are kept: {listed(names, _NAMES)} ({reason})")

@@ -1,7 +1,7 @@
 """Runs on a data set: train, prune, make dense, compensate, distil, retrain, measure.
 
-Comparisons, ``nni-topo prune``, trials, studies and the demonstration differ in what they ask for and in what they
-write down; each stage is one function here, and every pruner is handed the same knobs whoever asks.
+Each stage is one function, which comparisons, ``nni-topo prune``, trials, studies and the demonstration share. So
+every pruner gets the same knobs from all of them.
 """
 
 from __future__ import annotations
@@ -54,25 +54,25 @@ _IMAGES_AT_ONCE = 128
 _LABELLED_AT_ONCE = 512
 _VALIDATION_FILES = 1024
 STILL = 1e-30
-"""Learning rate at which an evaluator measures gradients and leaves weights as they are."""
+"""Learning rate at which an evaluator measures gradients without changing weights."""
 WHOLE_CHANNELS = "whole channels come no nearer, or the pruner keeps others than it is asked to"
-"""Why a budget is missed by a pruner that is given ratios of layers."""
+"""Why a pruner that gets ratios of layers misses a budget."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """A trained network, in evaluation mode, and its data: where every run begins. No stage changes the network."""
+    """A trained network in evaluation mode, and its data, with which every run begins. No stage changes the network."""
 
     net: nn.Module
     data: zoo.DataBundle
     recipe: zoo.Recipe  # how it was trained, or would be
-    seed: int = 0  # of its training, and of what is done with it
-    known_accuracy: float | None = None  # on the test images, where it was measured before
+    seed: int = 0  # of its training, and of all later stages
+    known_accuracy: float | None = None  # on the test images, if it was measured before
     known_validation: float | None = None  # likewise on the validation images
 
     @property
     def device(self) -> torch.device:
-        """Where the network lies."""
+        """The network's device."""
         return next(self.net.parameters()).device
 
     @cached_property
@@ -92,12 +92,12 @@ class Start:
 
     @cached_property
     def accuracy(self) -> float:
-        """Of the unpruned network, in [0, 1], on the test images."""
+        """Accuracy of the unpruned network on the test images, in [0, 1]."""
         return self.tested(self.net) if self.known_accuracy is None else self.known_accuracy
 
     @cached_property
     def validation_accuracy(self) -> float:
-        """Of the unpruned network, in [0, 1], on the validation images."""
+        """Accuracy of the unpruned network on the validation images, in [0, 1]."""
         return self.validated(self.net) if self.known_validation is None else self.known_validation
 
     def validated(self, net: nn.Module) -> float:
@@ -109,19 +109,19 @@ class Start:
         return zoo.evaluate(net, self.data.test, device=self.device)
 
     def figures(self, net: nn.Module, step: str) -> dict[str, float]:
-        """Return what a record says of a network on the test images; of text also bits a byte, less is better."""
+        """Return a record's figures of a network on the test images; for text also bits per byte (less is better)."""
         if not self.data.is_text:
             return {f"accuracy_{step}": self.tested(net)}
         loss, accuracy = zoo.loss_and_accuracy(net, self.data.test, device=self.device)
         return {f"accuracy_{step}": accuracy, f"bits_{step}": bits(loss)}
 
     def images(self, count: int, skip: int = 0) -> list[Tensor]:
-        """Return training images after so many others, without labels, in batches on the device; none if none."""
+        """Return ``count`` training images after the first ``skip``, without labels, in batches on the device."""
         images = self.data.train[skip : skip + count][0].to(self.device)
         return list(images.split(_IMAGES_AT_ONCE)) if len(images) else []
 
     def validation(self) -> list[tuple[Tensor, ...]]:
-        """Return the validation images with their labels, in batches on the device; of files the first 1,024."""
+        """Return the validation images with labels, in batches on the device; from image files the first 1,024."""
         among = slice(_VALIDATION_FILES if isinstance(self.data.validation, ImageFiles) else None)
         parts = (tensor.to(self.device).split(_LABELLED_AT_ONCE) for tensor in self.data.validation[among])
         return list(zip(*parts, strict=True))
@@ -140,11 +140,11 @@ def trained(
     progress: bool | None = None,
     accept: Callable[[Start], None] | None = None,
 ) -> Start:
-    """Return a trained network: that of a checkpoint, its own or given, or of a folder of them; else it is trained.
+    """Return a trained network, from a given checkpoint, a folder of checkpoints or the model's own; else train it.
 
     A network trained by a ``recipe`` (None: the model's own) is kept in the ``folder``. ``accept`` gets the untrained
-    network with its data: what it refuses isn't trained first. ConfigError or DataError if a name, the device, the
-    checkpoint or the data can't be used.
+    network with its data, so that it can raise an error before the training. ConfigError or DataError if a name, the
+    device, the checkpoint or the data can't be used.
     """
     place = resolve_device(device)
     bundle = load_model_data(model, data)
@@ -182,11 +182,11 @@ def trained(
 
 
 def pruner_knobs(name: str, victim: nn.Module, start: Start, calibration: int = 0) -> dict[str, Any]:
-    """Return what a run hands to a pruner of its own accord; test images aren't used.
+    """Return the arguments that every run passes to a pruner; test images aren't used.
 
-    Of the pruner's own knobs ``seed``, ``example_inputs``, ``calibration`` (so many training images) and
-    ``validation``, the labelled validation images; where it needs an ``evaluator``, one, bound to the ``victim`` that
-    will be pruned, that measures gradients and leaves weights as they are, with ``training_steps``.
+    These are the pruner's knobs ``seed``, ``example_inputs``, ``calibration`` (this number of training images) and
+    ``validation``, the labelled validation images. A pruner that needs an ``evaluator`` gets one for the ``victim``,
+    the network to prune, with ``training_steps``; it measures gradients without changing weights.
     """
     info = pruner_info(name)
     known: dict[str, Callable[[], Any]] = {
@@ -205,29 +205,29 @@ def pruner_knobs(name: str, victim: nn.Module, start: Start, calibration: int = 
 
 
 def created(start: Start, pruner: PrunerChoice, config_list: list[dict[str, Any]]) -> Any:
-    """Return a pruner of a copy of the network, which has looked at its knobs and its request."""
+    """Return a pruner of a copy of the network; it has checked its knobs and its request."""
     victim = copy.deepcopy(start.net)
     knobs = {**pruner_knobs(pruner.name, victim, start, pruner.calibration), **pruner.knobs}
     return create_pruner(pruner.name, victim, config_list, **knobs)
 
 
 def prune(start: Start, pruner: PrunerChoice, config_list: list[dict[str, Any]]) -> Pipeline:
-    """Prune a copy of the network; the choice's knobs come before :func:`pruner_knobs`."""
+    """Prune a copy of the network; the choice's knobs replace those of :func:`pruner_knobs`."""
     began = time.perf_counter()
     selected = Pipeline(start.analysis).select(created(start, pruner, config_list))
     return replace(selected, seconds=time.perf_counter() - began)
 
 
 def prune_to_ratios(start: Start, choice: PrunerChoice, target: Target, ratios: dict[str, float]) -> Pipeline:
-    """Prune a copy of the network with a ratio for every layer, or by the target where the pruner distributes it."""
+    """Prune a copy of the network with a ratio for every layer, or by the target if the pruner distributes it."""
     config_list: list[dict[str, Any]]
     if pruner_info(choice.name).structured:
         config_list = groups_of(start.analysis, as_entries(ratios))
         if not needs_rule(choice.name, {}):
-            # It finds the number itself, and a ratio is its upper bound: with the same lower bound, widths are equal.
+            # The pruner chooses the ratio up to this one; the same lower bound fixes it.
             for entry in config_list:
                 entry["min_sparse_ratio"] = entry["sparse_ratio"]
-    else:  # single weights know no groups of channels
+    else:  # single weights have no groups of channels
         config_list = as_entries(ratios)
     # A pruner with an allocation distributes the budget itself.
     allocation = choice.knobs.get("budget", {}).get("allocation")
@@ -240,20 +240,20 @@ def prune_to_ratios(start: Start, choice: PrunerChoice, target: Target, ratios: 
 
 
 def on_cpu(masks: Masks) -> Masks:
-    """Return masks such as files hold: on the CPU, without targets that have none."""
+    """Return masks for a file: on the CPU, without targets that have no mask."""
     return {m: {t: v.detach().cpu() for t, v in found.items() if v is not None} for m, found in masks.items()}
 
 
 def made_dense(
     start: Start, masks: Masks, compensate: CompensationChoice | None = None, *, progress: bool | None = None
 ) -> tuple[nn.Module, CompensationReport | None]:
-    """Return the dense network, compensated if asked for, and what compensation did."""
+    """Return the dense network, compensated if asked for, and the report of the compensation."""
     pruned = Pipeline(start.analysis, masks=masks)
     if compensate is None:
         return pruned.remove().dense, None
     info = recovery_info(compensate.method)
     method = info.make(refine=compensate.refine) if "refine" in info.knobs() else info.make()
-    # Others judge distillation.
+    # No images are held out here: others judge distillation.
     images = Calibration(start.images(compensate.images), hold_out=False)
     done = pruned.reconstruct(method, images, progress=progress).remove()
     return done.dense, done.compensation
@@ -264,14 +264,14 @@ def distilled(
 ) -> Distillation:
     """Let a dense network learn from the unpruned one, on training images without labels."""
     images, knobs = start.images(choice.images), distillation_knobs(start, choice)
-    # Compensation used the first images, too. So those after them judge, an eighth as many; without any, some of the
+    # Compensation used the same images, so the next ones judge, an eighth as many; if no images are left, some of the
     # first.
     judges = start.images(choice.images // HELD_OUT, choice.images) or None
     return distillation(dense, start.net, images, held_out=judges, seed=start.seed, progress=progress, **knobs)
 
 
 def distillation_knobs(start: Start, choice: DistillationChoice) -> dict[str, Any]:
-    """Return what a choice says in the words of :func:`nni_topo.distill`."""
+    """Return a choice as arguments of :func:`nni_topo.distill`."""
     black = start.data.black.to(start.device)
     knobs = {name: value for name, value in asdict(choice).items() if name not in ("images", "augmentation")}
     if choice.augmentation == "none":
@@ -287,9 +287,9 @@ def retrain(net: nn.Module, data: zoo.DataBundle, recipe: zoo.Recipe, *, seed: i
 
 
 def costs(start: Start, dense: nn.Module) -> Record:
-    """Return multiply-accumulates of one image, parameters and those that aren't zero, before and after; widths.
+    """Return multiply-accumulates of one image, parameters, nonzero parameters and widths, before and after.
 
-    ``whole`` says of each layer that keeps its width why it does.
+    ``whole`` has the reason for each layer that keeps its width.
     """
     found: Record = {
         "widths": layer_widths(dense),
@@ -304,7 +304,7 @@ def costs(start: Start, dense: nn.Module) -> Record:
 
 
 def budget_facts(start: Start, dense: nn.Module, asked: Target | BudgetOutcome, times: Record, why: str) -> Record:
-    """Return what a record says of a budget: what was asked for and what the dense network takes.
+    """Return a record's facts of a budget: the requested cost and that of the dense network.
 
     ``times`` are those of :func:`latencies`; ``why`` is the reason if the budget is missed.
     """
@@ -318,7 +318,7 @@ def budget_facts(start: Start, dense: nn.Module, asked: Target | BudgetOutcome, 
 
 
 def latencies(start: Start, dense: nn.Module) -> Record:
-    """Return milliseconds before and after, measured in turns on a batch of test images."""
+    """Return milliseconds before and after, measured alternately on a batch of test images."""
     found = zoo.latencies({"before": start.net, "after": dense}, start.timed)
     return {"latency_before_ms": found["before"], "latency_ms": found["after"], "latency_batch": len(start.timed)}
 
@@ -365,13 +365,13 @@ def build_model(model: ModelChoice, data: zoo.DataBundle, seed: int) -> nn.Modul
 
 
 def resolve_device(name: str | torch.device) -> torch.device:
-    """Return a device that PyTorch can compute on here, else ConfigError; ``auto``: CUDA if there, else the CPU."""
+    """Return a device that PyTorch can compute on here, else ConfigError; ``auto``: CUDA if available, else the CPU."""
     name = str(name)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        # a name that PyTorch parses needn't be a device of this machine
+        # PyTorch also parses names of devices that this machine doesn't have
         torch.zeros((), device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

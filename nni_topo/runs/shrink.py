@@ -23,7 +23,7 @@ from nni_topo.runs.settings import LEAVE_OUT, TOLERANCE, Settings, allocations_t
 from nni_topo.runs.tolerance import MEASURES, checked_tolerance, within_tolerance
 
 KNOBS = {"tolerance": number(0.0, 1.0, "neither") | NONE, "measure": one_of(MEASURES)}
-"""Rules of the knobs that say how far the network's answers may differ."""
+"""Rules of the knobs that say how much the network's outputs may change."""
 
 
 @public(
@@ -71,16 +71,16 @@ def shrink(
         as large as the first one of ``images``: pass batches as large as the network will get, because single samples
         may gain nothing. With ``"allocation": "auto"`` a network is made in every way that the pruner can distribute
         the budget, and the one with the smallest loss on the held-out images is kept; that takes two or three times as
-        long. With a ``tolerance`` it is the name of the cost that is made small: ``"flops"`` (the default),
+        long. With a ``tolerance`` it is the name of the cost to minimize: ``"flops"`` (the default),
         ``"params"``, ``"latency"`` or ``"memory"``, with other settings ``{"flops": None, "allocation": "error"}``.
     tolerance : float, optional
         In (0, 1). Instead of a network of a given cost, find the smallest one whose answers differ from the unpruned
-        network's by at most so much, e.g. 0.01 for one changed answer in a hundred; see the notes.
+        network's by at most this value, e.g. 0.01 for one changed answer in a hundred; see the notes.
     measure : {"auto", "outputs", "distance", "evaluate"}, default="auto"
-        What the ``tolerance`` is about. ``"outputs"``: the share of images whose answer, the class with the largest
-        output, changes; where outputs aren't scores of classes, the distance. ``"distance"``: the mean squared distance
-        of the outputs, over their variance. ``"evaluate"``: the fall of the number that ``evaluate`` returns, so 0.01
-        is one point of an accuracy. ``"auto"``: ``"evaluate"`` where that is given, else ``"outputs"``.
+        The difference that the ``tolerance`` limits. ``"outputs"``: the share of images whose answer, the class with
+        the largest output, changes; if outputs aren't scores of classes, the distance. ``"distance"``: the mean squared
+        distance of the outputs, over their variance. ``"evaluate"``: the fall of the number that ``evaluate`` returns,
+        so 0.01 is one point of an accuracy. ``"auto"``: ``"evaluate"`` if that is given, else ``"outputs"``.
     pruner : str, default="reconstruction"
         Name of a structured pruner, NNI's own too, or ``"package.module:Class"``.
     knobs : mapping, optional
@@ -95,32 +95,32 @@ def shrink(
     distill : mapping or bool, default=True
         Whether to distil at the end, or knobs of :func:`nni_topo.distill`, e.g. ``{"seconds": 60, "augment": ...}``,
         where ``seconds`` is the wall time of distillation alone. The distilled weights are kept only if, on the
-        held-out images, the loss falls and the distance at most doubles. A network of whose outputs no gradients can be
-        taken isn't distilled, with a warning.
+        held-out images, the loss falls and the distance at most doubles. A network whose outputs have no gradients
+        isn't distilled, and a warning says so.
     depth : bool, default=False
         Whether blocks compete with channels for the budget: residual blocks, blocks of transformers, and attention or
         the MLP in these; see the notes. That takes two to four times as long. ``layers`` then are names, and a budget
         of latency has a share and no table.
     outputs : callable, optional
-        What counts of the model's output, as for :func:`nni_topo.distill`: the report, the allocation and distillation
-        look at nothing else.
+        Returns the outputs to compare, as for :func:`nni_topo.distill`: the report, the allocation and distillation use
+        nothing else.
     evaluate : callable, optional
         A function of a network in evaluation mode that returns a number for the report, e.g. its accuracy. It gets
-        ``model`` itself and the networks made of it; what it does to them, such as ``half()`` or to train them, is put
-        back when it returns. Where the ``tolerance`` is about it, larger is better, and its data no longer tell how
-        good the network is: they chose it.
+        ``model`` itself and the networks made of it; its changes to them, such as ``half()`` or training, are undone
+        when it returns. If the ``tolerance`` limits its fall, larger must be better, and its data no longer tell how
+        good the network is, because they chose it.
     round_to : int, optional
         Pruned layers keep a multiple of this number of channels; 1: any number. None: processors compute several
         channels at once, so on a CPU layers keep a multiple of 16 from 128 channels on, of 8 from 64, of 4 from 32 and
-        of 2 from 16; for a latency budget of 16 from 32 channels on, 8 from 16, 4 from 8 and 2 from 4. Where the budget
-        couldn't be met otherwise, of a smaller number. On a GPU of 8.
+        of 2 from 16; for a latency budget of 16 from 32 channels on, 8 from 16, 4 from 8 and 2 from 4. If the budget
+        couldn't be met otherwise, the number is smaller. On a GPU it is 8.
     time : bool, default=False
-        Whether the report has the times of the unpruned network and of the one that is returned: medians of passes in
-        turns over a batch as large as the first one of ``images``, with one thread on a CPU. It takes at most some ten
-        seconds, or eight passes where these are slow. With a budget of latency the report always has them.
+        Whether the report has the times of the unpruned and of the returned network: medians of alternating passes over
+        a batch as large as the first one of ``images``, with one thread on a CPU. That takes at most about ten seconds,
+        or eight passes if these are slow. With a budget of latency the report always has them.
     seconds : float, optional
-        Wall time of the whole call but for ``time``, above 0. The steps before distillation take what they take, and
-        distillation what is left; where nothing is left the network isn't distilled, with a warning. Not with a
+        Wall time of the whole call without ``time``, above 0. The steps before distillation aren't limited, and
+        distillation gets the time left; without any, the network isn't distilled, and a warning says so. Not with a
         ``tolerance``, nor with ``distill=False``.
     seed : int, default=0
         Seed of all steps.
@@ -139,7 +139,7 @@ def shrink(
     ConfigError
         If the budget, a name or a knob is invalid, or arguments don't go together. If the images are too few to confirm
         the ``tolerance``, or there are no channels to remove. If the config of a model of Transformers can't describe
-        the smaller network, as with ``layers`` that have no width of their own in it.
+        the smaller network, for example if ``layers`` have no width of their own in it.
     DataError
         If the images can't be used, or are fewer than eight for ``"auto"`` or ``depth``.
     SpeedupError
@@ -152,21 +152,21 @@ def shrink(
 
     Notes
     -----
-    Before the work a message says what it takes, as a warning where that is more than ten minutes.
+    Before the work a message estimates its time; it is a warning if that is more than ten minutes.
 
     With a ``tolerance``, three of eight images are calibration data, two judge the candidates of a search, and three,
     which the search never saw, confirm the result: the upper 95 % limit of the difference there is at most the
     tolerance. 299 images without a change are needed for 0.01, 59 for 0.05; so pass 797 and 157 images at least, better
     twice as many. If no candidate is confirmed, a copy of the unpruned network is returned, with a warning.
 
-    The smaller network of a model of Transformers is one that its config describes, so that ``from_pretrained`` loads
-    it once it is saved: blocks are equally wide, heads are removed whole or, where the config can't say fewer heads,
-    kept, and poolers, classifiers and the residual stream stay as wide as they are. A warning before the work says if
+    A model of Transformers becomes a smaller network that its config describes, so that ``from_pretrained`` can load
+    it: blocks are equally wide, heads are removed whole or, if the config can't say fewer heads, kept, and poolers,
+    classifiers and the residual stream keep their width. A warning before the work says if
     this can't meet the budget. ``"equal_blocks": False`` in the budget asks for free widths; ``report.undescribed``
-    then says what no config can say.
+    then says what the config can't describe.
 
-    With ``depth`` two or three networks are made, without any block removed and without blocks for parts of the saving;
-    channels take the rest of the budget, and the network with the smallest loss on the held-out images is distilled.
+    With ``depth`` two or three networks are made: with all blocks, and without blocks that save parts of the cost. In
+    each, channels are removed for the rest, and the one with the smallest loss on the held-out images is distilled.
     ``docs/how_small.md`` has more on tolerances and blocks.
 
     Examples
@@ -207,7 +207,7 @@ def shrink(
 
 
 def asked_budget(budget: Budget | Mapping[str, Any] | str | None, tolerance: float | None) -> Budget:
-    """Return the budget; with a tolerance it says only which cost counts."""
+    """Return the budget; with a tolerance it only names the cost."""
     if tolerance is not None:
         return cost_without_share("flops" if budget is None else budget, "shrink", TOLERANCE)
     if budget is None or isinstance(budget, str):

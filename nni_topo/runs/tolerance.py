@@ -1,10 +1,9 @@
-"""As small as a tolerance allows: a search over shares of the cost, and a confirmation on images that it never saw.
+"""The smallest network within a tolerance: a search over shares of the cost, confirmed on images that it never saw.
 
-The images come in three parts. On the first one channels are chosen and weights are reconstructed, the second one
-judges the candidates of the search, and the third one confirms the result. The candidates that the search found to be
-within the tolerance are looked at from the largest network to the smallest, until one fails: such a fixed sequence lets
-each look use the whole risk of 5 %, and the chance that the network returned misses its tolerance is still 5 % at most
-[1]_.
+The images have three parts. The first part is used to choose channels and reconstruct weights, the second judges the
+candidates of the search, and the third confirms the result. Candidates within the tolerance are checked on the third
+part from the largest network to the smallest, until one fails. In such a fixed sequence each check can use the whole
+risk of 5 %, and the chance that the returned network misses its tolerance is still at most 5 % [1]_.
 
 References
 ----------
@@ -43,13 +42,13 @@ MEASURES = ("auto", "outputs", "distance", "evaluate")
 PARTS = (0, 1, 2, 0, 2, 1, 0, 2)
 """Of eight images in turn, three are calibration data, two judge the candidates, and three confirm the result."""
 
-_LEAST = 8  # images of each part where distances are measured, for which no number follows from the tolerance
+_LEAST = 8  # images of each part for distances, for which the tolerance gives no number
 _CANDIDATES = 6
 _SMALLEST = 1.0 / 64.0  # share of the cost below which no candidate is tried
-_STEP = 0.75  # how much smaller a network is distilled next
-_MORE = 3  # larger networks that are tried at most, to be confirmed before the smallest one
-_GAP = 1.4  # a network is tried between two of them if their shares' quotient is more
-_NEAR = 1.02  # no further candidate is tried between two shares whose quotient is less
+_STEP = 0.75  # factor of the share of the network that is distilled next
+_MORE = 3  # most larger networks that are tried, to be confirmed before the smallest one
+_GAP = 1.4  # a network is tried between two others if the quotient of their shares is larger
+_NEAR = 1.02  # no candidate is tried between two shares with a smaller quotient
 _WORDS = {
     "answers": "share of changed answers",
     "distance": "mean squared distance of the outputs over their variance",
@@ -60,32 +59,32 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Candidate:
-    """A network that the search tried, judged on the images that judge candidates or on those that confirm."""
+    """A network that the search tried, judged on the second or the third part of the images."""
 
-    asked: float  # share of the cost that was to be kept
+    asked: float  # requested share of the cost
     left: float  # share that is kept
     is_distilled: bool  # otherwise it is the network after weight reconstruction
     difference: float  # from the unpruned network
-    limit: float  # upper 95 % limit on the images that confirm, were the difference the same there; NaN: evaluate
-    is_within: bool  # whether the limit, or without one the difference, is at most the tolerance
+    limit: float  # upper 95 % limit for the same difference on the images that confirm; NaN: evaluate
+    is_within: bool  # whether the limit, or else the difference, is at most the tolerance
 
 
 @dataclass(frozen=True)
 class ToleranceOutcome:
-    """What a search within a tolerance found; ``str`` is a sentence."""
+    """The outcome of a search within a tolerance; ``str`` is a sentence."""
 
     tolerance: float  # what was asked for
-    # What is at most the tolerance. answers: the share of images whose answer, the class of the largest output,
-    # changes; distance: the mean squared distance of the outputs over their variance; evaluate: the fall of its number.
+    # What the tolerance limits. answers: the share of images whose answer, the class with the largest output, changes;
+    # distance: the mean squared distance of the outputs over their variance; evaluate: the fall of its number.
     measure: str
-    kind: str  # the cost that was made small: flops, params, latency or memory
+    kind: str  # the minimized cost: flops, params, latency or memory
     left: float  # share of it that the returned network keeps
     difference: float  # of the returned network, on the images that confirm
     limit: float  # its upper 95 % limit; NaN: evaluate
     held_out: int  # images that confirm, or groups of images where these are known
     judges: int  # images, or groups, that judged the candidates
     candidates: tuple[Candidate, ...]  # all networks that were tried, in the order of the search
-    confirmations: tuple[Candidate, ...]  # those looked at on the images that confirm, from the largest network on
+    confirmations: tuple[Candidate, ...]  # those checked on the images that confirm, from the largest network on
     is_met: bool  # whether a smaller network was confirmed; otherwise a copy of the unpruned one was returned
 
     def __str__(self) -> str:
@@ -102,9 +101,9 @@ class ToleranceOutcome:
 
 
 class Judge:
-    """Says how far networks are from the unpruned one: on the images of the search, and on those that confirm.
+    """Measures how far networks are from the unpruned one, on the images of the search and on those that confirm.
 
-    ``parts`` are these images; none for a function, which has its own.
+    ``parts`` are these images; empty for a function ``evaluate``, which has its own data.
     """
 
     def __init__(
@@ -122,7 +121,7 @@ class Judge:
         self._unpruned = math.nan if evaluate is None else evaluated(evaluate, model, UNPRUNED)
 
     def on_search(self, net: nn.Module) -> Judged:
-        """Compare on the images of the search; the limit is what those that confirm would give if they looked alike."""
+        """Compare on the images of the search; the limit is for the same difference on the images that confirm."""
         return self._judged(net, 1, self.counts[1])
 
     def confirm(self, net: nn.Module) -> Judged:
@@ -133,7 +132,7 @@ class Judge:
         if self._evaluate is not None:
             fall = self._unpruned - evaluated(self._evaluate, net, "smaller")
             return Judged(fall, math.nan, fall <= self.tolerance, fall <= self.tolerance)
-        # The answers have the calibration data first.
+        # Part 0 of the answers is the calibration data.
         differences = self._answers.differences(net, part)
         is_broken = ~np.isfinite(differences.distances)
         if self.measure == "answers":
@@ -141,8 +140,8 @@ class Judge:
         else:
             values = np.asarray(differences.distances)
         groups = self._groups[part - 1]
-        # Groups of samples are independent. Outputs without an entry per sample have one value a batch, to which no
-        # group belongs.
+        # Groups of samples are independent. Outputs without an entry per sample have one value per batch, without
+        # groups.
         if groups is not None and len(groups) == len(values):
             numbers = groups.numpy()
             values = np.bincount(numbers, weights=values) / np.bincount(numbers)
@@ -152,7 +151,7 @@ class Judge:
         are_yes_or_no = set(values.tolist()) <= {0.0, 1.0}
 
         def limit_at(mean: float, count: int) -> float:
-            """Return the upper limit of a mean of so many values."""
+            """Return the upper limit of a mean of ``count`` values."""
             if self.measure == "distance":
                 return limit_of_mean(mean, deviation, count)
             return limit_of_share(mean, count) if are_yes_or_no else limit_of_bounded(mean, count)
@@ -179,18 +178,18 @@ class TriedNetwork:
     candidate: Candidate
     made: Pipeline
     final: Pipeline  # after distillation, if it was distilled
-    is_safe: bool  # whether it is within the tolerance by such a margin that it is sure to be confirmed
+    is_safe: bool  # whether it is within the tolerance even if its true difference is the upper limit
 
 
 def checked_tolerance(
     tolerance: float, measure: str, model: nn.Module, images: Calibration, settings: Settings
 ) -> tuple[str, tuple[Calibration, ...] | None]:
-    """Return what is measured (``"answers"``, ``"distance"`` or ``"evaluate"``), and the images in three parts.
+    """Return the measure (``"answers"``, ``"distance"`` or ``"evaluate"``), and the images in three parts.
 
-    A function has its own data, so no image is withheld from the calibration data. ConfigError where the images can't
-    confirm the tolerance.
+    A function ``evaluate`` has its own data, so the parts are None. ConfigError if the images can't confirm the
+    tolerance.
     """
-    structure_call(model, images)  # an error that says what to change
+    structure_call(model, images)  # raises an error that says what to change
     if measure == "evaluate" and settings.evaluate is None:
         raise ConfigError("measure='evaluate' needs a function evaluate, got None (shrink)")
     if measure == "evaluate" or (measure == "auto" and settings.evaluate is not None):
@@ -217,7 +216,7 @@ def checked_tolerance(
 def within_tolerance(prepared: Prepared, tolerance: float, measure: str) -> nn.Module:
     """Search the smallest network within a tolerance, distil and confirm it, and return it with its report.
 
-    The budget says which cost is made small, and how it is distributed. If no network is confirmed, a copy of the
+    The budget names the cost to minimize, and says how it is distributed. If no network is confirmed, a copy of the
     unpruned one is returned.
     """
     images, measured, settings = prepared.images, prepared.measured, prepared.settings
@@ -246,7 +245,7 @@ def within_tolerance(prepared: Prepared, tolerance: float, measure: str) -> nn.M
         candidates.append(Candidate(share, made.left, is_distilled, found.difference, found.limit, found.is_within))
         return TriedNetwork(candidates[-1], made, final, found.is_safe)
 
-    # Costs are compared by quotients: half of a network's cost counts as much as half of a small one's.
+    # Shares are compared by quotients: halving a large share counts as much as halving a small one.
     low, high = lowest, 1.0
     while len(candidates) < _CANDIDATES and high / low >= _NEAR:
         middle = math.sqrt(low * high)
@@ -257,7 +256,7 @@ def within_tolerance(prepared: Prepared, tolerance: float, measure: str) -> nn.M
         else:
             low = middle
     if passed and measure != "evaluate":
-        # The smallest may have passed by chance: larger networks, too, stand ready to be confirmed.
+        # The smallest network may have passed by chance, so larger networks are added to be confirmed.
         _add_larger(passed, tried)
     passed.sort(key=lambda each: -each.candidate.left)
     if passed and settings.distill is not False:
@@ -266,7 +265,7 @@ def within_tolerance(prepared: Prepared, tolerance: float, measure: str) -> nn.M
         if found.candidate.is_within:
             passed[-1] = found
             verdict, share = found.final.verdict, max(smallest * _STEP, lowest)
-            # Where learned weights are discarded, the network is no better than what the search has found.
+            # With discarded weights the network is no better than the one that the search found.
             if (verdict is None or verdict.is_kept) and smallest / share >= _NEAR:
                 smaller = tried(share, tried(share).made)
                 if smaller.candidate.is_within:
@@ -287,7 +286,7 @@ def within_tolerance(prepared: Prepared, tolerance: float, measure: str) -> nn.M
     if chosen is not None:
         left, difference, limit = chosen.candidate.left, confirmed.difference, confirmed.limit
         if kind == "latency":
-            left = prepared.share_left(chosen.made.dense)  # which times it, unless a table was given
+            left = prepared.share_left(chosen.made.dense)  # times the network, unless a table was given
     outcome = ToleranceOutcome(
         tolerance=tolerance,
         measure=measure,
@@ -331,11 +330,11 @@ def within_tolerance(prepared: Prepared, tolerance: float, measure: str) -> nn.M
 
 
 def _add_larger(passed: list[TriedNetwork], tried: Callable[[float], TriedNetwork]) -> None:
-    """Try larger networks than the smallest one; what is within the tolerance joins the others.
+    """Try larger networks than the smallest one, and add those within the tolerance.
 
-    If the first look fails, no network is returned. So the largest one must be within the tolerance by a margin: each
-    is half of the way from the one before to the whole network, in quotients. Then the widest gaps are filled. A single
-    network that passed gets a larger one beside it whatever its margin: it is the best of six by the judging images.
+    If the first check fails, no network is returned. So the largest network must be within the tolerance by a margin:
+    the share of each new one is the square root of the largest share so far. Then the widest gaps are filled. If only
+    one network passed, a larger one is added whatever its margin, because it is the best of six on the judging images.
     """
     shares = [each.candidate.asked for each in passed]
     largest = max(passed, key=lambda each: each.candidate.asked)
@@ -359,12 +358,12 @@ def _add_larger(passed: list[TriedNetwork], tried: Callable[[float], TriedNetwor
 
 
 def _units(part: Calibration) -> int:
-    """Return the number of samples, or of groups of them where these are known."""
+    """Return the number of samples, or of groups of samples if these are known."""
     return part.samples if part.groups is None else int(part.groups.max()) + 1
 
 
 def _total_for(needed: int, part: int) -> int:
-    """Return how many images there must be so that so many fall to a part."""
+    """Return how many images are needed so that a part gets ``needed`` of them."""
     places = [place for place, own in enumerate(PARTS) if own == part]
     cycles, rest = divmod(needed - 1, len(places))
     return cycles * len(PARTS) + places[rest] + 1

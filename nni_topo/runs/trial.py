@@ -1,4 +1,4 @@
-"""``python -m nni_topo.runs.trial``: one trial of an NNI experiment, or one of its own with ``--params FILE``.
+"""``python -m nni_topo.runs.trial``: one trial of an NNI experiment, or with ``--params FILE`` a trial without NNI.
 
 A trial prunes, makes dense, compensates, retrains and measures; if it was killed, the same call runs it again. Under
 NNI the parameters come from the tuner, the results go to it, and the files lie in the trial's folder.
@@ -65,32 +65,32 @@ class TrialSettings:
     """One trial. Every scalar field is an option of ``python -m nni_topo.runs.trial`` and may be a tuner's parameter.
 
     The score that the tuner maximises is ``accuracy - flops_weight * MACs share - latency_weight * latency share``, all
-    three in [0, 1] or near it: what a pruned network may lose in accuracy to be smaller or faster by so much. A
-    weighted sum finds points on the convex hull of the trade-off only; every trial reports the three values as well.
+    three in [0, 1] or near it. A weight is the accuracy that a network may lose to save all of that cost. A weighted
+    sum finds only points on the convex hull of the trade-off; every trial reports the three values as well.
     """
 
     model: str = "small_cnn"  # a listed name or package.module:factory
-    width: float = 1.0  # factor on the layers' widths
+    width: float = 1.0  # factor of the layers' widths
     data: str = "digits"  # a listed name, an .npz file or a folder
     data_dir: str | None = None  # folder with the data set's files
-    limit: int | None = None  # training images of the unpruned net; None: all
-    image_size: int | None = None  # pixels a side that a folder's images are scaled to; None: as they are
-    train_epochs: int | None = None  # of the unpruned net; None: the model's recipe
+    limit: int | None = None  # training images for the unpruned net; None: all
+    image_size: int | None = None  # pixels of each side to which a folder's images are scaled; None: unchanged
+    train_epochs: int | None = None  # epochs of the unpruned net; None: the model's recipe
     checkpoint: str | None = None  # state dict of the trained net; None: it is trained, once per experiment
     pruner: str = "l1"  # registered name, see nni-topo list
     ratio: float = 0.5  # sparse_ratio in [0, 1) of layers without one of their own
-    flops: float | None = None  # share of the MACs to be left, in (0, 1]; ratios then are proportions
+    flops: float | None = None  # share of the MACs to keep, in (0, 1]; ratios then are proportions
     calibration: int = 0  # training images without labels for a pruner that takes calibration data
     compensate: int = 0  # training images without labels for compensation; 0: none
     distill: int = 0  # training images without labels for distillation; 0: none
     retrain_epochs: int = 1  # after pruning; 0: none
     retrain_images: int | None = None  # training images used after pruning; None: all
     lr: float | None = None  # learning rate after pruning; None: a fifth of the recipe's
-    flops_weight: float = 0.0  # accuracy that the whole net's MACs are worth
-    latency_weight: float = 0.0  # accuracy that the whole net's latency is worth
-    seed: int = 0  # of the net, the pruner where it takes one, and retraining
+    flops_weight: float = 0.0  # accuracy that all MACs of the unpruned net are worth
+    latency_weight: float = 0.0  # accuracy that the latency of the unpruned net is worth
+    seed: int = 0  # of the net, of a pruner that takes one, and of retraining
     device: str = "cpu"  # cpu, cuda or auto
-    # no flags, a tuner's alone: by layer or shell pattern, `ratio.LAYER`, and the pruner's `knob.NAME[.FIELD]`
+    # parameters of a tuner, not flags: `ratio.LAYER` by layer or shell pattern, and the pruner's `knob.NAME[.FIELD]`
     ratios: tyro.conf.Suppress[Mapping[str, float]] = field(default_factory=dict)
     knobs: tyro.conf.Suppress[Mapping[str, Any]] = field(default_factory=dict)
 
@@ -113,11 +113,11 @@ class TrialSettings:
         return next((value for name, value in self.ratios.items() if fnmatchcase(layer, name)), self.ratio)
 
     def cell(self) -> Cell:
-        """Return the trial as a comparison's cell, whose trained net it shares."""
+        """Return the trial as a cell of a comparison, which shares the trained net."""
         default = default_recipe(self.model, self.data)
         train = default if self.train_epochs is None else changed_recipe(default, {"epochs": self.train_epochs})
         retrain = train.for_retraining(self.retrain_epochs)
-        # A search over pruners has one number for all.
+        # A search over pruners has one `calibration` for all.
         takes_images = "calibration" in pruner_info(self.pruner).knobs()
         return Cell(
             model=ModelChoice(self.model, self.width),
@@ -138,7 +138,7 @@ class Trial(TrialSettings):
     """Prune, make dense, compensate, retrain and report to NNI."""
 
     params: Path | None = None  # JSON file with the parameters, instead of NNI's tuner
-    out: Path | None = None  # folder for the trial's files; None: the one NNI makes
+    out: Path | None = None  # folder for the trial's files; None: the folder that NNI makes
     cache: Path | None = None  # folder of trained nets; None: the experiment's
 
 
@@ -155,7 +155,7 @@ def with_parameters(settings: TrialSettings, parameters: Mapping[str, Any]) -> T
             knobs[knob] = {**knobs.get(knob, {}), part: value} if part else value
         elif name not in kinds:
             raise unknown_name("a trial's parameter", str(name), [*kinds, f"{_RATIO}LAYER", f"{_KNOB}NAME"], "trial")
-        # Tuners give whole numbers as floats, and the other way round.
+        # Tuners give integers as floats, and floats as integers.
         elif kinds[name].startswith("int") and isinstance(value, float) and value.is_integer():
             changes[name] = int(value)
         elif kinds[name].startswith("float") and isinstance(value, int) and not isinstance(value, bool):
@@ -178,11 +178,11 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
 def run_trial(
     settings: TrialSettings, out: str | Path, *, cache: str | Path | None = None, report: ReportMetrics | None = None
 ) -> Record:
-    """Run a trial in a folder, unless it is finished; return what ``metrics.json`` holds, accuracies in [0, 1].
+    """Run a trial in a folder, unless it is finished; return the content of ``metrics.json`` (accuracies in [0, 1]).
 
     ``cache`` holds the trained nets that trials share. ``report`` is called with 0 and the result after pruning, then
     with every epoch's number and result: ``default``, the score, and ``accuracy``, both on validation images, so that a
-    search doesn't learn the test images.
+    search doesn't overfit to the test images.
     """
     out = Path(out)
     with only_process(out):
@@ -192,7 +192,7 @@ def run_trial(
         elif known != mine:
             other = ", ".join(sorted(key for key in mine if known.get(key) != mine[key]))
             raise ConfigError(f"a trial's folder must hold one trial, got another one, with other {other} ({out})")
-        metrics: Record | None = read_json(out / METRICS)  # of a trial that is done
+        metrics: Record | None = read_json(out / METRICS)  # of a finished trial
         if metrics is not None:
             return metrics
         began = time.perf_counter()
@@ -260,7 +260,7 @@ def run_trial(
             **provenance(),
         }
         serialization.save(dense, out / DENSE)
-        # A config_list that leads any structured pruner to the same widths.
+        # With this config_list any structured pruner makes the same widths.
         realised: dict[str, float] = {}
         for name in names:
             before, after = facts["widths_before"][name], facts["widths"][name]
@@ -277,18 +277,18 @@ def reported(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def parsed(arguments: Sequence[str] | None = None) -> Trial:
-    """Return what the words of a command line ask for; by default the words of this process."""
+    """Return the trial that a command line asks for; by default the command line of this process."""
     return tyro.cli(Trial, prog="python -m nni_topo.runs.trial", args=arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a trial by the words of a command line; return 0, or 2 with the reason on standard error."""
+    """Run a trial by a command line; return 0, or 2 with the reason on standard error."""
 
     def show(step: int, result: dict[str, float]) -> None:
         print(json.dumps({"step": step, **result}), flush=True)
 
     def tell_nni(step: int, result: dict[str, float]) -> None:
-        nni.trial.overwrite_intermediate_seq(step)  # of a trial that is run again NNI knows some
+        nni.trial.overwrite_intermediate_seq(step)  # NNI knows some results of a trial that is run again
         nni.report_intermediate_result(result)
 
     try:

@@ -65,7 +65,7 @@ def planned_ratios(
 def layer_ratios(model: nn.Module, example_inputs: Any, target: Target) -> dict[str, float]:
     """Return the ``sparse_ratio``, in [0, 1), of every layer that a comparison prunes, in network order.
 
-    ConfigError where the fewest channels leave more than twice the budget: networks of other sizes would be compared.
+    ConfigError if the fewest channels leave more than twice the budget: networks of different sizes would be compared.
     """
     analysis = Analysis.on(model, example_inputs)
     if target.kind == "ratio":
@@ -83,7 +83,7 @@ def layer_ratios(model: nn.Module, example_inputs: Any, target: Target) -> dict[
 
 
 def fewest_channels(analysis: Analysis, entries: Sequence[Mapping[str, Any]], round_to: int | None = None) -> Kept:
-    """Return which channels stay if each layer keeps as few as the bounds of the entries allow: the first ones."""
+    """Return the kept channels if each layer keeps its first ones, as few as the bounds of the entries allow."""
     units = _units(analysis, _grouped(analysis, entries))
     return kept_if(units, Planner(round_to=round_to).rounded)([unit.removable_rows[1] for unit in units])
 
@@ -93,7 +93,7 @@ def proposed_ratios(
 ) -> dict[str, float]:
     """Return the proposed ratios, equal within coupled layers and scaled so that this ``share`` of the MACs is kept.
 
-    None as the share scales nothing.
+    With None as the share they aren't scaled.
     """
     analysis = Analysis.on(model, example_inputs)
     config_list = _grouped(analysis)
@@ -102,7 +102,7 @@ def proposed_ratios(
         agreed = {name: float(proposed[unit.layers[0]]) for unit in units for name in unit.layers}
         return {name: agreed[name] for entry in config_list for name in entry["op_names"]}
     left = share_left(units, network_cost("flops", analysis))
-    # The first layer's proposal stands for its dependency group.
+    # The first layer's proposal is used for its dependency group.
     kept = [1.0 - proposed[unit.layers[0]] for unit in units]
     rows, bounds = [unit.rows for unit in units], [(0, unit.rows - 1) for unit in units]
     removed = solve_uniform(rows, left, share, bounds, proportions=[each / min(kept) for each in kept])
@@ -131,7 +131,7 @@ def inner_layers_of(analysis: Analysis) -> list[str]:
 
 
 def sorted_layers(analysis: Analysis) -> tuple[list[str], dict[str, str]]:
-    """Return the layers that can lose channels, or units, in network order, and why all others can't.
+    """Return the layers that can lose channels, or units, in network order, and the reasons why others can't.
 
     They are convolutions, linear and recurrent layers.
     """
@@ -174,7 +174,7 @@ def _units(analysis: Analysis, config_list: DependencyGroups) -> list[PruningUni
     units = []
     for key, members in grouped.items():
         names = [name for entry in members for name in entry["op_names"]]
-        # blocks of all members must fit: a step takes one channel of each part
+        # blocks of all members must fit: a step removes one channel of each part
         parts = math.lcm(*(entry.get("internal_metric_block", 1) for entry in members))
         blocks = len(flow.unit_channel_ids(names[0])) // parts * parts
         ties = config_list.ties.get(names[0], ())
@@ -197,7 +197,7 @@ def _units(analysis: Analysis, config_list: DependencyGroups) -> list[PruningUni
 
 
 def _as_ratios(units: list[PruningUnit], removed: Sequence[int], config_list: list[dict[str, Any]]) -> dict[str, float]:
-    """Ratios of all layers, in network order, that remove so many rows of each unit."""
+    """Return the ratios of all layers, in network order, that remove these numbers of rows of each unit."""
     # Half a step more than asked keeps int(rows * ratio) from falling short by rounding.
     ratios = {
         name: (count + 0.5) / unit.rows if count else 0.0

@@ -1,1 +1,1 @@
-"""NNI experiments with pruning as the trial: what a trial does, and experiments from start to export."""
+"""NNI experiments whose trials prune: starting them, reading their trials, and exporting the results."""

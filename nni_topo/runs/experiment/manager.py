@@ -34,12 +34,12 @@ def load_experiment(path: str | Path) -> ExperimentConfig:
         config = ExperimentConfig.load(path)
         config.validate()
     except Exception as error:
-        # NNI raises whatever its parsers and checks happen to raise; many of its checks are bare assertions
+        # NNI's parsers and checks raise any kind of error, often bare assertions
         line = traceback.extract_tb(error.__traceback__)[-1].line
         reason = str(error) or f"{type(error).__name__} at `{line}`"
         raise ConfigError(f"an experiment must be a configuration that NNI takes, got: {reason} ({path})") from error
     finally:
-        # after an error NNI forgets to, and then refuses every other file
+        # NNI doesn't do this after an error, and then refuses every other file
         unset_base_path()
     return config
 
@@ -49,8 +49,8 @@ def start_experiment(
 ) -> Experiment:
     """Start NNI's manager, which starts the trials; it ends with this process, or with ``stop()``.
 
-    ``port`` is that of its web page and REST API; services on other machines need the next one, too. ``resume`` names
-    an experiment that was stopped or killed: it goes on, and runs unfinished trials again. With ``everywhere`` the
+    ``port`` is the port of its web page and REST API; services on other machines also need the next port. ``resume``
+    names a stopped or killed experiment: it continues, and runs unfinished trials again. With ``everywhere`` the
     manager listens on all interfaces, as NNI's does, which trials on other machines need. ConfigError if there is
     nothing to resume, DataError if the folder has no room, ManagerError if a port is in use or the manager doesn't
     start.
@@ -71,7 +71,7 @@ def start_experiment(
 
 
 def free_port() -> int:
-    """Return a port that was free a moment ago, and the next one too."""
+    """Return a port that was free a moment ago, like the next port."""
     while True:
         with socket.socket() as one, socket.socket() as next_one, suppress(OSError, OverflowError):
             one.bind(("127.0.0.1", 0))
@@ -90,7 +90,7 @@ def read_status(experiment: Experiment) -> tuple[str, list[str]]:
 def follow(
     experiment: Experiment, tell: Callable[[str, list[TrialRecord]], None], *, seconds: float = 2.0
 ) -> list[TrialRecord]:
-    """Tell an experiment's status and trials every so many seconds until it ends; return all trials (ManagerError)."""
+    """Pass an experiment's status and trials to ``tell`` at intervals until it ends; return all trials."""
     idle = 0
     while True:
         status, errors = read_status(experiment)
@@ -101,23 +101,23 @@ def follow(
         if status == "ERROR":
             reason = "; ".join(errors) or "no reason"
             raise ManagerError(f"an experiment must run to its end, got: {reason} (experiment {experiment.id})")
-        # a tuner that has no more to propose: NNI waits for ever; what it proposed last may be on its way for a moment
+        # NNI waits forever if the tuner has no more proposals; its last ones may arrive a moment later
         if status in ENDED or idle == _LOOKS:
             return trials
         time.sleep(seconds)
 
 
 def optimize_mode(config: ExperimentConfig) -> str:
-    """Return ``"maximize"`` or ``"minimize"``, as the tuner is told."""
+    """Return ``"maximize"`` or ``"minimize"``, as the tuner's arguments say."""
     arguments = getattr(config.tuner, "class_args", None) or {}
     return str(arguments.get("optimize_mode", "maximize"))
 
 
 @contextmanager
 def opened(experiment_id: str | None, port: int | None) -> Iterator[Experiment]:
-    """Give access to an experiment: a running one as it runs, a stopped one through a manager in view mode.
+    """Give access to a running experiment, or to a stopped one through a manager in view mode.
 
-    Without an identifier: the one at ``port``, or the one that was started last. ConfigError if there is none.
+    Without an identifier it is the experiment at ``port``, or the one started last; ConfigError without any.
     """
     nni.silence_stdout()
     entry: dict[str, Any] = {"status": "RUNNING", "port": port} if port is not None else _registered(experiment_id)
@@ -140,7 +140,7 @@ def opened(experiment_id: str | None, port: int | None) -> Iterator[Experiment]:
 
 
 def _registered(experiment_id: str | None) -> dict[str, Any]:
-    """Return NNI's entry for an experiment, by default the one that was started last."""
+    """Return NNI's entry for an experiment, by default the one started last."""
     update_experiment()
     known = Experiments().get_all_experiments()
     if not known:
@@ -155,7 +155,7 @@ def _registered(experiment_id: str | None) -> dict[str, Any]:
 def _stopped_config(experiment_id: str | None) -> ExperimentConfig:
     entry = _registered(experiment_id)
     if entry["status"] != "STOPPED":
-        # A run that was killed leaves its manager, and the trials go on.
+        # After a run is killed, its manager and the trials continue.
         raise ConfigError(
             f"an experiment must have ended to be resumed, got {entry['status']}: `nnictl stop {experiment_id}` ends "
             f"it ({experiment_id})"
@@ -168,7 +168,7 @@ def _written_config(experiment_id: str) -> ExperimentConfig:
     try:
         experiment.load_checkpoint()
     except (sqlite3.Error, TypeError) as error:
-        # NNI lists an experiment before its manager has written its configuration down
+        # NNI lists an experiment before its manager has written the configuration
         raise ConfigError(
             f"an experiment must have begun, got one killed before: run its file again ({experiment_id})"
         ) from error
@@ -177,7 +177,7 @@ def _written_config(experiment_id: str) -> ExperimentConfig:
 
 @contextmanager
 def _manager_environment(everywhere: bool) -> Iterator[None]:
-    """Let processes started inside find this Python first; the manager pairs trials and parameters, and stays here."""
+    """Let processes started inside find this Python first; the manager pairs trials and parameters, and stays local."""
     scripts = [PAIRING] if everywhere else [PAIRING, LOOPBACK]
     options = [os.environ.get("NODE_OPTIONS", ""), *(f'--require="{script}"' for script in scripts)]
     changes = {

@@ -28,7 +28,7 @@ def export_trial(trial: TrialRecord, out: str | Path, *, command: str | None = N
     """Copy a succeeded trial's dense model, masks, config_list, settings and metrics; return the metrics.
 
     If its files aren't on this machine, the experiment's trial ``command`` is run here with its parameters. DataError
-    if there is none, it isn't that of ``nni_topo.runs.trial``, or it fails; or if the disk is full.
+    without a command, if it doesn't run ``nni_topo.runs.trial`` or fails, or if the disk is full.
     """
     out, folder = Path(out), Path(trial.folder or "nowhere")
     check_free_disk(out)
@@ -50,7 +50,7 @@ def export_trial(trial: TrialRecord, out: str | Path, *, command: str | None = N
         )
         if done.returncode:
             lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
-            # A command line that doesn't fit is answered in a box, below a rule with where help is.
+            # Errors of the command line are in a box, above a rule and a hint where to find help.
             boxed = [line.strip("│ ") for line in lines if line.startswith("│")]
             box = list(takewhile(lambda text: not text.startswith("─"), boxed))
             raise DataError(f"a trial must run again here, got: {' '.join(box) or lines[-1]} ({trial.id})")
@@ -68,7 +68,7 @@ def save_trials(trials: Sequence[TrialRecord], out: str | Path) -> Path:
 
 
 def trials_table(trials: Sequence[TrialRecord], title: str) -> Table:
-    """Return a table of trials: parameters, score, and why a trial failed."""
+    """Return a table of trials with parameters, scores and reasons of failures."""
     table = Table("trial", "id", "status", "score", "parameters", title=title, title_justify="left")
     for trial in trials:
         score = "" if trial.score is None else f"{trial.score:.4f}"
@@ -77,5 +77,5 @@ def trials_table(trials: Sequence[TrialRecord], title: str) -> Table:
 
 
 def in_words(parameters: Record) -> str:
-    """Return parameters in a line."""
+    """Return parameters as one line of text."""
     return ", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in parameters.items())

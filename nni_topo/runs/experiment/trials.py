@@ -1,4 +1,4 @@
-"""Trials as NNI's manager knows them, over its REST API."""
+"""Trials of NNI's manager, read through its REST API."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ _STDERR = "trial.stderr"
 
 
 class ManagerError(DataError):
-    """NNI's manager doesn't answer, or gave an experiment up."""
+    """NNI's manager doesn't answer, or has given up an experiment."""
 
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """A trial as NNI's manager knows it."""
+    """A trial of NNI's manager."""
 
     id: str  # NNI's
     number: int  # from 0
     status: str  # NNI's word, such as SUCCEEDED or FAILED; STOPPED if its experiment ended before it did
-    parameters: dict[str, Any]  # what the tuner proposed, and the trial ran: those that its result was reported for
-    result: dict[str, float]  # what it reported last, its score under `default`; empty before
-    folder: str  # on the machine it runs on
-    error: str = ""  # last line of a failed trial's standard error, where it can be had
+    parameters: dict[str, Any]  # the tuner's proposal that the trial ran: the one for which it reported its result
+    result: dict[str, float]  # its last report, with the score under `default`; empty before
+    folder: str  # on the trial's machine
+    error: str = ""  # last line of a failed trial's standard error, if available
 
     @property
     def score(self) -> float | None:
-        """What the tuner optimises; None before the final result."""
+        """The value that the tuner optimises; None before the final result."""
         return self.result.get("default")
 
     @property
@@ -66,19 +66,19 @@ def read_trials(experiment: Experiment) -> list[TrialRecord]:
 
 
 def pair_by_result(jobs: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return by trial, as the REST API lists them, the parameters that it ran, as far as it can be told.
+    """Return the parameters that each trial ran, as far as the REST API's list shows them.
 
     NNI's manager gives the next parameters in its queue to whichever trial asks first, while its tables and the tuner
     assign them to the trial that was submitted first (``nni_node/training_service/v3/compat.js``). `compat.PAIRING`
-    keeps the manager from it.
+    prevents that.
     """
     shown = {job["trialJobId"]: json.loads(job["hyperParameters"][-1]) for job in jobs if job.get("hyperParameters")}
     numbered = {str(proposal.get("parameter_id")): proposal["parameters"] for proposal in shown.values()}
     ran = {}
     for job in jobs:
         own = shown.get(job["trialJobId"], {"parameters": {}})
-        # a result carries the number of the proposal that ran; without one the trial's own row has to do, and with its
-        # own, too: NNI alone gives numbers out twice when it resumes an experiment
+        # A result has the number of the proposal that ran. Without a result, or if the number is the trial's own, the
+        # trial's own row is used, because NNI by itself repeats numbers when it resumes an experiment.
         number = str(((job.get("finalMetricData") or [{}])[-1]).get("parameterId"))
         is_own = number == str(own.get("parameter_id"))
         ran[job["trialJobId"]] = own["parameters"] if is_own else numbered.get(number, own["parameters"])
@@ -86,7 +86,7 @@ def pair_by_result(jobs: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any
 
 
 def stopped(trials: Iterable[TrialRecord]) -> list[TrialRecord]:
-    """Return the trials of an experiment that has ended; those that NNI still calls running were cut short."""
+    """Return the trials of an ended experiment; trials that NNI still calls running become stopped."""
     return [trial if trial.is_finished else replace(trial, status=STOPPED) for trial in trials]
 
 
@@ -102,7 +102,7 @@ def best_trial(trials: list[TrialRecord], *, mode: str = "maximize") -> TrialRec
 
 @contextmanager
 def answering(experiment: Experiment) -> Iterator[None]:
-    """Turn a manager's silence into a :class:`ManagerError` that says how to go on."""
+    """Raise a :class:`ManagerError` that says what to do if a manager doesn't answer."""
     try:
         yield
     except OSError as error:
@@ -115,7 +115,7 @@ def answering(experiment: Experiment) -> Iterator[None]:
 
 def _record(experiment: Experiment, job: dict[str, Any], parameters: dict[str, Any]) -> TrialRecord:
     results = job.get("finalMetricData") or []
-    # NNI packs a result twice
+    # NNI encodes a result twice
     data = json.loads(json.loads(results[-1]["data"])) if results else {}
     result = data if isinstance(data, dict) else {"default": float(data)}
     # NNI gives the status ADD_RESUMED to a trial that a resumed experiment is about to run again.

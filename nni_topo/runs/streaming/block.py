@@ -1,4 +1,4 @@
-"""A block as a network of its own: its inputs are the states and the block's other arguments."""
+"""A block as a separate network, whose inputs are the states and the block's other arguments."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ UNPRUNED, PADDING_MASK = "unpruned_states", "attention_mask"
 """Inputs of a block's network besides `STATES`, the states after the pruned blocks: the states after the unpruned
 blocks, and the padding mask."""
 _EXTRA = "extra{}"
-_MOST_EXTRAS = 6  # that `BlockNet.forward` takes
+_MOST_EXTRAS = 6  # number of extra tensors that `BlockNet.forward` takes
 
 
 class BlockNet(nn.Module):
@@ -43,7 +43,7 @@ class BlockNet(nn.Module):
         extra5: Tensor | None = None,
     ) -> Tensor:
         """Return the states after the block, (samples, places, width)."""
-        # Named parameters, because a graph has no others.
+        # Named parameters, because a traced graph has no variadic ones.
         states = unpruned_states if self.reads_unpruned else hidden_states
         args, kwargs = self.frame.arguments(states, (extra0, extra1, extra2, extra3, extra4, extra5))
         return states_of(self.block(*args, **kwargs))
@@ -51,10 +51,10 @@ class BlockNet(nn.Module):
 
 @dataclass(frozen=True)
 class Frame:
-    """The arguments of a block: those that are the same for all batches, and the places of the others."""
+    """The arguments of a block that are the same for all batches, and the indices of the others."""
 
     spec: TreeSpec  # structure of the positional and keyword arguments
-    leaves: list[Any]  # the flattened arguments; None for those that come with each batch
+    leaves: list[Any]  # the flattened arguments; None for those that differ between batches
     states: int  # index of the states among them
     extras: list[int]  # indices of tensors with an entry for each sample
 
@@ -76,7 +76,7 @@ def entering(
 ) -> tuple[Frame, list[dict[str, Any]]]:
     """Return a block's arguments besides the states: the frame, and for each batch inputs of `BlockNet` on the CPU.
 
-    Tensors with an entry for each sample come with each batch; all else must be the same for all batches.
+    Only tensors with an entry for each sample may differ between batches.
     ``adds_padding``: call the model with one more sample, which has padding, and drop that sample afterwards: otherwise
     a batch without padding may get no mask, while others get one.
     """

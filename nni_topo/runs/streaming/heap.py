@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of mallopt, as malloc.h of glibc numbers them
-_OWN_PAGES = 2**20  # bytes of a tensor from which on it gets pages of its own
-# glibc raises its threshold to the size of what is freed, up to this. A process that has freed a large tensor is there.
+_OWN_PAGES = 2**20  # bytes; tensors of this size or larger get pages of their own
+# bytes; glibc raises its threshold up to this when larger memory is freed, and large tensors have been freed by then
 _HIGHEST_THRESHOLD = 2**25
 
 
@@ -26,8 +26,8 @@ def give_back() -> None:
 def freed_at_once() -> Iterator[None]:
     """Let glibc give the memory of a tensor of 1 MiB or more back to the system as soon as it is freed.
 
-    By itself it keeps that of tensors below 32 MiB, in pieces that no larger tensor fits into: the process grows.
-    Nothing is done where the user has set a threshold in the environment.
+    By default glibc keeps the memory of tensors below 32 MiB, in pieces too small for larger tensors, so that the
+    process grows. If the user has set a threshold in the environment, this does nothing.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     is_set = "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in tunables
@@ -47,7 +47,7 @@ def _has_glibc() -> bool:
 
 
 def _set_threshold(nbytes: int) -> None:
-    """Let glibc take pages of their own for what has so many bytes or more."""
+    """Let glibc use separate pages for memory of ``nbytes`` or more."""
     set_option = ctypes.CDLL(None).mallopt
     set_option(_MMAP_THRESHOLD, nbytes)
     set_option(_TRIM_THRESHOLD, 2 * nbytes)

@@ -18,7 +18,7 @@ from nni_topo.runs.streaming.skeleton import INDEX
 
 JOURNAL = "shrink_pretrained.json"
 """The name of the file: digests of the run's settings, then its finished blocks or its report."""
-_FOLDER = ".shrink_pretrained"  # of the states
+_FOLDER = ".shrink_pretrained"  # folder of the states
 _WEIGHTS = "model-*-of-*.safetensors"
 _PART = ".part"  # suffix of files that aren't complete
 
@@ -26,7 +26,7 @@ _PART = ".part"  # suffix of files that aren't complete
 class Journal:
     """The state of a run in its output folder.
 
-    ``settings`` identify the run, which prunes so many ``blocks``. ConfigError if the folder holds other files, or a
+    ``settings`` identify the run; ``blocks`` is the number of blocks. ConfigError if the folder holds other files, or a
     run with other settings that has finished a block.
     """
 
@@ -67,22 +67,22 @@ class Journal:
             for path in [path for pattern in patterns for path in self.folder.glob(pattern)]:
                 path.unlink()
         if not self.rows:
-            self._write()  # first, so that a run that is killed early can be started again
+            self._write()  # at once, so that a run that is killed early can be restarted
 
     def write_weights(self, number: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write a file of weights: number 0 for the rest of the model, then one for each block.
+        """Write a file of weights: number 0 for the model without blocks, then one for each block.
 
-        It is valid once `note` has recorded it.
+        It is valid only after `note` has recorded it.
         """
         file = f"model-{number + 1:05d}-of-{self._blocks + 1:05d}.safetensors"
         _write_tensors(self.folder / file, tensors)
 
     def note(self, row: Mapping[str, Any] | None = None) -> None:
-        """Record one more finished block; None: that the run has begun."""
+        """Record a finished block; None records that the run has begun."""
         if row is not None:
             self.rows.append(dict(row))
         self._write()
-        for path in self._states.glob("states-*"):  # the earlier ones, which were needed until the record was written
+        for path in self._states.glob("states-*"):  # earlier states, which were needed until the record was written
             if path.name != f"states-{len(self.rows)}":
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -90,7 +90,7 @@ class Journal:
         write_json(self.folder / JOURNAL, {"settings": self._settings, "rows": self.rows})
 
     def begin_states(self, blocks: int) -> None:
-        """Begin to write the states after so many blocks; they are valid once `note` has recorded the block."""
+        """Begin to write the states after ``blocks`` blocks; they are valid once `note` has recorded the block."""
         folder = self._states / f"states-{blocks}"
         shutil.rmtree(folder, ignore_errors=True)
         with disk_errors(folder):

@@ -1,4 +1,4 @@
-"""What is reported of a model that was pruned block by block."""
+"""The report of a model that was pruned block by block."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BlockRow:
-    """What was done to one block."""
+    """The result of pruning one block."""
 
     block: str  # its name in the unpruned model
     params_before: int
     params: int
-    # Mean squared distance of the states after the pruned blocks up to this one from those after the unpruned blocks,
-    # over the variance of these, on held-out samples.
+    # Mean squared distance between the states after the pruned and after the unpruned blocks up to this one, over the
+    # variance of the unpruned states, on held-out samples.
     distance: float
     calibration_distance: float  # the same on the calibration data
-    is_distilled: bool  # whether the weights that distillation found were kept
+    is_distilled: bool  # whether distilled weights were kept
     seconds: float  # wall time
 
 
@@ -39,13 +39,13 @@ class StreamingReport:
     params_before, params : int
         Parameters of the unpruned and of the pruned model.
     widths : dict of str to tuple of int
-        By layer of a block, the output channels before and after; all blocks have the same.
+        For each layer of a block, the output channels before and after; all blocks have the same.
     budget : BudgetOutcome
         Whether the budget was met, and why not.
     likeness : Likeness
-        On held-out samples, with 95 % intervals: ``distance``, the mean squared distance of the model's outputs from
-        the unpruned model's, over the variance of these, and ``agreement``, the share of the largest outputs that are
-        the same; NaN where outputs aren't scores of classes or tokens.
+        On held-out samples, with 95 % intervals: ``distance``, the mean squared distance from the unpruned model's
+        outputs over their variance, and ``agreement``, the share of places with the same largest output; NaN if outputs
+        aren't scores of classes or tokens.
     samples : int
         Number of calibration samples.
     held_out : int
@@ -53,9 +53,9 @@ class StreamingReport:
     pruner : str
         Name of the pruner.
     recovery : str
-        Name of the recovery method; empty where no weights were reconstructed.
+        Name of the recovery method; empty if no weights were reconstructed.
     warnings : tuple of str
-        What makes the figures doubtful.
+        Reasons to doubt the figures.
     """
 
     blocks: tuple[BlockRow, ...]
@@ -95,7 +95,7 @@ class StreamingReport:
 
 
 def as_report(content: dict[str, Any]) -> StreamingReport:
-    """Return a report from what a file holds of it."""
+    """Return a report from the content of its file."""
     return StreamingReport(
         **content
         | {

@@ -1,4 +1,4 @@
-"""Prune a folder of Transformers block by block: only one block and the states between blocks are in memory."""
+"""Prune a Transformers model in a folder block by block; memory holds one block and the states between blocks."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ from nni_topo.runs.streaming.skeleton import (
     with_states,
 )
 
-_COPIES = 12  # measured memory while a block is pruned, in sizes of the block
+_COPIES = 12  # measured memory for pruning a block, in sizes of the block
 _LEARNING = 20  # memory that a block needs for gradients, in sizes of the states
 _LEARNED_AT_ONCE = 64  # samples in a step of distillation
 _CACHE = 2**28  # bytes for intermediate values of a block
 _COMPARED = 2  # samples on which the written block is compared with the pruned one
-# Largest difference between their outputs: a share of what the block adds to the states, because GPUs may multiply in
-# less than single precision, plus a share of its output, for rounding.
+# Largest difference between their outputs: a share of the block's change of the states, because GPUs may multiply in
+# less than single precision, plus a share of its output for rounding.
 _ALIKE, _ROUNDED = 1e-2, 1e-5
 _CURE = "prune other layers only (layers), or use nni_topo.shrink and nni_topo.save in memory"
 _WEIGHTS = (".safetensors", ".bin", ".index.json", ".gguf", ".h5", ".msgpack", ".pt", ".pth")
@@ -100,7 +100,7 @@ def shrink_pretrained(
     device: str | torch.device | None = None,
     progress: bool | None = None,
 ) -> StreamingReport:
-    """Prune a model of Transformers that needn't fit into memory, block by block, from a folder into another one.
+    """Prune a Transformers model block by block from one folder into another; it needn't fit into memory.
 
     Parameters
     ----------
@@ -109,13 +109,13 @@ def shrink_pretrained(
         changed.
     batches : iterable
         Batches of the model's inputs, without labels, as for :func:`nni_topo.shrink`: for a language model dicts of
-        ``input_ids`` and ``attention_mask``. All samples have one length; padding doesn't count where the
-        ``attention_mask`` says so. Every eighth sample is held out.
+        ``input_ids`` and ``attention_mask``. All samples have the same length; places that the
+        ``attention_mask`` marks as padding don't count. Every eighth sample is held out.
     folder : str or path-like
         The folder for the pruned model, new or empty. ``from_pretrained`` of Transformers loads it without this
-        package. If the run is stopped, the same call goes on after the last finished block; where it is finished, the
-        same call returns its report, which the folder holds as ``shrink_pretrained.json``. Other arguments than
-        ``device`` and ``progress`` must be the same.
+        package. If the run is stopped, the same call continues after the last finished block; after a finished run
+        it returns the report, which the folder holds as ``shrink_pretrained.json``. All arguments except ``device`` and
+        ``progress`` must be the same.
     budget : Budget or mapping
         The share of the whole model's ``flops`` or ``params`` to keep, e.g. ``{"params": 0.5}``. Embeddings and head
         stay as they are, so the blocks lose more. All blocks keep the same widths.
@@ -124,12 +124,12 @@ def shrink_pretrained(
     knobs : mapping, optional
         The pruner's own arguments.
     layers : collection of str, optional
-        Names of the layers to prune within a block, such as ``["mlp.gate_proj", "mlp.up_proj"]``. By default all that
-        can lose channels.
+        Names of the layers to prune within a block, such as ``["mlp.gate_proj", "mlp.up_proj"]``. By default all layers
+        that can lose channels.
     compensate : str, RecoveryMethod or None, default="reconstruct"
         Method of :func:`nni_topo.compensate`; None: the weights are not reconstructed.
     distill : mapping or bool, default=True
-        Whether each pruned block learns, after reconstruction, what the unpruned block puts out; or knobs of
+        Whether each pruned block learns the unpruned block's outputs after reconstruction; or knobs of
         :func:`nni_topo.distill`, e.g. ``{"steps": 200}``. The learned weights are kept only if the loss on the held-out
         samples falls.
     round_to : int, optional
@@ -138,8 +138,8 @@ def shrink_pretrained(
         Seed of all steps.
     device : str, torch.device or None, default=None
         Where everything is computed: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or another device of PyTorch; ``"auto"``: CUDA
-        if there, else the CPU. None: the CPU, as ``from_pretrained`` of Transformers loads a model. Inputs may lie on
-        any device. A run that was stopped can be continued on another one.
+        if available, else the CPU. None: the CPU, as ``from_pretrained`` of Transformers loads a model. Inputs may be
+        on any device. A stopped run can be continued on another one.
     progress : bool or None, default=None
         Show on standard error how far it is: in a terminal a bar, elsewhere a line every half minute. None: after
         five seconds.
@@ -147,18 +147,18 @@ def shrink_pretrained(
     Returns
     -------
     StreamingReport
-        What was done to each block, and how much the outputs of the whole model change, on the held-out samples.
+        The result for each block, and the change of the whole model's outputs on held-out samples.
 
     Raises
     ------
     ConfigError
         If the folders, the device or a knob can't be used, ``folder`` holds a run with other arguments or other files,
         the budget is smaller than what the embeddings and the head take, the model isn't one of Transformers with one
-        list of blocks, or its config can't describe the pruned blocks: ``from_pretrained`` would build others, of other
-        shapes or, as on a batch of each block, with other outputs.
+        list of blocks, or its config can't describe the pruned blocks: ``from_pretrained`` would build blocks with
+        other shapes or, as checked on a few samples, with other outputs.
     DataError
         If files of weights are missing or damaged, weights or states are NaN or infinite (the block is named), samples
-        differ in length, or the disk or the memory isn't enough. Blocks that are finished stay on the disk.
+        differ in length, or the disk or the memory isn't enough. Finished blocks stay on the disk.
 
     See Also
     --------
@@ -167,13 +167,13 @@ def shrink_pretrained(
 
     Notes
     -----
-    Blocks are the entries of the largest ``nn.ModuleList``. Each is loaded by itself and written in the precision of
-    ``source``, of several that of its first weights; distillation learns in single precision. A pruned block gets the
-    states that the pruned blocks before it put out, and is to reproduce what the unpruned block makes of the states of
-    the unpruned model, so that it makes up for errors of the blocks before it.
+    Blocks are the entries of the largest ``nn.ModuleList``. Each is loaded alone and written in the precision of
+    ``source``, or of its first weights if there are several; distillation uses single precision. The inputs of a pruned
+    block are the states after the pruned blocks before it, and its targets are the states after the same block of the
+    unpruned model, so that it makes up for errors of the blocks before it.
 
     Memory: the embeddings and the head, about twelve times one block, and the states of all samples three times in
-    single precision; with another ``device`` than the CPU this is the device's memory. States lie in files of
+    single precision; if ``device`` isn't the CPU, this is the device's memory. States lie in files of
     ``folder``. Other files of ``source``, such as those of the tokenizer, are copied.
     """
     place, target = path_of(source, "source").expanduser(), path_of(folder, "folder").expanduser()
@@ -227,9 +227,9 @@ def shrink_pretrained(
         "seed": seed,
     }
     found = read_json(target / JOURNAL)
-    if isinstance(found, dict) and "report" in found:  # nothing is written, so a full disk is enough
+    if isinstance(found, dict) and "report" in found:  # nothing is written, so a full disk doesn't matter
         journal = Journal(target, identity, len(skeleton))
-        journal.delete_states()  # of a run that was killed at its end
+        journal.delete_states()  # if a run was killed at its end
         return as_report(found["report"])
     with only_process(target, wait=False):
         journal = Journal(target, identity, len(skeleton))
@@ -239,7 +239,7 @@ def shrink_pretrained(
         done = len(journal.rows)
         for index in bar("shrink_pretrained", progress, range(done, len(skeleton)), done=done):
             run.prune(index)
-            give_back()  # that of the block
+            give_back()  # the memory of the block
         report = run.report()
         run.finish()
         journal.finish(asdict(report))
@@ -267,7 +267,7 @@ class _Run:
         self._is_padded = any(isinstance(mask, Tensor) and not bool(mask.all()) for mask in masks)
 
     def begin(self) -> None:
-        """Learn what blocks return. A new run writes the states before the first block, and the other weights."""
+        """Find what blocks return. A new run writes the states before the first block, and the other weights."""
         skeleton, journal = self._skeleton, self._journal
         with fitting(0, "batches"):
             if not journal.rows:
@@ -279,7 +279,7 @@ class _Run:
         for number, call in enumerate(self._calls):
             with fitting(number, "batches"):
                 states = states_in(skeleton.entering(call, 0))
-            # Random masks change the states.
+            # A model that draws random masks changes the states.
             if number == 0 and not torch.equal(states, states_in(skeleton.entering(call, 0))):
                 raise ConfigError(
                     "the same inputs must bring the same states into the first block, got others in the second pass, "
@@ -287,7 +287,7 @@ class _Run:
                     f"of a masked autoencoder (batches, {type(skeleton.model).__name__})"
                 )
             journal.add_states(0, number, {STATES: states, UNPRUNED: states.clone()})
-        # Of tensors that are shared, the first one is enough.
+        # A shared tensor is written once, under its first name.
         rest: dict[int, tuple[str, Tensor]] = {}
         for name, tensor in skeleton.rest().items():
             rest.setdefault(id(tensor), (name, tensor))
@@ -295,7 +295,7 @@ class _Run:
         journal.note()
 
     def _check_room(self) -> None:
-        """Raise DataError unless memory is enough to prune a block, and the disk for the model and the states."""
+        """Raise DataError unless the memory is enough to prune a block, and the disk for the model and the states."""
         skeleton = self._skeleton
         widest = 0
         for module in skeleton.blocks[0].modules():
@@ -345,7 +345,7 @@ class _Run:
 
         self._settings.check_layers(block)
         images = ImageParts.of(calibration, entered)
-        # The share of each block's cost that is kept, so that the whole model keeps its share.
+        # Share of each block's cost to keep, so that the whole model keeps the requested share.
         cost_before, rest = cost_of(self._budget.kind, entered, images.example), self._cost_of_rest()
         total = rest + cost_before * len(skeleton)
         share = (self._budget.share * total - rest) / (total - rest)
@@ -401,7 +401,7 @@ class _Run:
         return counted.all / len(states)
 
     def _write(self, index: int, unpruned: BlockNet, dense: Any) -> None:
-        """Write the weights of a pruned block; with those of the first block also the config."""
+        """Write the weights of a pruned block, and with the first block also the config."""
         skeleton, journal = self._skeleton, self._journal
         tensors = with_transposed_weights(detached_copy(dense.block)).state_dict()
         if index == 0:
@@ -413,13 +413,13 @@ class _Run:
             config = type(skeleton.model).config_class.from_pretrained(journal.folder)
             self._described_skeleton = skeleton.described(config)
         self._check_computes(index, self._described_skeleton, dense, tensors)
-        types = {name: tensor.dtype for name, tensor in unpruned.block.state_dict().items()}  # those of the files
+        types = {name: tensor.dtype for name, tensor in unpruned.block.state_dict().items()}  # precisions of the files
         place = skeleton.name_of(index)
         values = {f"{place}.{name}": tensor.to(types[name]) for name, tensor in tensors.items()}
         journal.write_weights(index + 1, values)
 
     def _described(self, unpruned: BlockNet, dense: Any, tensors: Mapping[str, Tensor]) -> Any:
-        """Return a config that describes blocks like the first pruned one; ConfigError where none does."""
+        """Return a config that describes blocks like the first pruned one; ConfigError if no config can."""
         skeleton = self._skeleton
         config, kind, first = copy.deepcopy(skeleton.config), type(skeleton.model), skeleton.name_of(0)
         before, after = find_attention(unpruned.block), find_attention(dense.block)
@@ -442,7 +442,7 @@ class _Run:
                 if callable(validate):
                     validate()
                 built = empty_model(kind, candidate).state_dict()
-            except Exception as error:  # constructors raise any error for sizes that they refuse
+            except Exception as error:  # constructors may raise any error for sizes that they don't support
                 different = different or " ".join(str(error).split())
                 continue
             shapes = {name.removeprefix(f"{first}."): tuple(value.shape) for name, value in built.items()}
@@ -494,8 +494,8 @@ class _Run:
     ) -> tuple[float, float]:
         """Write the states after a block; return their distances on the calibration data and on held-out samples.
 
-        A distance is the mean squared distance of the states from the wanted ones, over the variance of these, on the
-        places that aren't padding; NaN without samples.
+        A distance is the mean squared distance from the wanted states over their variance, on places that aren't
+        padding; NaN without samples.
         """
         journal, done = self._journal, len(self._journal.rows) + 1
         held_out = self._samples.held_out(HELD_OUT) if self._is_held_out else torch.zeros(self._samples.samples).bool()

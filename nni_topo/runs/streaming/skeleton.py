@@ -56,7 +56,7 @@ class Skeleton:
         self.config = copy.deepcopy(model.config)
         self.blocks_name = _blocks_of(model, folder)
         # Transformers loads everything outside of the blocks, and accelerate records where the blocks are in the files.
-        # A place holds for all children of a module, so the modules that contain the blocks get none.
+        # A device applies to all children of a module, so the modules that contain the blocks get none.
         parts = self.blocks_name.split(".")
         holders = {".".join(parts[:count]) for count in range(len(parts))}
         places = {self.blocks_name: "disk"}
@@ -106,8 +106,8 @@ class Skeleton:
         self.model = model
         self.blocks: list[Any] = list(model.get_submodule(self.blocks_name))
         self.output_length = 0  # length of the tuple that a block returns; 0: it returns a tensor
-        # During a pass: the block at which it stops, the inputs of that block, the output of the block before, and the
-        # output that replaces that of the last block.
+        # During a pass: the block at which it stops, the inputs of that block, the output of the block before, and a
+        # replacement of the last block's output.
         self._stop: int | None = None
         self._entering: list[Call] = []
         self._passed: Tensor | None = None
@@ -116,7 +116,7 @@ class Skeleton:
             block.forward = self._recorder(index)
         model.load_state_dict(rest, strict=False, assign=True)
         for module in model.modules():
-            # Buffers alone, because the weights of the blocks are on the meta device and can't be moved.
+            # Only buffers, because the weights of the blocks are on the meta device and can't be moved.
             for name, buffer in list(module.named_buffers(recurse=False)):
                 module._buffers[name] = buffer.to(self.device)
         model.tie_weights()
@@ -126,7 +126,7 @@ class Skeleton:
             model.config.use_cache = False  # a cache would be a further argument of each block
 
     def described(self, config: Any) -> Skeleton:
-        """Return a skeleton of the model of another config, which shares the tensors outside of the blocks."""
+        """Return a skeleton for another config that shares the tensors outside of the blocks."""
         other = copy.copy(self)
         other._take(empty_model(type(self.model), config), self.rest())
         other.output_length = self.output_length
@@ -146,7 +146,7 @@ class Skeleton:
         return f"{self.blocks_name}.{index}"
 
     def block(self, index: int) -> Any:
-        """Return a copy of a block with its weights, in evaluation mode, with linear layers for ``Conv1D``."""
+        """Return a copy of a block with its weights, in evaluation mode, with linear layers instead of ``Conv1D``."""
         from accelerate.utils.modeling import get_state_dict_offloaded_model
 
         try:
@@ -191,7 +191,7 @@ class Skeleton:
         return forward
 
     def learn_output(self, call: Call) -> None:
-        """Run the first block on one sample, to learn whether blocks return a tensor or a tuple."""
+        """Run the first block on one sample to find whether blocks return a tensor or a tuple."""
         args, kwargs = self.entering(taken(call, torch.arange(1)), 0)
         with torch.no_grad():
             output = self.block(0)(*args, **kwargs)
@@ -203,7 +203,7 @@ class Skeleton:
         self.output_length = len(output) if isinstance(output, tuple) else 0
 
     def entering(self, call: Call, index: int) -> Call:
-        """Return the arguments of a block in a call of the model; only for the first block are the states correct."""
+        """Return the arguments of a block in a call of the model; the states are correct only for the first block."""
         call = on_device(call, self.device)
         self._stop, self._passed, self._injected = index, None, None
         with torch.no_grad(), suppress(_Reached):
@@ -279,7 +279,7 @@ def empty_model(kind: Any, config: Any) -> Any:
 
 
 def _without_weights(folder: Path) -> Any:
-    """Build the model of a folder's config, without weights."""
+    """Build the model by a folder's config, without weights."""
     import transformers
 
     path = folder / CONFIG
