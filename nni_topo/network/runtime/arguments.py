@@ -1,4 +1,4 @@
-"""What models, inputs and masks must be, wherever they are handed in; the rules of numbers and names are in errors."""
+"""Rules for models, inputs, masks and config_lists; rules for numbers and names are in `nni_topo.rules`."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from nni_topo.rules import NONE, Rule, all_of, check_knobs, instance, number, on
 
 
 def unusable(tensor: Tensor, *, needs_values: bool = True) -> str:
-    """Say why a tensor can't be used; nothing if it can. Those of the meta device have a shape and no values."""
+    """Return why a tensor can't be used, empty if it can; tensors on the meta device have no values."""
     if is_lazy(tensor):
         return "a lazy one, which has no shape before the model has run"
     if needs_values and tensor.is_meta:
         return "one on the meta device, which has no values"
     if tensor.layout != torch.strided:
-        return f"one of layout {tensor.layout}, of which to_dense() makes a plain one"
+        return f"one of layout {tensor.layout}, which to_dense() converts"
     return ""
 
 
@@ -43,7 +43,7 @@ def _no_batches(value: Any) -> str:
     return _kind(value)
 
 
-# Beside these lie modules of float networks that are made to be quantised: stubs and FloatFunctional.
+# Other modules there, such as stubs and FloatFunctional, belong to float networks that will be quantised.
 _QUANTIZED = (
     "torch.ao.nn.qat",
     "torch.ao.nn.quantized",
@@ -56,7 +56,7 @@ _QUANTIZED = (
 
 
 def check_float(name: str, model: nn.Module, place: str) -> None:
-    """Raise a ConfigError for a network that torchao or PyTorch's quantisation has quantised, or prepared for it."""
+    """Raise ConfigError for a network that torchao or PyTorch has quantised or prepared for quantisation."""
     found = [(key, type(value)) for key, value in [*model.named_modules(), *model.named_parameters()]]
     for key, kind in found:
         if kind.__module__.startswith(_QUANTIZED) and not kind.__name__.endswith("FloatFunctional"):
@@ -134,7 +134,7 @@ def _is_granularity(value: Any) -> bool:
 
 
 def check_entry(entry: Any, place: str, rules: Mapping[str, Rule] = {}) -> None:
-    """Raise a ConfigError for a value of a config_list's entry that can't be; ``rules`` are those of further keys."""
+    """Raise ConfigError for an invalid entry of a config_list; ``rules``: rules for further keys."""
     if not isinstance(entry, dict):
         raise ConfigError(f"a config_list entry must be a dict, got {type(entry).__name__} ({place})")
     _check_keys(entry, [*_ENTRY, *rules], place)
@@ -146,7 +146,7 @@ def check_entry(entry: Any, place: str, rules: Mapping[str, Rule] = {}) -> None:
 
 
 def _check_keys(setting: Mapping[Any, Any], known: Sequence[str], place: str) -> None:
-    """Raise a ConfigError, with the nearest key there is, for one that NNI doesn't know: its own error names none."""
+    """Raise ConfigError for a key that NNI doesn't know, with the nearest known key: NNI's own error names none."""
     for key in setting:
         if key in LEGACY_KEYS:
             raise ConfigError(f"{key!r} is a key of NNI 2: write {LEGACY_KEYS[key]} ({place})")
@@ -169,17 +169,17 @@ _MASKS = "a mapping of names of modules to mappings of names of parameters to ma
 DEVICE = Rule("a device's name, e.g. 'cpu' or 'cuda:1', or a torch.device", lambda value: _is_device(value))
 MODEL = Rule(_MODEL, is_plain, tell=_kind, look=_look_at_model)
 STRUCTURE = Rule(_MODEL, is_plain, tell=_kind, look=partial(_look_at_model, needs_values=False))
-"""Of a model whose values nobody looks at."""
+"""For a model whose values aren't read."""
 COMPUTING = Rule("a torch.nn.Module", _is_module, tell=_kind, look=partial(_look_at_model, needs_layers=False))
-"""Of a model that may be compiled or spread over devices."""
+"""For a model that may be compiled or spread over devices."""
 NETWORK = replace(COMPUTING, look=partial(_look_at_model, needs_values=False, needs_layers=False))
-"""Of a model that may be compiled or spread over devices, and whose values nobody looks at."""
+"""For a model that may be compiled or spread over devices, and whose values aren't read."""
 TENSOR = Rule("a tensor", lambda value: isinstance(value, Tensor), look=_look_at_inputs)
 INPUTS = Rule(_INPUTS, _holds_tensors, look=_look_at_inputs)
 SHAPES = Rule(_INPUTS, _holds_tensors, look=partial(_look_at_inputs, needs_values=False))
-"""Of inputs whose values nobody looks at."""
+"""For inputs whose values aren't read."""
 BATCHES = Rule("an iterable of batches", lambda value: not isinstance(value, (nn.Module, type(None))), tell=_no_batches)
-"""Of batches, which are looked at as they are read."""
+"""For batches, which are checked as they are read."""
 MASKS = Rule(_MASKS, lambda value: isinstance(value, Mapping), look=_look_at_masks)
 _NAMES, _GROUP = all_of(instance(str), list), instance(str, int)
 _STEP = Rule("a number of elements, or -1 for all", lambda value: value != 0 and whole(-1).holds(value))
@@ -215,12 +215,12 @@ LEGACY_KEYS = {
     "op_partial_names": "op_names_re, with '.*' around the names",
     "exclude": "exclude_op_names into the other entries",
 }
-"""Each key of NNI 2 and what NNI 3 calls it."""
+"""Keys of NNI 2, and their names in NNI 3."""
 ROUND_TO = whole(1) | NONE
 CONFIG_LIST = Rule("a list of dicts", lambda value: isinstance(value, (list, tuple)), look=_look_at_entries)
 BY_HEAD = {"granularity": one_of(("head",)) | _SETTING["granularity"]}
 UNGROUPED = Rule(CONFIG_LIST.words, CONFIG_LIST.holds, look=partial(_look_at_entries, rules=BY_HEAD))
-"""Of a config_list for `dependency_groups`, which may ask for heads."""
+"""For a config_list for `dependency_groups`, whose granularity may be heads."""
 
 
 def check_unwrapped(model: torch.nn.Module) -> None:
@@ -234,10 +234,10 @@ def check_unwrapped(model: torch.nn.Module) -> None:
 
 
 def check_model(model: torch.nn.Module) -> None:
-    """Raise what is wrong with a model: a ConfigError, a DataError, or a SpeedupError where it is still wrapped."""
+    """Check a model; raise ConfigError, DataError, or SpeedupError if it is still wrapped."""
     MODEL.check("model", model, "model")
     check_unwrapped(model)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        # A sum that is finite says it in one pass.
+        # A finite sum shows it in one pass.
         if tensor.is_floating_point() and not bool(tensor.sum().isfinite() or tensor.isfinite().all()):
             raise DataError(f"parameters and buffers must be finite, got NaN or infinite values ({name})")

@@ -24,46 +24,46 @@ from nni_topo.network.runtime.progress import bar
 from nni_topo.rules import FLAG, NONE, whole
 
 HELD_OUT = 8
-"""Of so many samples one is held out."""
+"""Every eighth sample is held out."""
 
 _MEMORY = 2 * 2**30
-_MOST_BATCHES = 1_000  # read without `max_batches` from what may have no end
-_FREE_SHARE = 0.5  # of the free memory, and of the free disk space, that batches may take
+_MOST_BATCHES = 1_000  # of an iterable without a length, unless `max_batches` is given
+_FREE_SHARE = 0.5  # largest share of the free memory, and of the free disk space, for batches
 
 
 class Calibration(Sequence[Any]):
     """Batches of inputs that are read once: every pass over them yields the same samples in the same order.
 
     A ``DataLoader`` that shuffles or augments yields other batches in each pass, and a generator can be read only once.
-    All functions of the package that take batches make a ``Calibration`` of them first. Make one yourself if several
-    calls are to use the same samples.
+    All functions of the package that take batches make a ``Calibration`` of them first. Make one yourself to use the
+    same samples in several calls.
 
     Parameters
     ----------
     batches : iterable
         Batches of inputs, prepared as in training. A batch is a tensor or an array; or a mapping of the model's keyword
         arguments; or a tuple or list whose first entry is the input (a tensor, such a mapping, or a tuple of positional
-        arguments) and whose other entries, such as labels, aren't looked at. So a model of two inputs takes
+        arguments) and whose other entries, such as labels, are ignored. So a model of two inputs takes
         ``((images, vectors),)`` or ``{"images": images, "vectors": vectors}``; ``(images, vectors)`` are images with
         their labels, unless ``forward`` requires two arguments: then they are its inputs, and a third entry is the
-        labels. Entries of a mapping that the model has no argument for are left out. Where ``forward`` has one required
-        parameter, takes no ``**kwargs``, and has no parameter called like a key of the mapping, the mapping is its
-        argument. Floats are cast to the type of the model's parameters. Bytes, channels last, or a single image without
+        labels. Entries of a mapping are ignored if the model has no argument of their name. If ``forward`` has one
+        required parameter, no ``**kwargs`` and no parameter named like a key of the mapping, the mapping itself is the
+        argument. Floats are cast to the type of the model's parameters. Images as bytes, with channels last or without
         a batch dimension are an error.
     memory_bytes : int, default=2 * 2**30
-        Memory for batches, in bytes, at least 0, of which at most half of the free memory is used. Further batches are
-        written to files in the folder for temporary files. The batches of a list or tuple aren't copied.
+        Memory for batches, in bytes, at least 0; at most half of the free memory is used. Further batches are written
+        to temporary files. The batches of a list or tuple aren't copied.
     max_batches : int, optional
-        The first so many batches are read, at least 1, and no other one is asked for. By default all are read, but an
-        iterable without a length, such as a generator or a loader of a stream, may have no end: after 1,000 batches it
-        is an error.
+        Number of batches to read, at least 1. By default all are read, but an iterable without a length, such as a
+        generator or a loader of a stream, must end within 1,000 batches.
     groups : sequence of int or str, optional
-        For each sample what it was taken from, such as the photo of a crop or the speaker of a recording, in the order
-        of the samples. Samples of one group aren't independent, so a group is held out as a whole. By default each
-        sample is a group of its own. Batches that hold lists of samples, as those of detectors do, can't have groups.
+        For each sample, in order, its source, such as the photo of a crop or the speaker of a recording. Samples of one
+        group aren't independent, so a group is held out as a whole. By default each sample is a group of its own.
+        Batches of lists of samples, as for detectors, can't have groups.
     hold_out : bool, default=True
         Whether :func:`nni_topo.compensate` and :func:`nni_topo.remove_blocks` leave out every eighth sample, or every
-        eighth group, on which :func:`nni_topo.distill` then judges. Of what :meth:`split` returns they use all.
+        eighth group, on which :func:`nni_topo.distill` then evaluates. Parts that :meth:`split` returned are used in
+        full.
 
     Raises
     ------
@@ -110,20 +110,20 @@ class Calibration(Sequence[Any]):
             got = type(groups).__name__
             raise ConfigError(f"groups must be a sequence of integers or strings, got {got} (groups)")
         self.name = "calibration"
-        """What the batches are called in messages."""
-        # By argument of the model, the one that the unpruned network gets in its place: so has a block after pruned
-        # ones other inputs than the same block of the unpruned network.
+        """Name of the batches in messages."""
+        # Names of the model's arguments, and of those that the unpruned network gets instead: a block after pruned
+        # blocks has other inputs than the same block of the unpruned network.
         self.instead: Mapping[str, str] = {}
         self._holds_out = hold_out
         self._memory_bytes, self._max_batches = memory_bytes, max_batches
-        self._labels: Sequence[int | str] | None = labels  # by sample, of its group
+        self._labels: Sequence[int | str] | None = labels  # group of each sample
         self._source: Iterable[Any] | None = batches
         self._kept: Sequence[Any] = ()
         self._sizes: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, batches: Iterable[Any], name: str = "calibration") -> Calibration:
-        """Return calibration data of batches; a ``Calibration`` is returned as it is."""
+        """Return batches as calibration data; a ``Calibration`` is returned itself."""
         if isinstance(batches, Calibration):
             return batches
         _check_iterable(batches, name)
@@ -132,9 +132,9 @@ class Calibration(Sequence[Any]):
         return made
 
     def with_arguments(self, count: int) -> Calibration:
-        """Return the same data for a model that requires so many arguments, if each batch lists that many tensors.
+        """Return the data for a model that requires ``count`` arguments.
 
-        The first entries of a batch are then its inputs together; those after them are its targets.
+        If each batch starts with ``count`` tensors, these are its inputs, and the entries after them are its targets.
         """
 
         def lists_them(batch: Any) -> bool:
@@ -170,7 +170,7 @@ class Calibration(Sequence[Any]):
     @property
     def sizes(self) -> tuple[int, ...]:
         """The number of samples of each batch."""
-        _ = self._batches  # which are read first
+        _ = self._batches  # reads them
         return self._sizes
 
     @property
@@ -180,12 +180,12 @@ class Calibration(Sequence[Any]):
 
     @property
     def groups(self) -> Tensor | None:
-        """By sample the number of its group, int64 (samples,); None if each sample is a group of its own."""
+        """Group number of each sample, int64 (samples,); None if each sample is a group of its own."""
         return None if self._labels is None else self._numbers
 
     @cached_property
     def _numbers(self) -> Tensor:
-        """By sample its number, or that of its group in the order in which groups appear, int64 (samples,)."""
+        """Number of each sample, or of its group in order of appearance, int64 (samples,)."""
         if self._labels is None:
             return torch.arange(self.samples)
         if len(self._labels) != self.samples:
@@ -203,21 +203,21 @@ class Calibration(Sequence[Any]):
         learned : Calibration
             The samples to solve on.
         held_out : Calibration or None
-            Every eighth sample, to judge the solution by; None if there are fewer than eight samples. If batches hold
-            lists of samples, as those of detectors do, every eighth batch. With groups every eighth group, and one
-            where there are at least two.
+            Every eighth sample, to evaluate the solution on; None for fewer than eight samples. Every eighth batch if
+            batches hold lists of samples, as for detectors. If samples have groups, every eighth group, and at least
+            one of two or more.
         """
         learned, held_out = self.in_parts(self._every(HELD_OUT))
         return learned or self, held_out
 
     @property
     def learned(self) -> Calibration:
-        """The samples to solve on: those of :meth:`split`, or all where none is to be held out."""
+        """The samples to solve on: the first part of :meth:`split`, or all if none are held out."""
         return self.split()[0] if self._holds_out else self
 
     @cached_property
     def digests(self) -> tuple[bytes, ...]:
-        """By sample what it can be told by from others: a digest of the bits of its inputs."""
+        """A digest of the inputs of each sample, which identifies the sample."""
         found: list[bytes] = []
         for batch, size in zip(self, self.sizes, strict=True):
             inputs = inputs_of(batch, name=self.name)
@@ -231,25 +231,25 @@ class Calibration(Sequence[Any]):
         return tuple(found)
 
     def held_out(self, every: int) -> Tensor:
-        """Return which samples are held out: every so many, by whole groups where these are known; bool (samples,)."""
+        """Mark the held-out samples, bool (samples,): the last of ``every``, or the last of so many groups."""
         return self._marks(self._every(every)) == 1
 
     def _every(self, every: int) -> list[int]:
-        """Return the pattern of which the last of so many samples, or groups of samples, is part 1."""
+        """Return the pattern that puts the last of so many samples, or groups of samples, into part 1."""
         if self._labels is not None:
-            # Of fewer groups than that the last one is held out, as long as another one remains.
+            # Of fewer groups the last one is held out, unless it is the only one.
             every = min(every, max(2, len(self._numbers.unique())))
         return [0] * (every - 1) + [1]
 
     def _marks(self, pattern: Sequence[int]) -> Tensor:
-        """Return by sample the part that a pattern says, int64 (samples,)."""
+        """Return the part of each sample by a pattern, int64 (samples,)."""
         return torch.tensor(pattern)[self._numbers % len(pattern)]
 
     def in_parts(self, pattern: Sequence[int]) -> tuple[Calibration | None, ...]:
-        """Split the samples, or the groups of samples, into parts, in their order; None for one without samples.
+        """Split the samples, or the groups of samples, into parts, in their order; None for a part without samples.
 
-        ``pattern``: the parts, from 0 on, of the first samples, such as ``(0, 0, 1)``; then it begins again. If batches
-        hold lists of samples, as those of detectors do, it is that of batches.
+        ``pattern``: the part of each sample, from 0, such as ``(0, 0, 1)``, repeated. If batches hold lists of samples,
+        as for detectors, it assigns whole batches.
         """
         return tuple(self._part(pattern, part) for part in range(max(pattern) + 1))
 
@@ -259,7 +259,7 @@ class Calibration(Sequence[Any]):
         return not any(lists_of_samples(inputs_of(batch)) for batch in self)
 
     def _part(self, pattern: Sequence[int], part: int) -> Calibration | None:
-        """Return one part of those that a pattern says; None if it has no samples."""
+        """Return one part of `in_parts`; None if it has no samples."""
         if not self._can_be_cut and self._labels is not None:
             raise ConfigError(
                 f"batches whose samples have groups must be tensors of samples, got lists of samples ({self.name})"
@@ -277,9 +277,9 @@ class Calibration(Sequence[Any]):
         return subset if rows else None
 
     def chosen(self, samples: Tensor) -> Calibration:
-        """Return some samples, by their indices in ascending order, int64 (count,), in batches as large as the largest.
+        """Return samples by their ascending indices, int64 (count,), in batches of the largest batch size.
 
-        Where the batches have inputs of other shapes, or hold lists of samples, the samples stay in their batches.
+        If batches have inputs of different shapes, or hold lists of samples, the samples stay in their batches.
         """
         rows: list[tuple[int, Tensor | None]] = []
         first = 0  # index of the batch's first sample among all samples
@@ -299,13 +299,13 @@ class Calibration(Sequence[Any]):
 
         try:
             joined = tree_map(join, *inputs)
-        except (ValueError, RuntimeError):  # they don't fit together
+        except (ValueError, RuntimeError):  # their shapes differ
             return subset
         places = torch.arange(len(samples)).split(max(self.sizes))
         return self._of_read([(taken(joined, place),) for place in places], [*map(len, places)], subset._labels)
 
     def _subset(self, rows: Sequence[tuple[int, Tensor | None]]) -> Calibration:
-        """Return some samples, by batch and by the indices in it (None: all), without copying them."""
+        """Return samples, given by batch and indices within the batch (None: all), without copying them."""
         labels: list[int] | None = None
         if (groups := self.groups) is not None:
             by_batch = groups.split(self._sizes)
@@ -322,7 +322,7 @@ class Calibration(Sequence[Any]):
         return self._of_read(_Views(len(rows), make), sizes, labels)
 
     def _of_read(self, batches: Sequence[Any], sizes: Sequence[int], labels: Any) -> Calibration:
-        """Return calibration data of batches that were read and checked, with all else that this one has."""
+        """Return batches that were read and checked as calibration data with the name and settings of this one."""
         found = Calibration((), groups=labels)
         found.name, found.instead = self.name, self.instead
         found._holds_out = self._holds_out
@@ -348,7 +348,7 @@ class Calibration(Sequence[Any]):
         if most is not None:
             source = itertools.islice(source, most)
             total = most if length is None else min(length, most)
-        # Of a length that is too small, as a loader of a stream may have, more comes than it says.
+        # A loader of a stream may yield more batches than its length.
         limit = max(length or 0, _MOST_BATCHES) if most is None else most
         store = BatchStore(self._memory_bytes)
         batches: list[Any] = []
@@ -360,14 +360,14 @@ class Calibration(Sequence[Any]):
             batch = _plain(batch)
             check_inputs(batch, index, self.name)
             inputs = inputs_of(batch, index, self.name)
-            lists = lists_of_samples(inputs)  # of images, say
+            lists = lists_of_samples(inputs)  # such as images
             sizes.append(len(lists[0]) if lists else batch_size(inputs))
             if in_memory:
                 batches.append(batch)
                 continue
             # A copy: a generator may fill the same tensor again for its next batch.
             copied: Any = tree_map_only(Tensor, lambda each: each.detach().clone(), batch)
-            # All batches that are still to come are taken to be as large as this one.
+            # All further batches are assumed to be as large as this one.
             coming = 1 if length is None or total is None else max(1, total - index)
             if not store.has_room(nbytes_of(copied) * coming):
                 count = f"{index + 1} of {'?' if total is None else total} batches"
@@ -384,7 +384,7 @@ class Calibration(Sequence[Any]):
 
 
 def _check_iterable(batches: Any, name: str) -> None:
-    """Raise ConfigError for what can't be batches: a single tensor, array, text or mapping, or no iterable."""
+    """Raise ConfigError for a single tensor, array, text or mapping, or for anything that isn't iterable."""
     is_one = isinstance(batches, (Tensor, np.ndarray, str, bytes, Mapping))
     if is_one or not isinstance(batches, Iterable):
         got = type(batches).__name__
@@ -399,7 +399,7 @@ _CURE = "say how many batches are read, e.g. nni_topo.Calibration(batches, max_b
 
 
 def _plain(batch: Any) -> Any:
-    """Return a batch with dicts in place of other mappings, which PyTorch's trees don't know, and tensors of arrays."""
+    """Return a batch with arrays as tensors, and mappings as dicts: PyTorch's trees know no other mappings."""
     if isinstance(batch, Mapping):
         return {key: _plain(value) for key, value in batch.items()}
     if type(batch) in (list, tuple):
@@ -427,7 +427,7 @@ class BatchStore(Sequence[Any]):
         return f"{self._memory / 2**30:.2f} GiB of memory and {self._disk / 2**30:.2f} GiB of disk"
 
     def has_room(self, nbytes: int) -> bool:
-        """Say whether there is room for so many more bytes."""
+        """Tell whether so many more bytes fit."""
         return self.nbytes + nbytes <= self._memory + self._disk
 
     def append(self, batch: Any) -> None:
@@ -452,7 +452,7 @@ class BatchStore(Sequence[Any]):
         batch = self._batches[index]
         if not isinstance(batch, Path):
             return batch
-        # Its tensors are mapped into memory, so that they are read only where they are used.
+        # Memory-mapped: tensors are read only when they are used.
         return torch.load(batch, weights_only=False, mmap=True)
 
 
@@ -462,7 +462,7 @@ def nbytes_of(tree: Any) -> int:
 
 
 class _Views(Sequence[Any]):
-    """Batches that are made of others each time they are used."""
+    """Batches that are made from other batches each time they are used."""
 
     def __init__(self, count: int, make: Callable[[int], Any]) -> None:
         self._count, self._make = count, make

@@ -1,4 +1,4 @@
-"""The one comparison of two runs: how far apart their results are, and how far apart those of equals may be."""
+"""Comparison of the results of two runs, and tolerances for the results of equal networks."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-# How far apart results may be that ought to be equal, relative to the largest value: by what was computed, since
-# rounding adds up over layers.
+# Largest difference, relative to the largest value, between results that should be equal. It depends on what was
+# computed, because rounding adds up over layers.
 #
-# A channel that is missing or wrong changes some per cent of a result at least. In single precision rounding stays
-# below 1e-5 of it even in networks of some hundred layers, and in double precision below 1e-12. Half-precision networks
-# are held to the same: where their rounding is larger, two of them count as different, and nothing is cut.
+# A missing or wrong channel changes a result by at least some per cent. Rounding stays below 1e-5 in single precision,
+# even in networks of some hundred layers, and below 1e-12 in double precision. Half-precision networks have the same
+# tolerance: if their rounding is larger, they count as different, and nothing is cut.
 SAME_CHANNELS = 1e-3
-# Of two programs that compute the same network: a graph and its model, a file and the network that was written to it.
-# `same_program` is the bound for half precision, too.
+# For two programs of the same network: a graph and its model, or an exported file and its network. `same_program` is
+# the tolerance for half precision, too.
 SAME_PROGRAM = 1e-4
-_EPSILONS = 8  # machine epsilons by which programs in half precision may differ: their operations come in another order
-# Of one layer, computed in two ways: sums in another order are off by a few units in the last place.
+_EPSILONS = 8  # machine epsilons by which programs in half precision may differ: the order of their operations differs
+# For one layer, computed in two ways: sums in another order differ by a few units in the last place.
 SAME_LAYER = {
     dtype: 64 * torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 }
 
 
 def same_program(tensors: Iterable[torch.Tensor]) -> float:
-    """Return how far two programs may be apart that compute with such tensors, the coarsest of which decides."""
+    """Return the tolerance for two programs that compute with these tensors; the coarsest type decides."""
     epsilons = [torch.finfo(each.dtype).eps for each in tensors if each.is_floating_point()]
     return max([SAME_PROGRAM, *(_EPSILONS * each for each in epsilons)])
 
 
 def agree(expected: Sequence[torch.Tensor], actual: Sequence[torch.Tensor], tolerance: float) -> bool:
-    """Tell whether two runs gave equally many tensors of the same shapes, each equal to a tolerance as `difference` is.
+    """Tell whether two runs returned tensors of the same shapes, each with a `difference` within a tolerance.
 
-    NaN and infinite values agree with the same, and with nothing else.
+    NaN and infinite values agree only with the same value.
     """
     if [each.shape for each in expected] != [each.shape for each in actual]:
         return False
@@ -41,12 +41,12 @@ def agree(expected: Sequence[torch.Tensor], actual: Sequence[torch.Tensor], tole
 
 
 def difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
-    """Measure the largest difference relative to the largest absolute value; NaN against a number is infinite."""
+    """Return the largest difference relative to the largest expected value; NaN against a number is infinite."""
     if expected.numel() == 0:
         return 0.0
     if expected.is_complex() or actual.is_complex():
         expected, actual = (torch.view_as_real(each.to(torch.complex128).resolve_conj()) for each in (expected, actual))
-    # The usual case in two passes; where it fails, NaN and infinite values are told apart.
+    # The usual case takes two passes; NaN and infinite values need the code below.
     if expected.dtype == actual.dtype and expected.dtype in (torch.float32, torch.float64):
         bounds = [float(end) for each in (expected - actual, expected) for end in each.aminmax()]
         if all(map(math.isfinite, bounds)):

@@ -1,7 +1,7 @@
 """Copies of models: public functions work on a copy of the user's model.
 
 A model that can't be copied as it is (NNI has wrapped it, PyTorch spreads it over processes, it is timed as compiled)
-is run itself; its modes, attributes, buffers and gradients are put back.
+is used itself; its modes, attributes, buffers and gradients are restored afterwards.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ from nni_topo.network.runtime.switches import one_call, package_settings, random
 _Given = ParamSpec("_Given")
 _Made = TypeVar("_Made")
 
-_SHARE = 0.25  # of the free memory that a copy of a model's parameters may take
-# What copy.deepcopy raises for what it can't copy: pointers, queues between processes.
+_SHARE = 0.25  # largest share of the free memory for a copy of a model's parameters
+# Errors of copy.deepcopy for objects that it can't copy, such as pointers and queues between processes.
 _NOT_COPIED = (TypeError, ValueError, RuntimeError, PicklingError)
 # A model and its copies share these. In training under NNI a model holds methods of the pruner, and of the evaluator
 # with its trainer and data.
@@ -60,17 +60,17 @@ def detached_copy(model: nn.Module, *, light: bool = False, shared: Iterable[Ten
 
 
 def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared: Iterable[Tensor] = ()) -> list[Any]:
-    """Return deep copies of models, as copy.deepcopy makes them, that share with each other what the models share.
+    """Return deep copies of models, as copy.deepcopy makes them; what the models share, the copies share.
 
-    Weights that are computed with gradients, as those of a masked model in training are, become tensors of the copy's
-    own. A function that holds a module or a tensor of a model, such as a hook, or the ``forward`` and ``to`` that
-    accelerate puts in place of a class's, holds the copy's. What ``torch.compile`` has compiled is as it was written.
-    Locks, files and Python's modules are shared, and the tensors ``shared``.
+    A weight that was computed with gradients, as in a masked model in training, is detached in the copy. A function
+    that holds a module or a tensor of a model, such as a hook, or the ``forward`` and ``to`` that accelerate sets on a
+    model, holds the copy's. Compiled parts are copied uncompiled. Locks, files, Python's modules and the tensors
+    ``shared`` aren't copied.
 
-    ``light``: the copies' parameters use the memory of the models' own, which mustn't be written to then.
+    ``light``: the copies' parameters use the memory of the models' parameters, so they mustn't be written to.
 
-    ConfigError if copy.deepcopy can't copy a model, a copy holds what is the model's, or a module holds a weak
-    reference to another.
+    ConfigError if copy.deepcopy can't copy a model, a copy holds a module or a tensor of the model, or a module holds a
+    weak reference to another.
     """
     modules = {module: name for model in models for name, module in model.named_modules()}
     memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
@@ -87,21 +87,21 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
         return any(id(each) in own for each in _reached([value]))
 
     functions: list[tuple[FunctionType, list[str]]] = []
-    cells: dict[int, tuple[CellType, CellType]] = {}  # with the old one, so that no other gets its id
+    cells: dict[int, tuple[CellType, CellType]] = {}  # with the old cell, so that its id isn't used again
     for value in _reached(map(vars, modules)):
-        if issubclass(type(value), Tensor):  # a proxy of one says that it is one, too
+        if issubclass(type(value), Tensor):  # isinstance is true for a tensor's proxy, too
             if not value.is_leaf:  # deepcopy refuses it
                 memo.setdefault(id(value), value.detach().clone())
         elif isinstance(value, weakref.ReferenceType) and isinstance(value(), nn.Module) and id(value()) in own:
             raise ConfigError(
-                "a model must hold its modules by themselves, for a copy of it has its own, got a weak reference to "
-                f"one; hold the module in a tuple, which doesn't register it ({type(value()).__name__})"
+                "a model must hold its modules directly, because a copy can't follow weak references, got one; hold "
+                f"the module in a tuple, which doesn't register it ({type(value()).__name__})"
             )
         elif isinstance(value, _SHARED):
             memo[id(value)] = value
         elif type(value) is FunctionType and not is_compiled_function(value):
-            # deepcopy hands functions on as they are, and finds a copy here of one that holds what is a model's. A
-            # script or a notebook may put a forward in place that calls the old one by a global name.
+            # deepcopy doesn't copy functions: `memo` gets a copy of each that holds a module or tensor of a model. A
+            # script or a notebook may set a forward that calls the old one by a global name.
             known = value.__globals__
             names = [name for name in value.__code__.co_names if isinstance(known.get(name), (nn.Module, MethodType))]
             names = [name for name in names if is_own(known[name])]
@@ -111,19 +111,19 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
                 memo[id(value)] = FunctionType(value.__code__, known, value.__name__, None, closure or None)
                 functions.append((value, names))
 
-    for module, name in reversed(modules.items()):  # those within first, so that an error names the right one
+    for module, name in reversed(modules.items()):  # inner modules first, so that an error names the right one
         try:
             copy.deepcopy(module, memo)
         except _NOT_COPIED as error:
             if out_of_memory(error):
                 raise
             place = name or type(module).__name__
-            raise ConfigError(f"a model must be one that copy.deepcopy copies, got: {error} ({place})") from error
+            raise ConfigError(f"copy.deepcopy must be able to copy a model, got: {error} ({place})") from error
     copies = [memo[id(model)] for model in models]
     for each in copies:
         _check_own(each, own, light)
     for module in modules:
-        # What torch.compile made of a module makes its own forward.
+        # A module that torch.compile returned makes its own forward.
         if not is_compiled_module(module) and is_compiled_function(forward := vars(module).get("forward")):
             vars(memo[id(module)])["forward"] = copy.deepcopy(forward._torchdynamo_orig_callable, memo)
 
@@ -146,13 +146,13 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
 
 
 def _check_own(copied: nn.Module, own: set[int], light: bool) -> None:
-    """Raise ConfigError if a copy holds what is a model's, as the ``__deepcopy__`` of a class may make it."""
+    """Raise ConfigError if a copy holds a module or tensor of the model, because of a class's ``__deepcopy__``."""
     for name, module in copied.named_modules():
         tensors = [*module.buffers(recurse=False), *(() if light else module.parameters(recurse=False))]
         if id(module) in own or any(id(each) in own for each in tensors):
             raise ConfigError(
-                "a copy of a model must have modules, buffers and parameters of its own, got one that is the model's, "
-                f"by the __deepcopy__ of a class ({name or type(module).__name__})"
+                "a copy of a model must have modules, buffers and parameters of its own, got one of the model's; check "
+                f"__deepcopy__ of its class ({name or type(module).__name__})"
             )
 
 
@@ -173,7 +173,7 @@ def unwrapped_copy(model: nn.Module, *, light: bool = False) -> nn.Module:
 
 
 def _same_memory(parameter: nn.Parameter) -> nn.Parameter:
-    """Return another parameter in the same memory, with a gradient of its own; one of another class is returned."""
+    """Return another parameter in the same memory, with its own gradient; a parameter of a subclass itself."""
     if type(parameter) is not nn.Parameter or is_lazy(parameter) or parameter.is_inference():
         return parameter
     other = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
@@ -182,7 +182,7 @@ def _same_memory(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def _reached(values: Iterable[Any]) -> Iterator[Any]:
-    """Go over values and what they hold: containers, functions, bound methods and partials; modules end a path."""
+    """Yield values and what containers, functions, bound methods and partials among them hold, but not modules."""
     waiting, seen = list(values), set[int]()
     while waiting:
         value = waiting.pop()
@@ -214,9 +214,9 @@ def _content(cell: CellType) -> Any:
 def leaves_models_alone(function: Callable[_Given, _Made], *, as_compiled: bool = False) -> Callable[_Given, _Made]:
     """Let a public function work on copies of all models among its arguments, in lists and mappings too.
 
-    Models are copied once, at the outermost call. What isn't copied is put back (`left_alone`): a model that NNI has
-    wrapped, one that PyTorch spreads over processes, and a compiled one if ``as_compiled``, because a copy isn't
-    compiled.
+    Models are copied once, at the outermost call. Models that aren't copied are restored afterwards
+    (`left_alone`): models that NNI has wrapped, that PyTorch spreads over processes, and compiled ones if
+    ``as_compiled``, because a copy isn't compiled.
     """
 
     @functools.wraps(function)
@@ -248,7 +248,7 @@ def _with_copies(given: Any, copies: Mapping[nn.Module, nn.Module]) -> Any:
 
 @contextmanager
 def _copies(models: list[nn.Module]) -> Iterator[dict[nn.Module, nn.Module]]:
-    """Copy models for a block; the copies have weights of their own where these take a quarter of the free memory."""
+    """Copy models for a block; copies get their own weights if these take at most a quarter of the free memory."""
     needed: dict[torch.device, int] = {}
     for each in nn.ModuleList(models).parameters():
         if not is_lazy(each) and not each.is_meta:
@@ -263,7 +263,7 @@ def _copies(models: list[nn.Module]) -> Iterator[dict[nn.Module, nn.Module]]:
 
 
 def _compiler_off(models: Iterable[nn.Module]) -> AbstractContextManager[object]:
-    """Let what is compiled in models run as it is written."""
+    """Run compiled parts of models uncompiled."""
     return torch.compiler.set_stance("force_eager") if any(map(has_compiled, models)) else nullcontext()
 
 
@@ -272,7 +272,7 @@ def left_alone(*models: Any, as_compiled: bool = False) -> Iterator[None]:
     """Restore the state of models and of all global random generators after the block, also after an error.
 
     The state of a model: modes, attributes, gradients, tensors' memory and values of buffers; a pruner's wrappers stay.
-    Unless ``as_compiled``, compiled parts run as they are written, because they call no hooks and show no operations,
+    Unless ``as_compiled``, compiled parts run uncompiled, because compiled code calls no hooks and shows no operations,
     and a caller's ``torch.autocast`` is off.
     """
     given = [model for model in models if isinstance(model, nn.Module)]
@@ -293,12 +293,12 @@ def left_alone(*models: Any, as_compiled: bool = False) -> Iterator[None]:
         put_attributes_back = _noted(modules)
         try:
             for tensor in tensors.values():
-                tensor.grad = None  # so that none is added to it
+                tensor.grad = None  # so that nothing is added to it
             yield
         finally:
             put_attributes_back()
             _put_modes(modes)
-            for tensor, memory in memories:  # a forward may give a tensor other memory, of another size, by `data`
+            for tensor, memory in memories:  # a forward may set `data`, also to another size
                 if tensor.dtype is not memory.dtype or not tensor.is_set_to(memory):
                     tensor.data = memory
             for buffer, value in values:
@@ -312,20 +312,20 @@ def left_alone(*models: Any, as_compiled: bool = False) -> Iterator[None]:
 
 
 def _is_usual(tensor: Tensor) -> bool:
-    """Tell whether a tensor has plain memory, which can be compared and put back."""
+    """Tell whether a tensor has plain memory, which can be compared and restored."""
     is_plain_kind = type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.layout == torch.strided
     return is_plain_kind and not is_lazy(tensor) and not tensor.is_meta
 
 
 def _noted(modules: Iterable[nn.Module]) -> Callable[[], None]:
-    """Note what modules hold in attributes, and in dictionaries, lists and sets there; return what puts it back."""
+    """Record attributes of modules, and dicts, lists and sets in them; return a function that restores them."""
     plain = [each for each in modules if not isinstance(each, (torch.jit.ScriptModule, ModuleWrapper))]
     held = [(module, each) for module in plain for each in (vars(module), *vars(module).values())]
     before = [(module, each, each.copy() if each else ()) for module, each in held if type(each) in _CHANGING]
 
     def put_back() -> None:
         for module, each, entries in before:
-            # NNI changes the tables to wrap a module.
+            # NNI changes these dicts when it wraps a module.
             if (entries or each) and "_nni_wrapper" not in module._modules:
                 each.clear()
                 (each.extend if isinstance(each, list) else each.update)(entries)
@@ -335,7 +335,7 @@ def _noted(modules: Iterable[nn.Module]) -> Callable[[], None]:
 
 @contextmanager
 def evaluation_mode(*models: nn.Module) -> Iterator[None]:
-    """Put models into evaluation mode, and every module of theirs back into its own mode afterwards."""
+    """Put models into evaluation mode within the block, and restore the mode of every module afterwards."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     are_training = [model for model in models if model.training]
     for model in models if any(was_training for _, was_training in modes) else ():
@@ -344,12 +344,12 @@ def evaluation_mode(*models: nn.Module) -> Iterator[None]:
         yield
     finally:
         for model in are_training:
-            _switch(model, True)  # a train of its own undoes what its eval has done
+            _switch(model, True)  # a class's own train undoes what its eval has done
         _put_modes(modes)
 
 
 def evaluating(model: Any) -> Any:
-    """Put a model into evaluation mode and return it, also where a ``train`` of its own returns nothing."""
+    """Put a model into evaluation mode and return it, even if its own ``eval`` returns nothing."""
     _switch(model, False)
     return model
 
@@ -361,7 +361,7 @@ def training(model: Any) -> Any:
 
 
 def forget_evaluated(model: nn.Module) -> None:
-    """Let modules forget, in training mode, what they compute once for evaluation, such as LeViT's biases."""
+    """Clear what modules compute once for evaluation, such as LeViT's biases, by a change to training mode."""
     modes = [(module, module.training) for module in model.modules()]
     _switch(model, True)
     _switch(model, False)
@@ -369,7 +369,7 @@ def forget_evaluated(model: nn.Module) -> None:
 
 
 def put_modes_of(given: nn.Module, dense: nn.Module) -> None:
-    """Put the modules of a smaller network, which is in evaluation mode, into the modes of the model's."""
+    """Put a smaller network, which is in evaluation mode, and its modules into the modes of the given model."""
     own = dict(dense.named_modules(remove_duplicate=False))
     if given.training:
         _switch(dense, True)
@@ -379,7 +379,7 @@ def put_modes_of(given: nn.Module, dense: nn.Module) -> None:
 def _switch(model: nn.Module, mode: bool) -> None:
     """Put a model into a mode by its own ``train`` or ``eval``, which may freeze batch norms or fill a cache.
 
-    What such a method does is put back if it changes weights, as where adapters are merged, or raises an error.
+    If the method changes weights, as when it merges adapters, or raises an error, all but the mode is restored.
     """
     if all(module.training == mode for module in model.modules()):
         return
@@ -405,10 +405,10 @@ def _switch(model: nn.Module, mode: bool) -> None:
 
 
 def _sets_modes_alone(module: nn.Module) -> bool:
-    """Tell whether a module has the ``train`` and ``eval`` of `torch.nn.Module`, or those of Transformers' models."""
-    # The latter hand on to the former, unless the model is asked to use other kernels.
+    """Tell whether the ``train`` and ``eval`` of a module are those of `torch.nn.Module` or of Transformers."""
+    # Transformers' call PyTorch's, unless the model is set to use other kernels.
     for method in (type(module).train, type(module).eval):
-        # a decorated one may bear the name of another module
+        # `__module__` of a decorated method may be wrong
         home = getattr(method, "__globals__", {}).get("__name__")
         if home not in ("torch.nn.modules.module", "transformers.modeling_utils"):
             return False
@@ -416,7 +416,7 @@ def _sets_modes_alone(module: nn.Module) -> bool:
 
 
 def _weights(model: nn.Module) -> list[Tensor]:
-    """List what a model learns and saves: its parameters, and its buffers but for those that hold cached values."""
+    """List the parameters and persistent buffers of a model that have values."""
     found: list[Tensor] = [*model.parameters()]
     for module in model.modules():
         passing = module._non_persistent_buffers_set
@@ -433,14 +433,14 @@ def _put_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
 
 @contextmanager
 def lent(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield a copy of a network for a user's function, which may train it; the random states are put back."""
+    """Yield a copy of a network for a user's function, which may train it; the random states are restored."""
     with random_state_kept(), _copies([model]) as copies:
         yield copies[model]
 
 
 def put_parameters(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
-    """Replace a model's real and complex parameters; one in several places stays one."""
-    made = dict[int, tuple[Tensor, nn.Parameter]]()  # with the old one, so that no other gets its id
+    """Replace a model's real and complex parameters; shared ones stay shared."""
+    made = dict[int, tuple[Tensor, nn.Parameter]]()  # with the old one, so that its id isn't used again
     for module in model.modules():
         for name, old in list(module._parameters.items()):
             if old is not None and (old.is_floating_point() or old.is_complex()):
@@ -450,13 +450,13 @@ def put_parameters(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
 
 
 def to_precision(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Cast a model to single or double precision, in place: its floats, and complex numbers to complex ones."""
+    """Cast the floats and complex numbers of a model to single or double precision, in place."""
     model._apply(functools.partial(cast_tensor, dtype=dtype))
     return model
 
 
 def in_double(model: nn.Module) -> nn.Module:
-    """Return a copy that computes in double precision; large weights, the model's own, are cast as they are read."""
+    """Return a copy that computes in double precision; it shares large weights and casts them as it reads them."""
     copied: nn.Module = detached_copy(model, light=True)
     as_read: list[tuple[nn.Module, nn.Parameter]] = []
     for module in copied.modules():

@@ -1,4 +1,4 @@
-"""Running a model over inputs, with errors that say on which it doesn't run."""
+"""Run a model over inputs, with errors that name the inputs on which it fails."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from nni_topo.network.runtime.inputs import (
 from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.runtime.progress import bar
 
-_FEW = 16  # samples on which it is looked which dimension layers take for time
+_FEW = 16  # samples to find out which dimension layers take for time
 LISTS = (nn.ModuleList, nn.ModuleDict)
-"""Modules without a forward, of whose modules a forward may choose some by values."""
-# How many dimensions an input has that such a layer takes for a single sample.
+"""Containers without a forward, from which a model's forward may choose modules by values."""
+# Number of dimensions of an input that such a layer takes for a single sample.
 _UNBATCHED: tuple[tuple[type[nn.Module], int], ...] = (
     (nn.Conv1d, 2),
     (nn.Conv2d, 3),
@@ -67,7 +67,7 @@ def structure_call(model: nn.Module, calibration: Iterable[Any]) -> Call:
 
 
 def structure_of(model: nn.Module, call: Call, name: str = "calibration") -> Call:
-    """Return a call's first two samples, or the call where the model needs more of it, or more layers run on it."""
+    """Return a call's first two samples; the whole call if the model needs it, or runs more layers on it."""
     # Tracing takes time and memory for each sample.
     few: Call = taken(call, torch.arange(min(2, batch_size(call))))
     try:
@@ -86,7 +86,7 @@ def structure_of(model: nn.Module, call: Call, name: str = "calibration") -> Cal
 
 
 def _listed_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules with parameters in lists and dictionaries that take hooks, by name."""
+    """Return the modules in `LISTS` that have parameters and accept hooks, by name."""
     return {
         f"{name}.{key}".lstrip("."): entry
         for name, module in model.named_modules()
@@ -99,7 +99,7 @@ def _listed_modules(model: nn.Module) -> dict[str, nn.Module]:
 def call_arguments(example_inputs: Any, model: nn.Module) -> Call:
     """Split inputs, batch first, into positional and keyword arguments, and copy them as :func:`copied_for` does.
 
-    Where the model doesn't run on the entries, the first of them may hold the arguments, as in a batch with targets.
+    If the model doesn't run on the entries, the first entry may hold the arguments, as in a batch with targets.
     """
     call = copied_for(model, arguments_of(example_inputs, model))
     first = example_inputs[0] if isinstance(example_inputs, (tuple, list)) else None
@@ -114,7 +114,7 @@ def call_arguments(example_inputs: Any, model: nn.Module) -> Call:
 
 
 def failure_on(model: nn.Module, call: Call) -> Exception | None:
-    """Return the error with which a model doesn't run on a call in evaluation mode; None where it runs."""
+    """Run a model on a call in evaluation mode and return its error; None if it runs."""
     args, kwargs = on_device(call, device_of(model))
     try:
         with left_alone(model), evaluation_mode(model), torch.no_grad():
@@ -127,12 +127,12 @@ def failure_on(model: nn.Module, call: Call) -> Exception | None:
 
 
 def check_fits(model: nn.Module, call: Call, name: str = "calibration") -> set[str]:
-    """Run a model on a call and name the modules in lists that ran; DataError if a layer takes it for one sample."""
+    """Run a model on a call, return which modules in lists ran; DataError if a layer takes the call for one sample."""
     unbatched, ran = list[str](), set[str]()
     shape = first_of_samples(call).shape
 
     def look(layer: str, dimensions: int, entering: Tensor) -> None:
-        # Another shape is one that the model has made: it may well go through its samples one by one.
+        # Any other shape was made by the model, which may process its samples one by one.
         if isinstance(entering, Tensor) and entering.dim() == dimensions and entering.shape == shape:
             unbatched.append(layer)
 
@@ -158,7 +158,7 @@ def check_fits(model: nn.Module, call: Call, name: str = "calibration") -> set[s
 def check_samples_first(model: nn.Module, calibration: Iterable[Any]) -> None:
     """Raise DataError if a layer takes the first dimension of the inputs for time, as PyTorch's do by default.
 
-    The layer sees the inputs' first dimension if both sizes change together: inside, a model may have samples second.
+    A layer does so if its input's first size changes with the number of samples: a model may transpose its inputs.
     """
     call, name = next(calls(model, calibration)), name_of(calibration)
     layers = {each: module for each, module in model.named_modules() if getattr(module, "batch_first", None) is False}
@@ -181,7 +181,7 @@ def check_samples_first(model: nn.Module, calibration: Iterable[Any]) -> None:
         except MODEL_ERRORS as error:
             if out_of_memory(error):
                 raise
-            return  # it needs a number of samples, which other checks say
+            return  # it needs a fixed number of samples; other checks report that
         lengths.append(seen)
     for each, length in lengths[0].items():
         if length == count and lengths[1].get(each) == count - 1:

@@ -20,9 +20,9 @@ from nni_topo.network.runtime.copies import detached_copy, evaluation_mode
 from nni_topo.network.runtime.inputs import bind_arguments, inputs_of, real_positions_of, required_arguments
 
 Entering = Callable[[Tensor], Any]
-"""Gets the tensor that enters a layer. What it returns enters instead, unless that is None."""
+"""Gets the input of a layer. A result other than None replaces the input."""
 Leaving = Callable[[Tensor, Any], Any]
-"""Gets the input and the output of a layer. What it returns becomes the output, unless that is None."""
+"""Gets the input and the output of a layer. A result other than None replaces the output."""
 
 
 @contextmanager
@@ -72,7 +72,7 @@ def padding_known(model: nn.Module) -> Iterator[None]:
 
 
 def inputs_seen(model: nn.Module, work: Callable[[], Any], most: int | None = None) -> list[Any]:
-    """Return the inputs with which ``work`` calls a model; it ends there after so many calls."""
+    """Return the inputs with which ``work`` calls a model; ``work`` is stopped after ``most`` calls."""
     seen: list[Any] = []
 
     def record(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -91,7 +91,7 @@ class _Enough(BaseException):
 
 
 def batches_of(calibration: Iterable[Any] | Evaluator, model: nn.Module, knob: str = "calibration") -> Calibration:
-    """Return batches as calibration data; of an evaluator, those on which it evaluates the model."""
+    """Return batches, or the batches on which an evaluator evaluates the model, as calibration data."""
     if not isinstance(calibration, Evaluator):
         return Calibration.of(calibration, knob).with_arguments(required_arguments(model))
     if getattr(calibration, "model", None) is not None:
@@ -101,19 +101,19 @@ def batches_of(calibration: Iterable[Any] | Evaluator, model: nn.Module, knob: s
     if not seen:
         raise DataError(
             "an evaluator that serves as calibration data must call the model, got no call (evaluator): give it an "
-            "evaluating function, or pass batches (calibration); its dummy_input isn't taken for data"
+            "evaluating function, or pass batches (calibration); its dummy_input isn't used as data"
         )
-    # The first entry of a batch is the model's input: several arguments in a tuple aren't taken for one with targets.
+    # In a tuple each, so that several arguments aren't taken for an input with targets.
     return Calibration.of([(inputs,) for inputs in seen], knob)
 
 
 def example_inputs_of(
     example_inputs: Any, model: nn.Module, *, calibration: Iterable[Any] | None = None, evaluator: Evaluator | None
 ) -> Any:
-    """Return the inputs with which a pruner looks at its model, which isn't wrapped yet; None if nothing tells them.
+    """Return the inputs on which a pruner analyses its model, which isn't wrapped yet; None if none are known.
 
     They are the pruner's own argument, else the first batch of its calibration data, else its evaluator's
-    ``dummy_input``, else the first batch on which the evaluator evaluates a copy of the model. The evaluation ends
+    ``dummy_input``, else the first batch on which the evaluator evaluates a copy of the model. The evaluation stops
     there. An evaluator that is in use isn't run.
     """
     if example_inputs is not None:
@@ -134,7 +134,7 @@ def example_inputs_of(
 
 @contextmanager
 def _bound_copy(evaluator: Evaluator, model: nn.Module, knob: str) -> Iterator[tuple[Evaluator, nn.Module]]:
-    """Bind a copy of an evaluator to a copy of a model; what it raises, as NNI's assertions, becomes a ConfigError."""
+    """Bind a copy of an evaluator to a copy of a model; its errors, such as NNI's assertions, become ConfigErrors."""
     copied, evaluated = copy.copy(evaluator), detached_copy(model)
     try:
         if not copied._initialization_complete:
@@ -157,11 +157,11 @@ def _bound_copy(evaluator: Evaluator, model: nn.Module, knob: str) -> Iterator[t
 
 
 def pruner_batches(calibration: Iterable[Any] | Evaluator | None, model: nn.Module) -> Calibration | None:
-    """Return a pruner's calibration data, None if it has none; of an evaluator, what it evaluates the model on."""
+    """Return a pruner's calibration data, from batches or an evaluator as in `batches_of`; None if it has none."""
     return None if calibration is None else batches_of(calibration, model)
 
 
 def counted_places(shape: tuple[int, ...]) -> Tensor | None:
-    """Return which positions of this shape (samples, places) aren't padding; None if all count, or nobody knows."""
+    """Return which positions of this shape (samples, places) aren't padding; None if all count or it is unknown."""
     real: Tensor | None = context().real
     return None if real is None or real.shape != shape else real

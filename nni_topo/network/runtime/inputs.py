@@ -1,4 +1,4 @@
-"""Inputs of models and calls with them, whatever containers of tensors they come in."""
+"""Inputs of models, in any container of tensors, and calls with them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a model."""
 
 MODEL_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
-"""What a model raises that doesn't run on its inputs."""
+"""Errors of a model that doesn't run on its inputs."""
 
 PADDING = {"attention_mask": True, "key_padding_mask": False, "src_key_padding_mask": False}
-"""Arguments that mask padding by position, with whether the positions that aren't zero count (or are padding)."""
+"""Names of padding masks; True if their nonzero positions are real, False if these are padding."""
 
 
 def arguments_of(example_inputs: Any, model: torch.nn.Module | None = None) -> Call:
-    """Split inputs, batch first, into positional and keyword arguments; a mapping may be a model's one argument."""
+    """Split inputs, batch first, into positional and keyword arguments; a mapping may be the only argument itself."""
     call: Call
     if isinstance(example_inputs, Mapping):
         given = dict(example_inputs)
@@ -47,7 +47,7 @@ def arguments_of(example_inputs: Any, model: torch.nn.Module | None = None) -> C
 
 
 def is_argument(mapping: Mapping[Any, Any], model: torch.nn.Module) -> bool:
-    """Say whether a mapping can only be meant as the single argument of a model, as in ``forward(self, batch)``."""
+    """Tell whether a mapping must be the single argument of a model, as in ``forward(self, batch)``."""
     parameters = _parameters_of(model)
     if any(each.kind is each.VAR_KEYWORD for each in parameters):
         return False
@@ -58,13 +58,13 @@ def is_argument(mapping: Mapping[Any, Any], model: torch.nn.Module) -> bool:
 
 
 def required_arguments(model: torch.nn.Module) -> int:
-    """Return how many arguments a model's forward requires by position."""
+    """Return the number of positional arguments that a model's forward requires."""
     by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return sum(each.kind in by_position and each.default is each.empty for each in _parameters_of(model))
 
 
 def _parameters_of(model: torch.nn.Module) -> list[inspect.Parameter]:
-    """List the parameters of the forward of a model, or of that within it; none where it isn't written in Python."""
+    """List the parameters of a model's forward (of `model_within`); none if it isn't written in Python."""
     try:
         return list(inspect.signature(model_within(model).forward).parameters.values())
     except (AttributeError, TypeError, ValueError):
@@ -72,7 +72,7 @@ def _parameters_of(model: torch.nn.Module) -> list[inspect.Parameter]:
 
 
 def model_within(model: torch.nn.Module) -> torch.nn.Module:
-    """Return the model within a compiled one, or one that is spread over devices; any other as it is."""
+    """Return the inner model of a compiled model, or of one spread over devices; any other model itself."""
     within = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
     inner = getattr(model, within.get(type(model).__name__, ""), None)
     return model_within(inner) if isinstance(inner, nn.Module) else model
@@ -90,7 +90,7 @@ def on_device(tree: Any, device: torch.device, *, copy: bool = False) -> Any:
 
 
 def copied_for(model: nn.Module, call: Call) -> Call:
-    """Copy a call to a model's device, and cast its floats to the type of the model's parameters if they have one."""
+    """Copy a call to a model's device, and cast its floats to the type of the parameters if all have one type."""
     call = on_device(call, device_of(model), copy=True)
     types = {each.dtype for each in model.parameters() if each.is_floating_point()}
     computed = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -112,7 +112,7 @@ def bind_arguments(model: torch.nn.Module, call: Call) -> dict[str, Any]:
 
 
 def call_by_name(model: torch.nn.Module, named: Mapping[str, Any]) -> Call:
-    """Return the call of `bind_arguments`' names: by position is what must be (``x, /``, ``*inputs``), or precedes."""
+    """Undo `bind_arguments`: pass ``x, /``, ``*inputs`` and arguments before them by position, others by name."""
     parameters = list(inspect.signature(model.forward).parameters.values())
     alone = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
     places = [place for place, each in enumerate(parameters, 1) if each.kind in alone and each.name in named]
@@ -135,7 +135,7 @@ def real_positions_of(model: torch.nn.Module, call: Call) -> Tensor | None:
 def real_positions(named: Mapping[str, Any]) -> Tensor | None:
     """Return which positions aren't padding: bool, (samples, places); None if no argument masks padding."""
     if len(named) == 1 and isinstance(only := next(iter(named.values())), Mapping):
-        named = only  # a model may take all of them in one mapping
+        named = only  # the model takes all arguments in one mapping
     for name, counts in PADDING.items():
         mask = named.get(name)
         if isinstance(mask, Tensor) and mask.dim() == 2:
@@ -150,23 +150,23 @@ def tensors_of(tree: Any) -> list[torch.Tensor]:
         if isinstance(leaf, Tensor):
             found.append(leaf)
         elif is_dataclass(leaf) and not isinstance(leaf, type):
-            # To PyTorch's trees a data class is one leaf.
+            # PyTorch's trees treat a data class as a leaf.
             found += tensors_of([getattr(leaf, field.name, None) for field in fields(leaf)])
     return found
 
 
 def returned_tensors(output: Any) -> list[torch.Tensor]:
-    """List the tensors of what a model returns, in containers of any kind and in attributes, in a fixed order."""
+    """List the tensors of a model's output, in containers of any kind and in attributes, in a fixed order."""
     return [tensor for _, tensor in returned_by_name(output)]
 
 
 def returned_by_name(output: Any) -> list[tuple[str, torch.Tensor]]:
-    """List the tensors of what a model returns, in containers or attributes, with the keys that lead to them.
+    """List the tensors of a model's output, in containers or attributes, with the keys that lead to them.
 
-    A cache of Transformers is no output: it goes back into the model. SpeedupError for an iterator.
+    Caches of Transformers are skipped, because they go back into the model. SpeedupError for an iterator.
     """
     found: list[tuple[str, torch.Tensor]] = []
-    seen = set[int]()  # ids of objects, which may hold one another
+    seen = set[int]()  # ids of objects, which may refer to each other
 
     def look(value: Any, name: str) -> None:
         if isinstance(value, Tensor):
@@ -175,7 +175,7 @@ def returned_by_name(output: Any) -> list[tuple[str, torch.Tensor]]:
         if value is None or isinstance(value, _NO_OUTPUTS) or id(value) in seen or _is_cache(value):
             return
         if isinstance(value, Iterator):
-            raise SpeedupError(f"what a model returns must be there when its forward ends, got {type(value).__name__}")
+            raise SpeedupError(f"a model's output must be complete when its forward ends, got {type(value).__name__}")
         seen.add(id(value))
         parts: Iterable[tuple[Any, Any]]
         if isinstance(value, Mapping):
@@ -195,12 +195,12 @@ def returned_by_name(output: Any) -> list[tuple[str, torch.Tensor]]:
 
 
 def _is_cache(value: Any) -> bool:
-    """Tell whether something is a cache of Transformers."""
+    """Tell whether a value is a cache of Transformers."""
     kinds = type(value).__mro__
     return any(kind.__name__.endswith("Cache") and kind.__module__.startswith("transformers.") for kind in kinds)
 
 
-# A number may know the tensor whose size it is.
+# A traced number refers to the tensor whose size it is.
 _NUMBERS = (int, float, complex, torch.SymInt, torch.SymFloat, torch.SymBool)
 _NO_OUTPUTS = (
     *(*_NUMBERS, range, str, bytes, torch.dtype, torch.device),
@@ -252,7 +252,7 @@ def cast_floats(call: Call, dtype: torch.dtype) -> Call:
 
 
 def let_go(error: BaseException | None) -> None:
-    """Let go of the variables of functions that an error has left, such as the tensors of an unfinished recording."""
+    """Free the local variables that an error's traceback holds, such as the tensors of an unfinished trace."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
@@ -277,7 +277,7 @@ def inputs_of(batch: Any, index: int = 0, name: str = "calibration") -> Any:
         batch = batch[0]
     inputs = dict(batch) if isinstance(batch, Mapping) else batch
     for leaf in () if isinstance(inputs, Tensor) else tree_leaves(inputs):
-        # Tensors in other containers would stay whole where single samples are taken.
+        # Tensors in other containers can't be split into samples.
         if (is_dataclass(leaf) and not isinstance(leaf, type)) or _is_cache(leaf):
             raise ConfigError(
                 "the inputs of a batch must be tensors, alone or in tuples, lists or mappings, got a "
@@ -315,7 +315,7 @@ def calls(model: nn.Module, calibration: Iterable[Any]) -> Iterator[Call]:
 
 
 def _bound(model: nn.Module, call: Call, index: int, name: str) -> Call:
-    """Return a call without the keyword arguments that the model doesn't have; DataError if it doesn't fit."""
+    """Return a call without keyword arguments that the model doesn't have; DataError if the rest doesn't fit."""
     try:
         signature = inspect.signature(model.forward)
     except (TypeError, ValueError):  # not written in Python
@@ -338,7 +338,7 @@ def name_of(calibration: Iterable[Any]) -> str:
 
 
 def described(given: Any) -> str:
-    """Describe tensors in nested containers by their types and shapes, those of mappings with their keys."""
+    """Describe tensors in nested containers by their types and shapes, and in mappings by their keys."""
     if isinstance(given, Tensor):
         return f"{str(given.dtype).removeprefix('torch.')} of shape {tuple(given.shape)}"
     if isinstance(given, Mapping):
@@ -350,7 +350,7 @@ def described(given: Any) -> str:
 
 @contextmanager
 def fitting(batch: int, knob: str = "calibration", call: Call | None = None) -> Iterator[None]:
-    """Turn an error of a model within the block, on a batch of ``knob`` (from 0) and a call, into a DataError."""
+    """Turn a model's error within the block into a DataError; ``batch``: its number in ``knob``, from 0."""
     try:
         yield
     except NniTopoError:
@@ -363,7 +363,7 @@ def fitting(batch: int, knob: str = "calibration", call: Call | None = None) -> 
 
 
 def first_of_samples(call: Any) -> Tensor:
-    """Return the tensor that says how many samples a call has: the first that has dimensions; else the first of all."""
+    """Return the first tensor of a call that has dimensions, the first of which is the samples; else the first."""
     tensors = tensors_of(call)
     return next((each for each in tensors if each.dim()), tensors[0])
 
@@ -374,9 +374,10 @@ def batch_size(call: Any) -> int:
 
 
 def lists_of_samples(inputs: Any) -> list[Any]:
-    """Return those of a batch's arguments that hold a tensor for each sample, as detectors take a list of images.
+    """Return the arguments of a batch that hold one tensor per sample, such as a detector's list of images.
 
-    Beside a tensor of samples, tuples hold states or levels of all samples, and so do lists of tensors as long as it.
+    If another argument is a tensor of n samples, only lists of n tensors count, and not if each tensor has length n:
+    the others hold states or levels of all samples.
     """
     values = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (tuple, list)) else ()
     count = next((len(value) for value in values if isinstance(value, Tensor) and value.dim()), None)

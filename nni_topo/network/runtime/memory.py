@@ -1,4 +1,4 @@
-"""Memory that is free."""
+"""Free memory."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import nn
 
 from nni_topo.errors import DataError
 
-_SMALL = 2**26  # bytes that needn't be asked for
-_LARGE = 2**26  # parameters of a model that is worth freeing at once
+_SMALL = 2**26  # bytes up to which nothing is checked
+_LARGE = 2**26  # parameters from which a model's graphs are freed at once
 
 
 def free_memory() -> int:
-    """Return the bytes that this process can still take: of the machine, its control group and its own limit."""
+    """Return the bytes that this process can still allocate on the machine, in its control group and by its limit."""
     import psutil
 
     free: list[int] = [psutil.virtual_memory().available]
-    with suppress(OSError, ValueError, KeyError):  # Linux alone has such groups, and few have a limit
+    with suppress(OSError, ValueError, KeyError):  # only Linux has control groups, and few have a limit
         group = Path("/sys/fs/cgroup")
         held = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         free.append(int((group / "memory.max").read_text()) - int(held["anon"]))
@@ -34,7 +34,7 @@ def free_memory() -> int:
 
 
 def check_memory(needed: float, what: str, cure: str, place: str, free: int | None = None) -> None:
-    """Raise DataError with a cure where so many bytes aren't free, of the machine unless ``free`` says how many are."""
+    """Raise DataError with a ``cure`` unless ``needed`` bytes are free; ``free``: if not the machine's free memory."""
     if needed <= _SMALL:
         return
     free = free_memory() if free is None else free
@@ -44,11 +44,11 @@ def check_memory(needed: float, what: str, cure: str, place: str, free: int | No
 
 
 def free_memory_of(device: torch.device) -> int:
-    """Return the bytes that this process can take on a device; what PyTorch keeps of a GPU counts as taken."""
+    """Return the bytes that this process can allocate on a device; what PyTorch caches on a GPU isn't free."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
 
 
 def give_back_memory(model: nn.Module) -> None:
-    """Free the graphs of a traced large model, which refer to themselves."""
+    """Free the graphs of a large model after tracing, which are reference cycles."""
     if sum(each.numel() for each in model.parameters()) >= _LARGE:
         gc.collect()

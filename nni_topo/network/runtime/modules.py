@@ -1,4 +1,4 @@
-"""What kind of module, tensor or function something is, and where a model lies."""
+"""Checks of kinds of modules, tensors and functions, and the device of a model."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ def device_of(model: nn.Module) -> torch.device:
 
 def is_plain(model: Any) -> bool:
     """Tell whether a model is a module whose layers can be seen: not scripted, compiled, or spread over processes."""
-    # By their names: to import these classes takes longer than all else that looks at a model.
+    # By name: importing these classes takes longer than all other checks of a model.
     opaque = {"ScriptModule", "OptimizedModule", "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}
     kinds = {kind.__name__ for kind in type(model).__mro__}
     return isinstance(model, nn.Module) and not kinds & {*opaque, "FSDPModule"}
 
 
 def is_transformed(tensor: Tensor) -> bool:
-    """Tell whether a tensor is that of a ``torch.vmap`` or ``torch.func.grad`` under way, unusable afterwards."""
+    """Tell whether a tensor belongs to a running ``torch.vmap`` or ``torch.func.grad`` and is unusable afterwards."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def is_compiled_module(module: nn.Module) -> bool:
-    """Tell whether a module is what ``torch.compile`` made of another one."""
-    return type(module).__name__ == "OptimizedModule"  # by its name, for importing the class takes long
+    """Tell whether ``torch.compile`` returned a module."""
+    return type(module).__name__ == "OptimizedModule"  # by name: importing the class takes long
 
 
 def is_compiled_function(value: Any) -> bool:
-    """Tell whether a function is what ``torch.compile`` made of another one."""
+    """Tell whether ``torch.compile`` returned a function."""
     return hasattr(value, "_torchdynamo_orig_callable") and not getattr(value, "_torchdynamo_disable", False)
 
 
 def has_compiled(model: nn.Module) -> bool:
-    """Tell whether ``torch.compile`` or ``compile()`` of a module has compiled a model, a part of it or a forward."""
+    """Tell whether ``torch.compile`` or ``Module.compile`` has compiled a model, a part of it or a forward."""
     return any(
         each._compiled_call_impl is not None
         or is_compiled_module(each)
@@ -47,7 +47,7 @@ def has_compiled(model: nn.Module) -> bool:
 
 
 def put_attribute(module: nn.Module, name: str, value: Any) -> None:
-    """Set an attribute of a module, also where a ``__setattr__`` of its class refuses, as one that freezes it does."""
+    """Set an attribute of a module, even if the ``__setattr__`` of its class refuses, as in frozen classes."""
     try:
         setattr(module, name, value)
     except Exception:

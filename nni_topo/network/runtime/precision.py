@@ -1,8 +1,8 @@
-"""In which precision models compute.
+"""The precision in which models compute.
 
-Networks that are compared compute in the precision of their parameters, whatever the process allows for speed. A GPU
-rounds the factors of convolutions to three digits where nobody forbids it (TF32), and those of matrices where
-``torch.set_float32_matmul_precision`` allows it. A model that learns may compute under autocast.
+Networks that are compared compute in the precision of their parameters, whatever the process allows for speed. By
+default a GPU rounds the factors of convolutions to three digits (TF32), and those of matrix products if
+``torch.set_float32_matmul_precision`` allows it. Training may use autocast.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from nni_topo.errors import ConfigError
 from nni_topo.rules import one_of
 
 Precision = Literal["float32", "bfloat16"]
-"""In what a model that learns computes: as its parameters are, or under autocast to bfloat16."""
+"""Precision of training: the type of the parameters, or autocast to bfloat16."""
 
 PRECISION = one_of(["float32", "bfloat16"])
 
 
 @contextmanager
 def in_full_precision() -> Iterator[None]:
-    """Let products of single-precision numbers be computed in single precision for a while, whatever is set."""
-    # PyTorch has a switch for each operation, one for those of each library, and one for all.
+    """Compute products of single-precision numbers in single precision within the block, whatever the settings."""
+    # PyTorch has one setting for each operation, one for each library, and one for all.
     precisions = []
     for each, library in zip(_OPERATIONS, _LIBRARIES, strict=True):
-        # An operation that is set to what its library's are set to most likely has no setting of its own.
+        # An operation with the same setting as its library most likely has no setting of its own.
         own = each.fp32_precision
         precisions.append("none" if own == library.fp32_precision else own)
     for each in _OPERATIONS:
         each.fp32_precision = "ieee"
-    # The older switches don't tell how they are set where an operation rounds and they don't, or the other way round.
+    # The older switches can't be read if they disagree with the settings of operations.
     products = torch.get_float32_matmul_precision()
     try:
         convolutions = _BACKENDS.cudnn.allow_tf32
-    except RuntimeError:  # which says that they disagree
+    except RuntimeError:  # they disagree
         convolutions = True
     torch.set_float32_matmul_precision("highest")
     _BACKENDS.cudnn.allow_tf32 = False
@@ -58,7 +58,7 @@ def in_full_precision() -> Iterator[None]:
             each.fp32_precision = precision
 
 
-_BACKENDS: Any = torch.backends  # PyTorch makes these attributes when it is imported, unseen by type checkers
+_BACKENDS: Any = torch.backends  # PyTorch sets these attributes at import; type checkers don't know them
 _OPERATIONS: tuple[Any, ...] = (
     _BACKENDS.cuda.matmul,
     _BACKENDS.cudnn.conv,
@@ -68,7 +68,7 @@ _OPERATIONS: tuple[Any, ...] = (
     _BACKENDS.mkldnn.rnn,
 )
 _LIBRARIES: tuple[Any, ...] = 3 * (_BACKENDS.cudnn,) + 3 * (_BACKENDS.mkldnn,)
-"""Where the setting is that an operation follows if it has none of its own; matrices on a GPU follow cuDNN's, too."""
+"""For each operation, the library whose setting is its default; GPU matrix products use cuDNN's, too."""
 
 
 def check_precision(precision: Precision, device: torch.device, place: str) -> None:
@@ -81,7 +81,7 @@ def check_precision(precision: Precision, device: torch.device, place: str) -> N
 
 
 def not_under_autocast(precision: Precision, error: Exception, place: str) -> ConfigError:
-    """Return the error of a model that can't learn under autocast, because of another one, but can without it."""
+    """Return an error for a model that can't be trained under autocast because of ``error``, but can without it."""
     first_line = str(error).partition("\n")[0]
     return ConfigError(
         f"precision must be 'float32' for a model that doesn't learn under torch.autocast, got {precision!r}: "
@@ -91,13 +91,13 @@ def not_under_autocast(precision: Precision, error: Exception, place: str) -> Co
 
 @contextmanager
 def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Let PyTorch's operations compute in a precision.
+    """Compute PyTorch's operations in a precision within the block.
 
-    On a CPU bfloat16 is for linear layers. Attention stays in single precision: the gradient of the fused operation
-    takes six times as long in bfloat16 where sequences have 32 places. So do convolutions: processors with AMX compute
-    some wrong, such as a ``Conv1d`` of 8 channels with kernels of 64.
+    On a CPU bfloat16 is for linear layers. Attention stays in single precision, because the gradient of the fused
+    operation takes six times as long in bfloat16 for sequences of length 32. Convolutions do, because processors with
+    AMX compute some wrong, such as a ``Conv1d`` of 8 channels with kernels of size 64.
     """
-    if not torch.amp.is_autocast_available(device.type):  # there is none to turn off, either
+    if not torch.amp.is_autocast_available(device.type):  # it has no autocast to turn off
         yield
         return
     is_half = precision == "bfloat16"
@@ -107,9 +107,9 @@ def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
 
 
 def is_within_autocast() -> bool:
-    """Tell whether the caller is within ``torch.autocast``, enabled or not: blocks within it must not keep casts.
+    """Tell whether the caller is within ``torch.autocast``, enabled or not: inner blocks must not cache casts.
 
-    PyTorch keeps them until the outermost block ends: weights that learn would compute as they were at the first step.
+    PyTorch caches them until the outermost block ends: weights in training would keep their first values.
     """
     depth = torch.autocast_increment_nesting()
     torch.autocast_decrement_nesting()
@@ -138,7 +138,7 @@ def _in_single(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 _HALF = (torch.bfloat16, torch.float16)
 _attention = _in_single(functional.scaled_dot_product_attention)
-# PyTorch's function with our attention: a mode doesn't see what a function calls that it handles.
+# PyTorch's function with our attention: a mode doesn't see calls within a function that it handles.
 _multi_head = functional.multi_head_attention_forward
 _with_attention = FunctionType(
     _multi_head.__code__,
@@ -158,4 +158,4 @@ _IN_SINGLE: dict[Any, Any] = {
     _multi_head: _with_attention,
     **{each: _in_single(each) for each in _CONVOLUTIONS},
 }
-"""What is called in place of functions that compute attention or convolutions."""
+"""Replacements of functions that compute attention or convolutions."""

@@ -1,4 +1,4 @@
-"""Progress bars of what takes long."""
+"""Progress bars of long computations."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from nni_topo.context import context, in_context
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_DELAY = 5.0  # seconds after which progress appears that wasn't asked for
-_PAUSE = 30.0  # seconds from one bar to the next where standard error is no terminal
+_DELAY = 5.0  # seconds after which progress appears by default
+_PAUSE = 30.0  # seconds between updates if standard error is no terminal
 LONG = 600.0
-"""A forecast of more seconds than these is logged as a warning."""
+"""Longest forecast, in seconds, that isn't logged as a warning."""
 
 
 def bar(
     what: str, progress: bool | None, items: Iterable[Any] | None = None, *, total: int | None = None, done: int = 0
 ) -> tqdm[Any]:
-    """Return a progress bar of tqdm, which a file, a pipe or a notebook gets every thirty seconds.
+    """Return a progress bar of tqdm; in a file, a pipe or a notebook it is updated every thirty seconds.
 
     ``progress``: True shows it at once, False never, and None after five seconds. Within :func:`quiet` none appears.
     """
@@ -55,7 +55,7 @@ def quiet(progress: object) -> Iterator[None]:
 
 
 def quiet_if_asked(function: Callable[P, R]) -> Callable[P, R]:
-    """Let no bar appear in a function that is called with the keyword ``progress=False``."""
+    """Show no progress bar in a function that is called with the keyword ``progress=False``."""
 
     @functools.wraps(function)
     def called(*args: P.args, **kwargs: P.kwargs) -> R:

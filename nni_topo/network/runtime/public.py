@@ -1,4 +1,4 @@
-"""What all public functions that take models or calibration data have in common."""
+"""The decorator of all public functions that take models or calibration data."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _Made = TypeVar("_Made")
 class Running:
     """How a public function runs."""
 
-    # Of a function without a config_list, how layers are left out of its request; ``{}`` stands for the layers.
+    # For functions without a config_list: how a user excludes layers, for messages; ``{}`` stands for the layers.
     leaves_out: str = ""
-    as_compiled: bool = False  # whether compiled models run as such; then they aren't copied
+    as_compiled: bool = False  # whether compiled models stay compiled; then they aren't copied
 
 
 _USUAL = Running()
@@ -31,8 +31,8 @@ _USUAL = Running()
 def public(how: Running = _USUAL, /, **rules: Rule) -> Callable[[Callable[_Given, _Made]], Callable[_Given, _Made]]:
     """Decorate a public function that takes models or calibration data.
 
-    Within it no warning of the package is given twice, and no progress is shown if its ``progress`` is False. Its
-    arguments are checked by the rules of these names, the others by their annotations, see `checked`. Models among
+    Within the function each warning of the package is logged once, and no progress is shown if its ``progress`` is
+    False. Arguments are checked by the ``rules`` of their names, or by their annotations, see `checked`. Models among
     them are copied, see `leaves_models_alone`.
     """
 
@@ -56,7 +56,7 @@ def public(how: Running = _USUAL, /, **rules: Rule) -> Callable[[Callable[_Given
 
 
 class _Once(logging.Filter):
-    """Lets a warning pass unless the public function that runs has given it."""
+    """Drops a warning that was logged before in the same call of a public function."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         told = context().told
@@ -72,7 +72,7 @@ _ONCE = _Once()
 
 
 def _filter_warnings() -> None:
-    """Give the filter to all loggers of the package: a logger's filter doesn't see the records of its children."""
+    """Add the filter to all loggers of the package: a logger's filter doesn't see the records of its children."""
     package = __name__.partition(".")[0]
     for name in list(logging.root.manager.loggerDict):
         if name.startswith(f"{package}."):

@@ -1,4 +1,4 @@
-"""What the package reports of the models that it returns."""
+"""Reports about the models that the package returns."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class ModelReport:
     """What the package reports about a model that it returns, in the model's attribute ``report``."""
 
     changed_since: tuple[str, ...]
-    """What functions of the package have changed since, in order, such as ``"distilled (nni_topo.distill)"``."""
+    """Later changes by functions of the package, in order, such as ``"distilled (nni_topo.distill)"``."""
 
 
 def give_report(model: nn.Module, report: ModelReport) -> bool:
-    """Let a model have a report, in place of an earlier one; False where ``report`` is an attribute of the model's."""
+    """Set the report of a model; return False if the model has an attribute ``report`` of its own."""
     has_room = isinstance(getattr(model, "report", report), ModelReport)
     if has_room:
         put_attribute(model, "report", report)
@@ -50,7 +50,7 @@ def solved_on(model: nn.Module) -> frozenset[bytes]:
 
 
 def tell_solved_on(model: nn.Module, digests: Iterable[bytes]) -> None:
-    """Note on which samples a model's weights were solved; what is made of the model has the note, too."""
+    """Note on which samples a model's weights were solved; models made from this one keep the note."""
     vars(model)[SOLVED_ON] = solved_on(model) | frozenset(digests)
 
 

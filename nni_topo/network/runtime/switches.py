@@ -1,4 +1,4 @@
-"""What is the whole process's: the random states, the switches of PyTorch, and whose turn it is."""
+"""State of the whole process: random states, PyTorch's settings, and a lock so that one call runs at a time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch.utils._device import _device_constructors
 from nni_topo.context import context, in_context
 from nni_topo.network.runtime.precision import in_full_precision, is_within_autocast
 
-# The random states and the switches are those of the whole process, so calls of several threads run one at a time.
+# Random states and settings belong to the whole process, so calls of several threads run one at a time.
 _turn = threading.RLock()
 
 
@@ -32,9 +32,9 @@ def one_call() -> Iterator[None]:
 
 @contextmanager
 def package_settings(as_compiled: bool) -> Iterator[None]:
-    """Compute outside of a caller's ``torch.inference_mode``, and unless ``as_compiled`` of autocast and device, too.
+    """Leave a caller's ``torch.inference_mode`` within the block; unless ``as_compiled``, autocast and device, too.
 
-    What is made in inference mode takes no gradients, for good. Autocast rounds products to three digits.
+    Tensors made in inference mode can never have gradients. Autocast rounds products to three digits.
     """
     accelerator = torch.accelerator.current_accelerator()
     kinds = {"cpu", "cuda", *([] if accelerator is None else [accelerator.type])}
@@ -43,7 +43,7 @@ def package_settings(as_compiled: bool) -> Iterator[None]:
         if torch.is_inference_mode_enabled():
             settings.enter_context(torch.inference_mode(False))
         for kind in () if as_compiled else sorted(kinds):
-            # That of one device says for all of them that casts aren't kept.
+            # `cache_enabled` of one device holds for all.
             if torch.is_autocast_enabled(kind) or (kind == "cpu" and is_within_autocast()):
                 settings.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
         if not as_compiled and torch.get_default_device().type != "cpu":
@@ -52,7 +52,7 @@ def package_settings(as_compiled: bool) -> Iterator[None]:
 
 
 class _OnCpu(TorchFunctionMode):
-    """Puts tensors that the package makes without a device on the CPU; those that models make lie where they would."""
+    """Puts tensors that the package makes without a device on the CPU; models make theirs as usual."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
@@ -62,11 +62,11 @@ class _OnCpu(TorchFunctionMode):
 
 
 def _is_called_by_package() -> bool:
-    """Tell whether code of the package calls a function of PyTorch's."""
+    """Tell whether the package's own code called the function of PyTorch."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-        # PyTorch's own code calls for others, as do modes, which hand on what models call.
+        # PyTorch's own code and modes only pass on the calls of others.
         if package != "torch" and frame.f_code.co_name != "__torch_function__":
             return package == __name__.partition(".")[0]
         frame = frame.f_back
@@ -77,7 +77,7 @@ def _is_called_by_package() -> bool:
 def as_written() -> Iterator[None]:
     """Within the block, networks compute attention step by step and products in full precision.
 
-    Networks that are compared have to differ by what they compute alone. The fast paths of attention turn padded
+    Networks that are compared must differ only in what they compute. The fast paths of attention turn padded
     batches into nested tensors, on which hooks and masks can't work.
     """
     if context().is_as_written:
@@ -106,7 +106,7 @@ def random_state_kept() -> Iterator[None]:
 
 def torch_random_kept() -> AbstractContextManager[None]:
     """Restore PyTorch's random state afterwards."""
-    # Not to start CUDA for that, its generators are only kept if it is in use.
+    # Generators of CUDA only if it is in use, so as not to start it.
     return torch.random.fork_rng(list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else [])
 
 
@@ -117,7 +117,7 @@ def seed_torch(seed: int) -> None:
     if accelerator is None or (accelerator.type == "cuda" and not torch.cuda.is_initialized()):
         return
     module: Any = torch.get_device_module(accelerator)
-    # Apple's has one device.
+    # Apple's module has one device.
     seed_all = getattr(module, "manual_seed_all", None) or getattr(module, "manual_seed", None)
     if seed_all is not None:
         seed_all(seed)
@@ -131,5 +131,5 @@ def random_states() -> list[Tensor]:
 
 def drawn_since(states: list[Tensor]) -> bool:
     """Tell whether random numbers were drawn since PyTorch's generators had these states."""
-    # CUDA may have been started since, which has more of them.
+    # CUDA may have been started since: then it has further states.
     return not all(torch.equal(one, other) for one, other in zip(states, random_states(), strict=False))

@@ -246,5 +246,5 @@ def test_outputs_are_named_by_what_leads_to_them(found, names):
 
 
 def test_an_iterator_is_no_output():
-    with pytest.raises(SpeedupError, match=r"must be there when its forward ends, got generator"):
+    with pytest.raises(SpeedupError, match=r"must be complete when its forward ends, got generator"):
         returned_by_name(each for each in [X])
