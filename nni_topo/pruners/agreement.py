@@ -1,12 +1,11 @@
 """Select the kept blocks of units that share only some of their blocks, which dependency groups can't express.
 
-A *class* is a set of blocks that are kept or pruned together: blocks of several units, or several of one unit. Classes
-that the same units hold form a *segment*. Classes of negative numbers stay: they form segments of their own, and a
-unit that asks for some share gets it of its other blocks. Each unit says how many blocks it would keep. From the
-narrowest unit to the widest, this count is distributed over the segments that the unit holds and no unit before it did,
-in proportion to their lengths. So wider units follow narrower ones where they share blocks, and reach their own count
-with the others.
-Where the coupling doesn't allow that, more blocks are kept, never fewer. Within a segment the classes with the highest
+A *class* is a set of blocks that are kept or pruned together, within one unit or across several. Classes that the same
+units hold form a *segment*. Classes with a negative number are always kept: they form segments of their own, and a
+unit's ratio applies to its other blocks. Each unit asks for a number of kept blocks. From the narrowest unit to the
+widest, this number is distributed, in proportion to their lengths, over the unit's segments that no earlier unit holds.
+So a wider unit takes over the shared blocks that narrower units keep, and reaches its number with its other blocks.
+Where the coupling doesn't allow this, more blocks are kept, never fewer. Within a segment the classes with the highest
 mean score over all of their layers are kept. Where a network shuffles and splits channels, `PruningUnit.shares` says
 how many blocks of each segment are kept.
 """
@@ -27,7 +26,7 @@ IntArray = NDArray[np.int64]
 
 
 class Agreement:
-    """Make what is kept of units agree, block by block, where they share some of them."""
+    """Makes the kept blocks of units agree where the units share blocks."""
 
     def __init__(self, units: Sequence[PruningUnit]) -> None:
         tied = {unit.name: unit for unit in units if unit.ties}
@@ -39,7 +38,7 @@ class Agreement:
         self._shuffled = [unit for unit in units if unit.shares]
 
     def __call__(self, kept: KeptBlocks, scores: Mapping[str, NDArray[np.generic]]) -> KeptBlocks:
-        """Return the kept blocks, by score: as many of each unit as ``kept`` has, or more where coupling needs it."""
+        """Return the kept blocks, by score: each unit keeps as many as in ``kept``, or more if coupling requires it."""
         agreed = dict(kept)
         for shared in self._shared:
             agreed |= shared.choose(kept, scores)
@@ -51,7 +50,7 @@ class Agreement:
 class _Shared:
     """Units that share blocks, directly or through others.
 
-    ``_holds[p, s]`` says how many blocks of the p-th part, over all units, one class of the s-th segment stands for.
+    ``_holds[p, s]``: how many blocks of part p, counted over all units, belong to one class of segment s.
     """
 
     def __init__(self, units: list[PruningUnit]) -> None:
@@ -67,7 +66,7 @@ class _Shared:
         self._stays = stays[np.unique(self._segment, return_index=True)[1]]
         _, first, self._sizes = np.unique(self._segment, return_index=True, return_counts=True)
         self._holds = holds[:, first]
-        # A part within another holds fewer classes, so that it comes before.
+        # A part has fewer classes than the parts that contain it, so it comes before them.
         self._order = np.argsort((holds > 0).sum(1), kind="stable")
         self._owner = np.repeat(np.arange(len(units)), [unit.parts for unit in units])
 
@@ -75,7 +74,7 @@ class _Shared:
         """Return the kept blocks of each unit."""
         wanted = [kept[unit.name].reshape(unit.parts, unit.rows).sum(1) for unit in self._units]
         counts = self._raised(self._dealt(np.concatenate(wanted)), np.concatenate(wanted))
-        # The scores of each class are averaged over all targets that hold it, as those of a dependency group are.
+        # A class's score is the mean over all targets that hold it, as in a dependency group.
         classes = np.concatenate(self._classes)
         targets = np.repeat([len(unit.members) for unit in self._units], [unit.blocks for unit in self._units])
         values = np.concatenate([scores[unit.name] for unit in self._units])
@@ -93,7 +92,7 @@ class _Shared:
             new = is_open & (own > 0)
             staying, blocks = int(own[self._stays] @ self._sizes[self._stays]), int(own @ self._sizes)
             asked = staying + math.ceil((blocks - staying) * int(wanted[part]) / blocks)  # the same share of the others
-            # What is missing is distributed in proportion to the segments' lengths; a class takes `each` blocks.
+            # Distribute the missing blocks in proportion to the segments' lengths; a class adds `each` blocks.
             missing, sizes, each = max(int(asked - own @ counts), 0), self._sizes[new], own[new]
             room = int(sizes @ each)
             dealt, rest = np.divmod(sizes * min(missing, room), max(room, 1))
@@ -105,7 +104,7 @@ class _Shared:
         return counts
 
     def _raised(self, counts: IntArray, wanted: IntArray) -> IntArray:
-        """Keep more until every part has the wanted count, and all parts of a unit have the same count."""
+        """Keep more classes until every part has the wanted count, and all parts of a unit have the same count."""
         while True:
             totals = self._holds @ counts
             most = np.zeros(len(self._units), dtype=np.int64)

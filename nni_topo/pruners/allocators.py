@@ -1,4 +1,4 @@
-"""Sparsity allocators: from a kept set, or from scores, to masks."""
+"""Sparsity allocators: make masks from a kept set or from scores."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _logger = logging.getLogger(__name__)
 
 
 class ConfigAllocator(SparsityAllocator):
-    """Masks of a kept set as it is, or of scores by rank: as many blocks are kept as the context's planner says.
+    """Makes masks of a kept set as it is, or of scores by rank: the context's planner says how many blocks are kept.
 
-    Of equal scores the lower index is kept; scores of blocks of several elements are equal within 1e-6 of their size.
-    Units that share some of their blocks choose as one, see :mod:`nni_topo.pruners.agreement`.
+    Of equal scores the lower index is kept; scores of blocks with several elements are equal within a relative 1e-6.
+    Units that share some of their blocks are decided together, see :mod:`nni_topo.pruners.agreement`.
     """
 
     def allocate(self, metrics: Metrics, context: PruningContext) -> Masks:
@@ -41,7 +41,7 @@ class ConfigAllocator(SparsityAllocator):
             rows = context.rows(lambda unit: scores[unit.name])
             kept = {unit.name: keep_highest(unit, scores[unit.name], rows[unit.name]) for unit in context.units}
         agreed = Agreement(context.units)(kept, scores)
-        # One row more is rounding. A budget counts the kept blocks and warns by itself.
+        # One row more is rounding. Under a budget all ratios are 0, and the planner warns.
         more = [
             f"{unit.name} {agreed[unit.name].sum()} of {unit.blocks} instead of {kept[unit.name].sum()}"
             for unit in context.units
@@ -71,10 +71,10 @@ def keep_highest(unit: PruningUnit, scores: FloatArray, rows: int) -> NDArray[np
 
 
 def _add_aligned(masks: Masks, context: PruningContext) -> None:
-    """Add the masks of targets that follow another one, such as a bias its weight.
+    """Add the masks of targets that are aligned to another one, as a bias is to its weight.
 
-    As in NNI, a follower with a ratio or a group of its own keeps its own mask, and one with a threshold of its own
-    loses both what the threshold removes and what the other target loses.
+    As in NNI, an aligned target with its own ratio or group keeps its own mask; one with its own threshold loses what
+    the threshold removes and what the other target loses.
     """
     aligned, _ = target_spaces_filter(context.target_spaces, lambda space: space.align is not None)
     followers: dict[str, dict[str, object]] = defaultdict(dict)

@@ -1,7 +1,7 @@
 """The base class of the package's structured pruners: NNI's Pruner with three hooks.
 
-NNI's three stages call them, so the pruner also works inside NNI's scheduled pruners; the calculator asks the planner
-how many blocks to keep::
+NNI's three stages call the hooks, so the pruner also works inside NNI's scheduled pruners. The calculator asks the
+planner how many blocks to keep::
 
     config_list -> NNI wraps the model -> DataCollector -> MetricCalculator -> SparsityAllocator -> masks
 """
@@ -46,29 +46,29 @@ _logger = logging.getLogger(__name__)
 
 
 class StructuredPruner(Pruner):
-    """Prune whole filters and neurons by a collector, a metric and an allocator.
+    """Prune whole filters and neurons with a collector, a metric and an allocator.
 
-    A subclass whose constructor is decorated by :func:`~nni_topo.pruners.checks.pruner_arguments` has its knobs as
-    attributes; this class uses those of the other parameters.
+    Decorate a subclass's constructor with :func:`~nni_topo.pruners.checks.pruner_arguments`: it stores the knobs as
+    attributes, and this class reads those that are listed under "Other Parameters".
 
     Parameters
     ----------
     model : torch.nn.Module
-        Model to prune. NNI wraps it; ``unwrap_model()`` takes the wrappers off again.
+        Model to prune. NNI wraps it; ``unwrap_model()`` removes the wrappers.
     config_list : list of dict
         NNI's config_list, see docs/config_list.md.
     evaluator : nni.compression.utils.Evaluator or None, default=None
-        Needed for scheduled pruning; the inputs on which it evaluates serve where there is no ``calibration``.
+        Needed for scheduled pruning. The inputs on which it evaluates are used if ``calibration`` is missing.
     existed_wrappers : dict or None, default=None
         Used by ``from_compressor``.
     collector : DataCollector
-        What is looked at.
+        Collects one row of numbers per block.
     calculator : MetricCalculator
-        How it is scored; larger = keep.
+        Scores the collected rows; larger = keep.
     allocator : SparsityAllocator or None, default=None
         Makes the masks. None: :class:`~nni_topo.hooks.ConfigAllocator`.
     planner : Planner or None, default=None
-        How many blocks are kept where there is no budget. None: :class:`~nni_topo.hooks.Planner`, by the config_list.
+        Says how many blocks are kept without a budget. None: :class:`~nni_topo.hooks.Planner`, by the config_list.
 
     Other Parameters
     ----------------
@@ -81,42 +81,42 @@ class StructuredPruner(Pruner):
         Inputs of the model, for a ``budget``. None: the first ``calibration`` batch, else the evaluator's
         ``dummy_input`` or the first batch on which it evaluates.
     round_to : int or None
-        Every layer keeps a multiple of so many channels, or all of them, and so more than asked for. None: any number.
+        Every layer keeps a multiple of this number of channels, or all of them, rounded up. None: any number.
     seed : int
         Same seed, same masks.
     progress : bool or None
-        Show on standard error how far it is: in a terminal a bar, elsewhere a line every half minute. None: after five
+        Show progress on standard error: a bar in a terminal, elsewhere a line every half minute. None: only after five
         seconds.
 
     Attributes
     ----------
     needs_rule : bool
-        Whether every entry of the config_list must have a ratio or a threshold: not where a pruner finds the number.
+        Whether every entry of the config_list must have a ratio or a threshold; False if the pruner finds the number.
     setting_rules : mapping of str to Rule
-        What values of the config_list must be beyond what NNI asks for, by key.
+        Rules for values of the config_list, by key, in addition to NNI's.
     allocations : tuple of str
-        How a budget may be dealt out, of :class:`~nni_topo.Budget`'s names.
+        The allocations of :class:`~nni_topo.Budget` that the pruner supports.
 
     Raises
     ------
     ConfigError, DataError
-        If the request is bad, before the model is wrapped; see :func:`~nni_topo.pruners.checks.check_request`.
+        If the request is invalid, before the model is wrapped; see :func:`~nni_topo.pruners.checks.check_request`.
 
     Notes
     -----
-    ``unwrap_model()`` restores the unmasked weights as *new* Parameters: an optimizer made before doesn't know them.
+    ``unwrap_model()`` restores the unmasked weights as *new* Parameters: an optimizer made before doesn't have them.
     ``interval_steps``, ``total_times`` and ``first_step_gen`` mean what they mean for NNI's own pruners;
     ``LinearPruner`` and ``AGPPruner`` set them.
 
     At the default granularity a transposed convolution loses output channels, as every other layer does. With this
-    package imported NNI's own pruners do the same; by themselves they prune its input channels.
+    package imported NNI's own pruners do the same; without it they prune its input channels.
     """
 
     needs_rule: bool = True
     setting_rules: ClassVar[Mapping[str, Rule]] = {}
     allocations: ClassVar[tuple[str, ...]] = ("uniform",)
     _target_spaces: TargetSpaces
-    # Knobs of a subclass that has them.
+    # Defaults for subclasses without these knobs.
     budget: Any = None
     calibration: Any = None
     example_inputs: Any = None
@@ -166,12 +166,12 @@ class StructuredPruner(Pruner):
         self.collector = collector
         self.calculator = calculator
         config_list = self._fitting(model, config_list)
-        self._collected: Data | None = None  # of the first call of `masks_for`
+        self._collected: Data | None = None  # data of the first call of `masks_for`
         coupled = config_list if isinstance(config_list, DependencyGroups) else None
         self._ties = {} if coupled is None else coupled.ties
         self._shares = {} if coupled is None else coupled.shares
-        self.facts: Facts | None = None  # what a caller that made the model knows of it
-        self._facts = Facts()  # what was found since masks were asked for
+        self.facts: Facts | None = None  # what the caller already knows about the model
+        self._facts = Facts()  # what was found about the model while making the latest masks
         self.allocator = ConfigAllocator() if allocator is None else allocator
         self.interval_steps = -1
         self.total_times: int | Literal["unlimited"] = 1
@@ -180,7 +180,7 @@ class StructuredPruner(Pruner):
         self._target_spaces = in_network_order(model, self._target_spaces)
         if has_budget:
             self._activate_targets()
-        # Raises for granularities that don't fit shapes, and for groups whose members don't fit each other.
+        # Raises if a granularity doesn't fit its shape, or the members of a group don't fit each other.
         pruning_units(self._target_spaces, self._ties)
 
     def compress(self, max_steps: int | None = None, max_epochs: int | None = None) -> tuple[nn.Module, Masks]:
@@ -200,8 +200,8 @@ class StructuredPruner(Pruner):
 
         Notes
         -----
-        Where it raises, the model is left as ``unwrap_model()`` leaves it. Without training, modes, buffers and the
-        global generators are as before, whatever an evaluator does.
+        If it raises, the model is unwrapped. Without training, modes, buffers and the global generators are as before,
+        whatever an evaluator does.
         """
         trains = max_steps is not None or max_epochs is not None
         try:
@@ -213,16 +213,16 @@ class StructuredPruner(Pruner):
         return model, masks
 
     def generate_masks(self) -> Masks:
-        """Return the masks of NNI's three stages, which the hooks do."""
+        """Return the masks; NNI's three stages call the hooks."""
         self._begin_facts()
         with quiet(self.progress):
             return super().generate_masks()  # type: ignore[no-any-return]
 
     def masks_for(self, budget: Budget) -> Masks:
-        """Return the masks for another budget of the pruner's kind and allocation, without putting them into the model.
+        """Return the masks for another budget of the same kind and allocation, without putting them into the model.
 
-        Each time channels are selected anew, by what was collected and measured at the first call. ``planner.outcome``
-        says whether the budget is met; nothing is logged where it isn't. ConfigError for a budget of another kind.
+        Each call selects channels anew from the data of the first call. ``planner.outcome`` says whether the budget is
+        met; no warning is logged if it isn't. ConfigError for a budget of another kind or allocation.
         """
         planner = self.planner
         if not isinstance(planner, BudgetPlanner):
@@ -236,7 +236,7 @@ class StructuredPruner(Pruner):
             if self._collected is None:
                 self._collected = self._collect_data()
             found = self._generate_sparsity(self._calculate_metrics(self._collected))
-        # As wide as the parameters, as NNI's wrappers make masks of blocks when they take them.
+        # Expand each mask to its parameter's shape, as NNI's wrappers do.
         for name, targets in found.items():
             for target, mask in targets.items():
                 whole = self._target_spaces[name][target].target
@@ -245,7 +245,7 @@ class StructuredPruner(Pruner):
         return found
 
     def _fitting(self, model: nn.Module, config_list: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Check the layers; leave out those that the collector refuses, if dependency groups chose them by kind."""
+        """Check the layers; leave out refused ones if dependency groups chose them by type, else raise."""
         try:
             self.collector.check(model, matched_modules(model, config_list))  # nothing is wrapped yet
             return config_list
@@ -264,7 +264,7 @@ class StructuredPruner(Pruner):
             return self._fitting(model, remaining)
 
     def _begin_facts(self) -> None:
-        """Forget what was found about the model, which may have been trained since, unless a caller hands facts on."""
+        """Forget what was found about the model, which may have been trained since, unless the caller passed facts."""
         self._facts = Facts() if self.facts is None else self.facts
         if isinstance(self.planner, BudgetPlanner):
             self.planner.facts = self._facts
@@ -283,7 +283,7 @@ class StructuredPruner(Pruner):
 
     @property
     def context(self) -> PruningContext:
-        """What the hooks look at: the model, its targets with the ratios in force, the evaluator and the planner."""
+        """The input of the hooks: the model, its targets with the current ratios, the evaluator and the planner."""
         names = self._get_param_names_map() if self._is_wrapped else {}
         return PruningContext(
             self.bound_model,
@@ -297,9 +297,9 @@ class StructuredPruner(Pruner):
         )
 
     def _activate_targets(self, cap: float = 0.0) -> None:
-        """Give the ``sparse_ratio`` ``cap`` to configured targets without a rule: the pruner finds the number."""
+        """Set ``sparse_ratio`` to ``cap`` on configured targets without a rule: the pruner finds the number."""
         spaces = [space for targets in self._target_spaces.values() for space in targets.values()]
-        # A rule of one member holds for its group: a second one beside it could contradict it.
+        # One member's rule holds for its whole group; a second rule could contradict it.
         ruled = {space.dependency_group_id for space in spaces if is_active(space)} - {None}
         for space in spaces:
             own = space.align is None and space.target is not None and not is_active(space)

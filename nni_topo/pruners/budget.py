@@ -34,7 +34,7 @@ _logger = logging.getLogger(__name__)
 Allocation = Literal["uniform", "topological", "error", "auto"]
 Runtime = Literal["pytorch", "onnxruntime"]
 AUTO = "auto"
-"""The allocation that :func:`nni_topo.shrink` finds by trying those that a pruner takes."""
+"""Let :func:`nni_topo.shrink` try all allocations that the pruner supports."""
 ALLOCATIONS: tuple[str, ...] = tuple(name for name in get_args(Allocation) if name != AUTO)
 BUDGETS = ("flops", "params", "latency", "memory")
 _RULES = {
@@ -43,19 +43,19 @@ _RULES = {
     "equal_blocks": FLAG | NONE,
     "runtime": one_of(get_args(Runtime)),
 }
-_MISSED = 0.01  # of the unpruned network's cost
-_MISSED_SMALL = 0.1  # of what is asked for, where that is less
-_MISSED_TIME = 0.05  # of what is asked for
+_MISSED = 0.01  # tolerance, of the unpruned network's cost
+_MISSED_SMALL = 0.1  # tolerance, of the budget, if that is less
+_MISSED_TIME = 0.05  # least tolerance for latency, of the budget
 _ROUNDING = 1e-12  # 0.51 - 0.5 is more than 0.01 in double precision
 NO_NEARER = "the next possible numbers of channels come no nearer"
-"""Why a budget is missed where no bound keeps it from being met."""
+"""The reason for a missed budget if no bound prevents meeting it."""
 _SECONDS = 10.0  # to time one network beside the unpruned one
-_FEWEST = 1.0 / 8.0  # share of a layer's channels that a budget leaves
-_NEVER_ONE = 16  # layers of so many channels keep at least two
+_FEWEST = 1.0 / 8.0  # least share of a layer's channels that a budget keeps
+_NEVER_ONE = 16  # layers of at least so many channels keep at least two
 _HALVINGS = 20
-_FASTEST = 16  # the largest multiple of channels that is preferred
-_LEAST_STEPS = 8  # a layer has at least so many times the multiple that is preferred
-_LEAST_STEPS_IN_TIME = 2  # the same under a budget of time, where other widths cost MACs and save nothing
+_FASTEST = 16  # the largest preferred multiple of channels
+_LEAST_STEPS = 8  # a layer has at least so many times its preferred multiple
+_LEAST_STEPS_IN_TIME = 2  # the same for latency: other widths lose MACs without saving time
 _FINER = 32  # how often the multiples of a layer may be halved
 
 
@@ -67,36 +67,36 @@ class Budget:
     ----------
     flops, params, latency, memory : float or None, default=None
         The share to keep, in (0, 1], of exactly one cost: multiply-accumulates, parameters, seconds, or bytes of the
-        parameters with the input and output of the layer where both are largest, for one sample.
+        parameters plus the largest sum of a layer's input and output, for one sample.
     allocation : {"uniform", "topological", "error", "auto"}, default="uniform"
         How the budget is distributed. ``"uniform"``: the same share of every layer. ``"topological"``: one tolerance
-        on death times over the network. ``"error"``: the channels with the least reconstruction error, in all layers
-        that read them, per cost saved. ``"auto"``: the one of these whose network is nearest to the unpruned one on
-        held-out images (:func:`nni_topo.shrink` only).
+        on death times for the whole network. ``"error"``: prune the channels with the least reconstruction error, in
+        all layers that read them, per cost saved. ``"auto"``: the allocation whose network is closest to the unpruned
+        one on held-out images (:func:`nni_topo.shrink` only).
     equal_blocks : bool, optional
-        Let layers of the same width keep the same number of channels, and attention of the same number of heads the
-        same number of heads, so that a config of Transformers can describe the network. The cost comes less near to the
-        budget. For ``"uniform"`` alone. None: as False, but :func:`nni_topo.shrink` takes True for a model of
-        Transformers, and leaves the layers whole of which a config can say no other width.
+        Layers of equal width keep equally many channels, and attention layers with equally many heads keep equally
+        many heads, so that a Transformers config can describe the network. The cost gets less near to the budget. Only
+        with ``"uniform"``. None: False; but :func:`nni_topo.shrink` uses True for a Transformers model, and doesn't
+        prune layers whose width a config can't express.
     latency_table : LatencyTable, str, Path or None, default=None
         Seconds per layer and width, or a JSON file of them, for ``latency``; then only the table counts. None: measured
         once, on one thread with the batch of the pruner's ``example_inputs``
-        (``pruner.planner.latency_table`` holds it), and corrected by the times of dense networks of the widths found.
+        (``pruner.planner.latency_table`` holds it), then corrected by timing dense networks of the widths found.
     runtime : {"pytorch", "onnxruntime"}, default="pytorch"
-        What runs the dense networks whose times correct the table: for ``"onnxruntime"`` each is exported to ONNX
-        (:func:`nni_topo.export`) and runs on one thread of the CPU. For ``latency`` without a table alone.
+        Runs the dense networks whose times correct the table; for ``"onnxruntime"`` each is exported to ONNX
+        (:func:`nni_topo.export`) and runs on one CPU thread. Only for ``latency`` without a table.
 
     Notes
     -----
     ``min_sparse_ratio`` and ``max_sparse_ratio`` of the config_list hold. A layer without a ``max_sparse_ratio`` keeps
-    at least an eighth of its channels, or half of the share that each pruned layer keeps where all of them together
-    keep the budget's share of their own cost, if that is less; of sixteen or more channels it keeps at least two. Where
-    so few channels don't meet the budget, the outcome says which budget can be met; where they do, ``"topological"``
-    and ``"error"`` may leave a layer fewer. Widths are integers, so the nearest possible cost is taken. A budget is met
-    by a network that costs at most 0.01 of the unpruned one more (of a budget below 0.1, a tenth of the budget; for
-    ``latency`` at least 5 % of the budget). If no network takes so little time, the widest that is about as fast as any
-    is kept, possibly the unpruned one. A warning gives the reason where a budget is missed, and where the network costs
-    less than asked by more than that. NNI's schedulers don't schedule a budget.
+    at least an eighth of its channels, and at least two of sixteen or more. For small budgets the eighth becomes less:
+    half of the share at which the pruned layers, all pruned by one ratio, keep the budget's share of their own cost. If
+    these minimums prevent meeting the budget, the outcome says which budget can be met; if they don't,
+    ``"topological"`` and ``"error"`` may keep fewer channels. Widths are integers, so the nearest possible cost is
+    taken. The tolerance is 0.01 of the unpruned cost, or a tenth of the budget if that is less; for ``latency`` at
+    least 5 % of the budget. A network meets the budget if it costs at most the tolerance more. If no network is fast
+    enough, the widest that is about as fast as any is kept, possibly the unpruned one. A warning gives the reason if
+    the network costs more or less than the budget by more than the tolerance. NNI's schedulers don't schedule a budget.
 
     Examples
     --------
@@ -153,12 +153,12 @@ def as_budget(value: Any) -> Budget:
 
 @dataclass(frozen=True)
 class BudgetOutcome:
-    """The cost that was reached under a budget; ``str`` is a sentence."""
+    """The cost that was reached under a budget; ``str`` gives a sentence."""
 
-    kind: str  # what is counted: flops, params, latency or memory
+    kind: str  # of cost: flops, params, latency or memory
     asked: float  # share of the unpruned network's cost to keep, in (0, 1]
     left: float  # share that is kept
-    is_met: bool  # whether no more is kept than `asked` and `tolerance`
+    is_met: bool  # whether `left` is at most `asked` plus `tolerance`
     why: str = ""  # why `left` isn't within `tolerance` of `asked`; empty where it is
 
     @property
@@ -172,7 +172,7 @@ class BudgetOutcome:
 
     @property
     def is_near(self) -> bool:
-        """Whether ``left`` is within ``tolerance`` of ``asked``: a network that costs less meets the budget, too."""
+        """Whether ``left`` is within ``tolerance`` of ``asked``; one that costs even less also meets the budget."""
         return abs(self.left - self.asked) <= self.tolerance + _ROUNDING
 
     def __str__(self) -> str:
@@ -187,9 +187,9 @@ class BudgetOutcome:
 class BudgetPlanner(Planner):
     """Keep as many blocks as a budget allows.
 
-    With ``prefers_multiples`` layers keep multiples of 16 channels, narrow ones of an eighth of their channels, or as
-    large ones as meet the budget. Under a budget of time that is measured these are multiples of half of a layer's
-    channels, at most 16. Heads are counted whole.
+    With ``prefers_multiples`` layers keep multiples of 16, 8, 4, 2 or 1 channels: the largest multiple that is at most
+    an eighth of the layer's channels (half of them if time is measured) and meets the budget. Attention keeps any
+    number of heads.
     """
 
     def __init__(
@@ -205,18 +205,18 @@ class BudgetPlanner(Planner):
         self.prefers_multiples = prefers_multiples
         self.budget = budget
         self.example_inputs = example_inputs
-        self.facts: Facts | None = None  # what is known of the model already
-        # Where none is given it is measured at the first use; with a table, an allocation is deterministic.
+        self.facts: Facts | None = None  # what is already known about the model
+        # Measured at the first use if not given; a given table makes the allocation deterministic.
         self.latency_table = cast("LatencyTable | None", budget.latency_table)
         self.outcome: BudgetOutcome | None = None  # None until the widths are found
         self._cost: Callable[[Kept], float] | None = None
-        self._warns = warns  # where the budget is missed
-        self._multiples: dict[str, int] | None = None  # by unit, where multiples are preferred
+        self._warns = warns  # whether to warn of a missed budget
+        self._multiples: dict[str, int] | None = None  # step of rows by unit, while multiples are tried
         self._accepted: dict[str, list[int]] = {}  # numbers of heads that a config accepts, by layer
-        self._aim: float | None = None  # what the table must say so that the dense network takes the share
+        self._aim: float | None = None  # share by the table at which the dense network takes the share
 
     def change(self, budget: Budget) -> None:
-        """Plan by another share of the same cost from now on; what was measured stays, and nothing is logged."""
+        """Plan for another share of the same cost from now on; keep the measurements and log no warnings."""
         known = self.budget
         if (budget.kind, budget.allocation) != (known.kind, known.allocation):
             raise ConfigError(
@@ -261,7 +261,7 @@ class BudgetPlanner(Planner):
             if self._aim is None:
                 self._multiples = preferred_steps(units, _LEAST_STEPS_IN_TIME) if self.prefers_multiples else None
                 removed, left, self._aim = solve_timed(solve, cost, timed, share)
-                # Where layers that keep such multiples aren't fast enough, smaller multiples are tried.
+                # If networks with these multiples aren't fast enough, smaller multiples are tried.
                 while self._multiples and max(self._multiples.values()) > 1:
                     if budget_outcome(budget.kind, share, left, "").is_met:
                         break
@@ -301,7 +301,7 @@ class BudgetPlanner(Planner):
         solve: Callable[[], list[int]],
         cost: Callable[[Sequence[int]], float],
     ) -> list[int]:
-        """Return rows to remove by which layers keep multiples of channels, if these meet the budget, too.
+        """Return rows to remove so that layers keep multiples of channels, or ``removed`` if none meet the budget.
 
         ``removed``: the rows to remove if layers may keep any number of channels.
         """
@@ -310,7 +310,7 @@ class BudgetPlanner(Planner):
         if abs(cost(removed) - share) > tolerance:
             return removed
         self._multiples = preferred_steps(units, _LEAST_STEPS)
-        # Which units keep equally many rows: those of as many rows in equal blocks, else each for itself.
+        # With equal blocks, units with equally many rows keep equally many; otherwise each unit is alone.
         together: dict[Any, list[int]] = defaultdict(list)
         for place, unit in enumerate(units):
             together[unit.rows if self.budget.equal_blocks else unit.name].append(place)
@@ -319,7 +319,7 @@ class BudgetPlanner(Planner):
             left = cost(rounded)
             if abs(left - share) <= tolerance:
                 return rounded
-            # A multiple more or less of one layer may meet the budget.
+            # One multiple more or less in one layer may meet the budget.
             bounds = bounds_under(self.budget, share, units, cost)
             coarsest, most = list[int](), 0.0
             for places in together.values():
@@ -341,11 +341,11 @@ class BudgetPlanner(Planner):
         return removed
 
     def step(self, unit: PruningUnit) -> int:
-        """Return the number of rows of which each part of a unit keeps a multiple."""
+        """Return the step of rows: each part of a unit keeps a multiple of it."""
         return super().step(unit) if self._multiples is None else self._multiples[unit.name]
 
     def rounded(self, unit: PruningUnit, rows: int) -> int:
-        """Return the least number of rows, from ``rows`` on, that ``round_to`` and the model's config allow."""
+        """Return the least number of rows, at least ``rows``, that ``round_to`` and the model's config allow."""
         accepted = [set(self._accepted[layer]) for layer in unit.layers if layer in self._accepted]
         for count in range(rows, unit.rows):
             rounded = super().rounded(unit, count)
@@ -355,9 +355,9 @@ class BudgetPlanner(Planner):
 
 
 def preferred_steps(units: Sequence[PruningUnit], least: int) -> dict[str, int]:
-    """Return the step of each unit's rows with which it keeps a multiple of 2, 4, 8 or 16 channels.
+    """Return, by unit, the step of rows with which the unit keeps a multiple of 1, 2, 4, 8 or 16 channels.
 
-    The multiple is at most a ``least``-th of the unit's channels.
+    The multiple is at most the unit's channels divided by ``least``.
     """
     found = {}
     for unit in units:
@@ -367,13 +367,13 @@ def preferred_steps(units: Sequence[PruningUnit], least: int) -> dict[str, int]:
 
 
 def budget_outcome(kind: str, asked: float, left: float, why: str) -> BudgetOutcome:
-    """Return the outcome of a budget; ``why`` is the reason if the cost isn't near to it."""
+    """Return the outcome of a budget; ``why`` is the reason if the cost isn't within its tolerance."""
     outcome = BudgetOutcome(kind, asked, left, is_met=True)
     return outcome if outcome.is_near else replace(outcome, is_met=left < asked, why=why)
 
 
 def warn_if_missed(outcome: BudgetOutcome) -> None:
-    """Warn where the cost isn't near to the budget."""
+    """Warn if the cost isn't within the tolerance of the budget."""
     if not outcome.is_near:
         _logger.warning("%s", outcome)
 
@@ -383,7 +383,7 @@ def share_left(
     cost: Callable[[Kept], float],
     rounded: Callable[[PruningUnit, int], int] = lambda _, rows: rows,
 ) -> Callable[[Sequence[int]], float]:
-    """Return a function that gives the remaining share of a cost for the numbers of rows that units lose."""
+    """Return a function from the numbers of rows that units lose to the remaining share of the cost."""
     unpruned = cost({})
     if not unpruned > 0.0:
         raise DataError(f"the unpruned network must have a positive cost, got {unpruned} (budget)")
@@ -395,13 +395,13 @@ def share_left(
 def bounds_under(
     budget: Budget, share: float, units: Sequence[PruningUnit], left: Callable[[Sequence[int]], float]
 ) -> list[tuple[int, int]]:
-    """Return the fewest and the most rows that units may lose so that a share of the cost, as ``left`` says, remains.
+    """Return the fewest and the most rows that each unit may lose under a budget of this ``share``.
 
-    A share that can't be met has the bounds of the least share that can be met.
+    ``left`` maps lost rows to the remaining share. If the share can't be met, the least possible share is used.
     """
 
     def bounds(fewest: float) -> list[tuple[int, int]]:
-        """Return the bounds that leave each unit this share of its rows."""
+        """Return the bounds that leave each unit at least this share of its rows."""
         found = []
         for unit in units:
             low, high = unit.removable_rows
@@ -417,7 +417,7 @@ def bounds_under(
     fixed = left_at(0.0)
 
     def is_enough(fewest: float) -> bool:
-        """Say whether the pruned layers, at twice these rows each, keep at least the budget's share of their cost."""
+        """Say whether the pruned layers, each with twice these rows, keep at least the budget's share of their cost."""
         return left_at(2.0 * fewest) - fixed >= (1.0 - fixed) * max(share, left_at(fewest))
 
     low, high = 0.0, _FEWEST
@@ -426,7 +426,7 @@ def bounds_under(
             middle = (low + high) / 2.0
             low, high = (low, middle) if is_enough(middle) else (middle, high)
     if budget.allocation != "uniform" and left_at(high) <= share:
-        return [unit.removable_rows for unit in units]  # what channels are worth says how few a layer keeps
+        return [unit.removable_rows for unit in units]  # the losses decide how few channels a layer keeps
     return bounds(high)
 
 
@@ -437,7 +437,7 @@ def kept_if(
     agree = Agreement(units)
 
     def kept(removed: Sequence[int]) -> Kept:
-        # Costs follow from widths, and the scores aren't needed.
+        # Costs depend only on widths, so scores don't matter.
         first = {
             unit.name: np.tile(np.arange(unit.rows) < rounded(unit, unit.rows - count), unit.parts)
             for unit, count in zip(units, removed, strict=True)
@@ -449,7 +449,7 @@ def kept_if(
 
 
 def network_cost(kind: str, analysis: Analysis, table: LatencyTable | None = None) -> Callable[[Kept], float]:
-    """Return a function that gives the cost for a choice of kept channels; that in time is read from a table."""
+    """Return a function from kept channels to the cost; with a table, to the time by that table."""
     cost = NetworkCost(analysis)
     if table is not None:
         return lambda kept: table(cost.widths(kept))
@@ -460,7 +460,7 @@ def network_cost(kind: str, analysis: Analysis, table: LatencyTable | None = Non
 def network_time(
     analysis: Analysis, example_inputs: Any, wanted: float, runtime: Runtime = "pytorch"
 ) -> Callable[[Sequence[Kept]], list[float]]:
-    """Return a function that times dense networks, as shares of the unpruned time; far from ``wanted`` roughly."""
+    """Return a function that times dense networks, as shares of the unpruned time; roughly if not near ``wanted``."""
     unpruned, cost = unwrapped_copy(analysis.model), NetworkCost(analysis)
     (whole,) = as_run_by(runtime, [unpruned], example_inputs)
 

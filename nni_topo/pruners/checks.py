@@ -1,6 +1,6 @@
 """Checks of a model, its config_list and a pruner's knobs, before NNI wraps anything.
 
-Tables say what the arguments and knobs that pruners share must be.
+Tables hold the rules for the arguments and knobs that pruners share.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ REQUEST = {
     "evaluator": instance(Evaluator) | NONE,
     "existed_wrappers": all_of(instance(ModuleWrapper), Mapping) | NONE,
 }
-"""What NNI's own four arguments of every pruner must be; of the entries, see below."""
+"""Rules for NNI's own four arguments of every pruner; :func:`check_request` checks the config_list's entries."""
 
 KNOBS = {
     "calibration": BATCHES | NONE,
-    "budget": ANYTHING,  # Budget's own table looks at it
+    "budget": ANYTHING,  # checked by Budget
     "example_inputs": INPUTS | NONE,
     "round_to": whole(1) | NONE,
 }
-"""What the knobs must be that mean the same for every pruner."""
+"""Rules for the knobs that mean the same for every pruner."""
 
 
 def pruner_arguments(**own: Rule) -> Callable[[Callable[_Given, _Returned]], Callable[_Given, _Returned]]:
-    """Check a constructor's arguments by the tables here, its own knobs by the rules given, the others by annotations.
+    """Check a constructor's arguments: shared ones by the tables above, ``own`` ones by these rules, others by type.
 
-    The model is left alone.
+    Afterwards the model's modes and buffers and the global generators are as before.
     The pruner keeps each knob as an attribute of the same name, set before the constructor's own code runs.
     """
 
@@ -78,7 +78,7 @@ def pruner_arguments(**own: Rule) -> Callable[[Callable[_Given, _Returned]], Cal
 
 
 def of_single_weights(config_list: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Drop the coupling of channels from dependency groups: weights are pruned one by one."""
+    """Drop the coupling of channels from dependency groups, because weights are pruned one by one."""
     if not isinstance(config_list, DependencyGroups):
         return config_list
     together = ("dependency_group_id", "internal_metric_block", "granularity")
@@ -98,7 +98,7 @@ def check_request(
     *,
     needs_rule: bool = True,
 ) -> None:
-    """Raise ConfigError or DataError for a request that can't be; the model isn't changed."""
+    """Raise ConfigError or DataError for an invalid request; the model isn't changed."""
     check_knobs("pruner", {"model": model, "config_list": config_list}, REQUEST)
     # With inherited wrappers the config_list may be empty, as in NNI's LinearPruner.
     if not config_list and existed_wrappers is None:
@@ -157,7 +157,7 @@ def check_request(
                     f"(config_list[{index}]); see docs/config_list.md"
                 )
     for (name, target), source in followed.items():
-        # Wrappers that are taken over may hold what a target follows.
+        # Inherited wrappers may hold the target that another one follows.
         if source not in first and existed_wrappers is None:
             raise ConfigError(
                 f"a target that follows another one must be configured with it or have a rule of its own, got "
@@ -204,7 +204,7 @@ def _targets(name: str, module: nn.Module, config: dict[str, Any], place: str) -
 
 
 def _followed(name: str, module: nn.Module, target: str, config: dict[str, Any]) -> tuple[str, str] | None:
-    """Return the module and target name of what a target follows, as a bias its weight; None where it has a rule."""
+    """Return module and name of the target that another one follows, as a bias its weight; None if it has a rule."""
     own = config.get("target_settings", {}).get(target, {})
     setting = {**PruningSetting.get(module, {}).get(target, {}), **own}
     if getattr(module, target, None) is None or any(key in own for key in (*_RULES, "dependency_group_id")):
@@ -216,7 +216,7 @@ def _followed(name: str, module: nn.Module, target: str, config: dict[str, Any])
 
 
 def check_no_ratios(config_list: Sequence[Mapping[str, Any]], place: str = "config_list") -> None:
-    """Raise a ConfigError where an entry says how much to prune, which a budget does."""
+    """Raise ConfigError if an entry says how much to prune, because the budget decides this."""
     for index, config in enumerate(config_list):
         for key in (*_RULES, "global_group_id"):
             if any(setting.get(key) is not None for setting in _settings(config)):
@@ -224,7 +224,7 @@ def check_no_ratios(config_list: Sequence[Mapping[str, Any]], place: str = "conf
 
 
 def _settings(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return an entry and what it says of single targets."""
+    """Return an entry and its settings of single targets."""
     return [config, *config.get("target_settings", {}).values()]
 
 
@@ -233,7 +233,7 @@ def _groups(config: dict[str, Any]) -> set[int | str]:
 
 
 def _check_module(name: str, module: nn.Module) -> None:
-    derived_types(module, PruningSetting.registry)  # NNI knows a class that derives from one of PyTorch's from here on
+    derived_types(module, PruningSetting.registry)  # registers classes derived from PyTorch's with NNI
     if type(module).__name__ not in PruningSetting.registry:
         known = ", ".join(sorted(PruningSetting.registry))
         raise ConfigError(
@@ -264,7 +264,7 @@ def check_single_weights(
 ) -> None:
     """Raise unless a target is the weight of a linear layer or convolution, and pruned weight by weight.
 
-    ``what`` begins the message; ``refused`` are further keys of NNI's that must be left out.
+    ``what`` begins the message; ``refused``: further NNI keys that must be left out.
     """
     module = space._wrapper.module
     if target != "weight" or not isinstance(module, (nn.Linear, *CONVOLUTIONS)):

@@ -38,8 +38,8 @@ from nni_topo.pruners.units import PruningUnit, output_blocks
 from nni_topo.rules import all_of, one_of
 
 _CONSTANT = 1e-12
-_MATRICES = {"kmeans": 0.5, "spectral": 7.0, "dbscan": 6.0}  # float64 numbers that are held for each pair of neurons
-# Features were summed in single precision: near ties of distances are measured by the points' size, not by their own.
+_MATRICES = {"kmeans": 0.5, "spectral": 7.0, "dbscan": 6.0}  # float64 values in memory per pair of neurons
+# Features have single precision, so ties of distances are judged relative to the points' norms, not to the distances.
 _MEASURED = RELATIVE / FLOOR
 
 RULES = ("random", "center", "weight", "bias", "bias_norm")
@@ -49,7 +49,7 @@ SURVIVOR = one_of(("auto", *RULES)) | all_of(one_of(RULES), Sequence, least=1)
 
 @dataclass(frozen=True)
 class FeatureCloud:
-    """One part of a unit: its neurons' features ``(rows, d)``, those of all members side by side."""
+    """One part of a unit: its neurons' features ``(rows, d)``, all members side by side."""
 
     points: FloatArray
     deviations: FloatArray
@@ -62,14 +62,14 @@ class FeatureCloud:
         return covariance
 
     def living(self) -> FeatureCloud:
-        """Return the cloud without the neurons that put out nothing but zeros."""
+        """Return the cloud without the neurons whose outputs are all zero."""
         kept = (self.points != 0).any(1)
         return FeatureCloud(self.points[kept], self.deviations[kept], self.names[kept])
 
 
 @dataclass(frozen=True)
 class Clusters:
-    """Each neuron's cluster, ``(blocks,)``, -1 for dead ones, none in two parts; the rows that each part keeps."""
+    """Each neuron's cluster, ``(blocks,)``, -1 for dead neurons; each part has its own clusters and keeps ``rows``."""
 
     labels: IntArray
     rows: int
@@ -82,7 +82,7 @@ class SurvivorMetric(MetricCalculator):
     collector: FeatureCollector
     survivor: Survivor
     seed: int
-    # By layer, of the latest call: the survivor of each pruned neuron. Dead neurons need none.
+    # Of the latest call, by layer: the survivor of each pruned neuron that is in a cluster.
     pairs: dict[str, dict[int, int]] = field(default_factory=dict, init=False)
 
     @abstractmethod
@@ -105,8 +105,8 @@ class SurvivorMetric(MetricCalculator):
             kept[best[best >= 0]] = True
             for part in np.arange(unit.blocks).reshape(unit.parts, unit.rows):
                 others = part[~kept[part]]
-                # Where a cap or another part asks for more neurons than there are clusters, those farthest from the
-                # survivor of their cluster are kept too; dead ones last.
+                # If a cap or another part requires more neurons than clusters, also keep those farthest from the
+                # survivor of their cluster; dead neurons come last.
                 lacking = found[unit.name].rows - (len(part) - len(others))
                 kept[others[descending(distances[others])[: max(lacking, 0)]]] = True
             all_kept[unit.name] = kept
@@ -136,7 +136,7 @@ def survivor_scores(
         if rule == "random":
             scores.append(generator.random(unit.blocks))
         elif rule == "center":
-            # The negative distance to the cluster's mean. Of a pair both are as far from it, whatever rounding says.
+            # The negative distance to the cluster's mean. Rounding mustn't decide between the two neurons of a pair.
             closeness = np.zeros(len(points))
             scale = _MEASURED * float(np.linalg.norm(points, axis=1).max(initial=0.0))
             for label in np.unique(labels[labels >= 0]):
@@ -150,7 +150,7 @@ def survivor_scores(
                 space = context.target_spaces[module_name][target_name]
                 weight = by_output(space.target, space._wrapper.module).detach().double().cpu().numpy()
                 total += np.abs(weight).reshape(unit.blocks, -1).sum(1)
-            with suppress(LayerError):  # no layer reads the channels: they are the model's output, say
+            with suppress(LayerError):  # no layer reads the channels, for example those of the model's output
                 for reader in readers_of(unit, network.flow, context):
                     total += read_strength(reader.module, reader.places, 1.0).sum(1).numpy()
             scores.append(total)
@@ -158,7 +158,7 @@ def survivor_scores(
             raise ConfigError(f"survivor {rule!r} needs a bias or a batch norm, got neither ({unit.name})")
         else:
             scores.append(biases if rule == "bias" else np.abs(biases))
-    # Rules have units of their own (distances, sums of weights, biases): several are comparable by ranks alone.
+    # Rules have different units (distances, sums of weights, biases), so several are combined by ranks.
     return scores[0] if len(scores) == 1 else np.mean([rankdata(leveled(each)) for each in scores], axis=0)
 
 
@@ -168,7 +168,7 @@ def is_convolution(unit: PruningUnit, context: PruningContext) -> bool:
 
 
 def offsets(unit: PruningUnit, context: PruningContext, network: TracedNetwork) -> FloatArray | None:
-    """Return a unit's constants ``(blocks,)``, of biases and batch norms, summed over members; None: it has none."""
+    """Return a unit's constants ``(blocks,)``, from biases and batch norms, summed over members; None without any."""
     found: list[FloatArray] = []
     modules = dict(context.model.named_modules())
     for name in dict.fromkeys(module_name for module_name, _ in unit.members):
@@ -176,13 +176,13 @@ def offsets(unit: PruningUnit, context: PruningContext, network: TracedNetwork) 
         bias = getattr(modules[name], "bias", None)
         if bias is not None or norms:
             constant = torch.zeros(network.flow.layers[name].channels) if bias is None else bias
-            # What counts is what arrives at the activation: the bias as the batch norms on the way change it.
+            # The constant that reaches the activation: the bias after the batch norms in between.
             found.append(through_norms(norms, constant)[1].cpu().numpy().reshape(unit.blocks, -1).sum(1))
     return np.sum(found, axis=0) if found else None
 
 
 def best_of(labels: IntArray, scores: FloatArray) -> IntArray:
-    """Return the kept node for each node, ``(n,)``: the one with its cluster's highest score; -1 for nodes in none."""
+    """Return for each node the one with its cluster's highest score, ``(n,)``; -1 for nodes without a cluster."""
     best = np.full(len(labels), -1, dtype=np.intp)
     for label in np.unique(labels[labels >= 0]):
         members = np.flatnonzero(labels == label)
@@ -192,7 +192,7 @@ def best_of(labels: IntArray, scores: FloatArray) -> IntArray:
 
 @dataclass(kw_only=True, eq=False)
 class ClusterMetric(SurvivorMetric):
-    """As many clusters as the config_list leaves neurons, by :func:`~nni_topo.maths.clustering.partition`."""
+    """Makes as many clusters as neurons are to be kept, by :func:`~nni_topo.maths.clustering.partition`."""
 
     algorithm: str
     graph: str
@@ -205,7 +205,7 @@ class ClusterMetric(SurvivorMetric):
         found = {}
         for unit in context.units:
             rows, parts = planned[unit.name], [part.living() for part in clouds[unit.name]]
-            # If any are pruned all dead neurons are, even more than the ratio asks for; the maximum ratio holds.
+            # If any neuron is pruned, all dead ones are, even beyond the ratio, but not beyond the maximum ratio.
             if rows < unit.rows:
                 alive = max(len(part.names) for part in parts)
                 rows = context.planner.rounded(unit, max(1, min(rows, alive), unit.rows - unit.removable_rows[1]))
@@ -219,7 +219,7 @@ class ClusterMetric(SurvivorMetric):
 
 
 def _clouds(unit: PruningUnit, data: Data, layers: Mapping[str, Layer]) -> list[FeatureCloud]:
-    """Join the members' features, of a neuron those of all its channels, and cut them into the unit's parts."""
+    """Join the members' features, all channels of a neuron side by side, and split them into the unit's parts."""
     members = [data[m][t].unflatten(1, (layers[m].channels // unit.blocks, -1)).numpy() for m, t in unit.members]
     points, deviations = (
         np.concatenate([each.reshape(unit.blocks, -1) for each in some], axis=1) / np.sqrt(len(members))
@@ -233,12 +233,12 @@ def _clouds(unit: PruningUnit, data: Data, layers: Mapping[str, Layer]) -> list[
 
 
 def merging_losses(parts: list[FeatureCloud]) -> FloatArray:
-    """Return what each cluster more is worth, in units of the mean, shape (blocks,)."""
+    """Return the worth of each additional cluster, divided by the mean, shape (blocks,)."""
     from scipy.cluster.hierarchy import linkage
 
     heights = np.zeros((len(parts), len(parts[0].points)))
     for part, cloud in enumerate(parts if heights.shape[1] > 1 else ()):
-        # The j-th cluster is worth the distance at which Ward's agglomeration would merge it into fewer.
+        # The j-th cluster is worth the distance at which Ward's agglomeration goes from j to j - 1 clusters.
         merges = linkage(cloud.points, "ward")[::-1, 2]
         heights[part] = np.concatenate([merges[:1], merges])
     mean = heights.mean()
@@ -246,13 +246,13 @@ def merging_losses(parts: list[FeatureCloud]) -> FloatArray:
 
 
 class FeaturePruner(StructuredPruner):
-    """What pruners that cluster features share."""
+    """The base class of pruners that cluster features."""
 
     calculator: SurvivorMetric
 
     @property
     def pairs(self) -> dict[str, dict[int, int]]:
-        """By layer, for each pruned neuron, the kept one that stands in for it in the latest masks.
+        """By layer, the kept neuron that replaces each pruned one, for the latest masks.
 
         For ``nni_topo.compensate(model, masks, calibration, method=nni_topo.recovery.Pair(pruner.pairs))``, the
         correlation-based update.
@@ -261,22 +261,22 @@ class FeaturePruner(StructuredPruner):
 
 
 class ClusterPruner(FeaturePruner):
-    """Cluster the neurons of each layer by what they put out, and keep one of each cluster.
+    """Cluster the neurons of each layer by their outputs, and keep one of each cluster.
 
     Parameters
     ----------
     model, evaluator, existed_wrappers, calibration, budget, example_inputs, round_to, seed
         As for :class:`~nni_topo.StructuredPruner`.
     config_list : list of dict
-        NNI's config_list. The ratio says how many clusters there are; the members of a ``dependency_group_id`` are
+        NNI's config_list. The ratio sets the number of clusters; the members of a ``dependency_group_id`` are
         clustered together, features side by side. ``sparse_threshold`` and ``global_group_id`` compare layers by the
         distances at which Ward's agglomeration merges clusters, in units of the layer's mean.
     algorithm : {"kmeans", "spectral", "ward", "dbscan", "gmm", "gmm_full"}, default="kmeans"
         See :func:`nni_topo.maths.clustering.partition`. Points of noise of DBSCAN are kept.
     survivor : str or sequence of str, default="auto"
         Which neuron of a cluster is kept: ``"random"``; ``"center"``, the nearest to its mean; ``"weight"``, the
-        largest sum of absolute weights on both sides (4.12); ``"bias"``, the largest bias (4.13); ``"bias_norm"``, the
-        largest absolute bias. Of several the ranks are averaged. A batch norm after the layer is part of the bias.
+        largest sum of absolute weights in and out (4.12); ``"bias"``, the largest bias (4.13); ``"bias_norm"``, the
+        largest absolute bias. Ranks of several are averaged. A batch norm after the layer is part of the bias.
         ``"auto"``: ``"bias_norm"`` for convolutions with a bias or a batch norm, else ``"weight"``.
     graph : {"epsilon", "knn"}, default="epsilon"
         The graph of spectral clustering, see :func:`nni_topo.maths.clustering.partition`.
@@ -288,7 +288,7 @@ class ClusterPruner(FeaturePruner):
 
     Notes
     -----
-    Neurons that are zero on all samples are all pruned, if anything is pruned, unless the layer would be empty.
+    If a layer loses any neuron, it loses all that are zero on all samples, unless it would be empty.
 
     Examples
     --------

@@ -1,7 +1,7 @@
 """Energy-based pruning: filters with the least response to a chirp are pruned, up to a share of the energy.
 
-Every layer gets a linear chirp of its own input size; the energies of its filters' responses, in ascending order, are
-summed up, and the filters within the threshold are pruned. Neither data nor gradients are needed.
+Every layer gets a linear chirp of its own input size. The energies of its filters' responses are summed up from the
+smallest on, and the filters whose sum is within the threshold are pruned. Neither data nor gradients are needed.
 
 References
 ----------
@@ -39,7 +39,7 @@ from nni_topo.rules import NONE, Rule, as_settings, number, settings
 def input_sizes(
     model: nn.Module, names: Sequence[str], example_inputs: Any, facts: Facts | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """Return by name the spatial sizes that enter convolutions; ConfigError if unknown or, padded, below the kernel."""
+    """Return the spatial input sizes of convolutions, by name; ConfigError if one is unknown."""
     if names and example_inputs is None:
         raise ConfigError(
             "a layer's input size must be known, from example_inputs or an evaluator that has a dummy_input or "
@@ -57,14 +57,14 @@ def chirp_response_energy(
 ) -> Tensor:
     """Return each filter's mean squared response, float64 ``(out,)``, to planes ``(n, ...)`` in all input channels.
 
-    Filters are taken in turns of at most so many values, 128 MiB of float64.
+    Filters are taken in chunks of at most ``most`` values, by default 128 MiB of float64.
     """
     # Each filter's kernels for the input channels that it reads: ``(out, in / groups, *kernel)``.
     every = weight.double()
     if isinstance(module, TRANSPOSED):
         # ``(in, out / groups, ...)``: outputs follow group by group.
         every = every.unflatten(0, (int(module.groups), -1)).transpose(1, 2).flatten(0, 1)
-    # With x in every input channel, sum_c(w_c * x) is sum_c(w_c) * x: one channel's cost, whatever the layer's width.
+    # With x in every input channel, sum_c(w_c * x) is sum_c(w_c) * x, which costs one channel only.
     kernels = every.sum(1)[:, None]
     offset = every.new_zeros(len(every)) if bias is None else bias.double()
     energies = []
@@ -81,14 +81,14 @@ def chirp_response_energy(
 
 def _respond(module: nn.Module, kernels: Tensor, planes: Tensor) -> Tensor:
     """Convolve one plane, shape ``(1, 1, ...)``, with kernels ``(n, 1, ...)`` as a layer does."""
-    # PyTorch wants (in, out, ...) of a transposed kernel, and there is one input channel.
+    # A transposed kernel is (in, out, ...), here with one input channel.
     weight = kernels.transpose(0, 1) if isinstance(module, TRANSPOSED) else kernels
     if inner_of(module) is not None:
-        # What its class does before it convolves is done to all channels alike.
+        # Before it convolves, its class treats all channels alike.
         call = call_of(module, planes.expand(-1, int(module.in_channels), *planes.shape[2:]))  # type: ignore[arg-type]
         entering = call.entering[:, :1]
         return replace(call, given={**call.given, "input": entering, "weight": weight, "bias": None, "groups": 1}).run()
-    # A layer of PyTorch's own class and with its own forward: NNI puts another in its place while a layer is wrapped.
+    # A layer of PyTorch's class with the class's forward, because NNI replaces the forward of a wrapped layer.
     kind: Any = next(kind for kind in (*CONVOLUTIONS, *TRANSPOSED) if isinstance(module, kind))
     layer = kind.__new__(kind)
     vars(layer).update(vars(module), weight=weight, bias=None, groups=1)
@@ -105,14 +105,14 @@ class ChirpEnergyCollector(DataCollector):
     bias: bool = True
 
     def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
-        """Raise ConfigError for layers without an energy, or whose input size is unknown or below the kernel."""
+        """Raise ConfigError for layers without an energy or with an unknown input size."""
         for name, module in modules.items():
             if not isinstance(module, WEIGHTED):
                 raise LayerError(f"energies are defined for convolutions, got {type(module).__name__} ({name})", [name])
         input_sizes(model, _convolutions(modules), self.example_inputs)
 
     def collect(self, context: PruningContext) -> Data:
-        """Return energies ``(blocks, 1)``, float64 on the CPU, at least 0; ConfigError or DataError without."""
+        """Return energies ``(blocks, 1)``, float64 on the CPU, at least 0; ConfigError or DataError if impossible."""
         layers = {name: context.model.get_submodule(name) for unit in context.units for name, _ in unit.members}
         sizes = input_sizes(context.model, _convolutions(layers), self.example_inputs, context.facts)
         energies = {}
@@ -121,7 +121,7 @@ class ChirpEnergyCollector(DataCollector):
             if not self.bias:
                 bias = None
             if isinstance(module, nn.Linear):
-                # No plane can enter: the expected energy of the output for uncorrelated inputs of energy 1 each.
+                # A plane can't enter: the expected energy of the output for uncorrelated inputs of energy 1 each.
                 energies[name] = weight.double().pow(2).sum(1) + (0.0 if bias is None else bias.double().pow(2))
             else:
                 planes = torch.from_numpy(self.chirp.planes(sizes[name]))
@@ -143,7 +143,7 @@ def _convolutions(layers: Mapping[str, nn.Module]) -> list[str]:
 
 
 def masked_parameters(context: PruningContext, name: str) -> tuple[Tensor, Tensor | None]:
-    """Return a layer's weight and bias (None: it has none), on the CPU, with what is masked already at zero."""
+    """Return a layer's weight and bias (None: it has none), on the CPU, with masked elements at zero."""
     module, found = context.model.get_submodule(name), list[Any]()
     inner = inner_of(module)
     for target in ("weight", "bias"):
@@ -161,18 +161,18 @@ class CumulativeEnergyMetric(MetricCalculator):
     """A filter's score is its cumulative share of the energy: its own energy and the energy of all weaker filters."""
 
     def calculate(self, data: Data, context: PruningContext) -> Metrics:
-        """Return shares in (0, 1], equal for all members of a dependency group, whose energies add up."""
+        """Return shares in [0, 1], equal for all members of a dependency group, whose energies add up."""
         energies = {u.name: torch.stack([data[m][t][:, 0] for m, t in u.members]).sum(0) for u in context.units}
         return context.spread({name: cumulative_shares(each) for name, each in energies.items()})
 
 
 def cumulative_shares(energies: Tensor) -> Tensor:
-    """Return each filter's cumulative share of the layer's energy, float64 ``(n,)`` in (0, 1]."""
+    """Return each filter's cumulative share of the layer's energy, float64 ``(n,)`` in [0, 1]."""
     energies = energies.to(torch.float64)
     if not bool(energies.any()):
-        # A layer that lets nothing through has no shares: all of its filters count the same.
+        # No filter has any energy: all count the same.
         energies = torch.ones_like(energies)
-    # [1], Algorithm 3, lines 7 to 9. Of energies equal to 1e-6 of them the higher index counts as the weaker.
+    # [1], Algorithm 3, lines 7 to 9. Of energies within a relative 1e-6 the higher index counts as the weaker.
     ascending = torch.from_numpy(descending(energies.cpu().numpy())).to(energies.device).flip(0)
     sums = energies[ascending].cumsum(0)
     shares = torch.empty_like(energies)
@@ -193,11 +193,11 @@ class EnergyFilterPruner(StructuredPruner):
         As for :class:`~nni_topo.StructuredPruner`.
     config_list : list of dict
         NNI's config_list. ``sparse_threshold``, in (0, 1), is the share of the layer's energy that may be pruned: a
-        filter is kept if its own energy and the energy of all weaker ones are *more* than this share (a tie, within
-        1e-9, is pruned). ``sparse_ratio`` takes the weakest filters. In a dependency group the energies add up before
+        filter is kept if its own energy plus the energy of all weaker ones is *more* than this share (a tie, within
+        1e-9, is pruned). ``sparse_ratio`` prunes the weakest filters. In a dependency group the energies add up before
         they are sorted; under a ``global_group_id`` all layers get one threshold, which meets the ratio.
     example_inputs : Any, default=None
-        As for the base class; they also tell every layer's input size, which the chirp needs.
+        As for the base class; they also give every layer's input size, which the chirp needs.
     signal : Chirp, mapping or None, default=None
         The :class:`~nni_topo.Chirp` to which responses are measured, or its fields. None: ``Chirp()``.
     bias : bool, default=True
@@ -213,10 +213,10 @@ class EnergyFilterPruner(StructuredPruner):
     A chirp can't enter a linear layer: its neurons have the expected energy of their outputs for uncorrelated inputs of
     energy 1 each.
 
-    The members of a dependency group weigh by their energy per position.
+    In a dependency group each member counts by its mean energy per position.
 
-    In scheduled pruning energies are measured again each time, on the weights as they are then; filters that are masked
-    already have none and stay masked.
+    In scheduled pruning energies are measured again at each step, on the current weights; masked filters have no energy
+    and stay masked.
 
     Examples
     --------

@@ -1,6 +1,6 @@
-"""Blocks that are the heads of attention, for all pruners, where one layer makes queries, keys and values.
+"""Attention heads as blocks, for all pruners, where one layer makes queries, keys and values.
 
-Where these are separate layers, NNI's granularity and a dependency group are enough.
+If these are separate layers, NNI's granularity and a dependency group are enough.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _GATE = {"align": {"module_name": None, "target_name": "weight_ih_l0", "dims": [
 
 
 class HeadScaling(Scaling):
-    """Blocks that are the rows of a head, which lie in several segments: ``(heads, rows)``.
+    """Each block is the rows of one head, which lie in several segments: ``rows`` is ``(heads, rows)``.
 
-    ``others``: how many rows of the target belong to all heads and so to no block. They get ones, as of a mask.
+    ``others``: the number of rows that all heads share and that are in no block; they are never masked.
     """
 
     def __init__(self, rows: IntArray, others: int = 0) -> None:
@@ -59,7 +59,7 @@ class HeadScaling(Scaling):
 
 
 class ColumnScaling(Scaling):
-    """Scale blocks of columns. Scores are (blocks, 1), as those of rows, because NNI adds up the scores of a group."""
+    """Blocks of columns. Scores are (blocks, 1), like scores of rows, because NNI adds up the scores of a group."""
 
     def shrink(
         self, target: Tensor, reduce_func: Callable[[Tensor], Tensor] | None = None, keepdim: bool = False
@@ -70,7 +70,7 @@ class ColumnScaling(Scaling):
         return found.reshape(-1, 1, *found.shape[target.dim() :]) if keepdim else found
 
     def expand(self, target: Tensor, expand_size: list[int], keepdim: bool = False, full_expand: bool = True) -> Tensor:
-        """Give each of a block's values the block's value."""
+        """Give each element the value of its block."""
         if keepdim:
             target = target.reshape([1 if size == -1 else -1 for size in self.kernel_size])
         found: Tensor = super().expand(target, expand_size, keepdim, full_expand)
@@ -78,7 +78,7 @@ class ColumnScaling(Scaling):
 
 
 def scale_by_heads(model: Any, target_spaces: TargetSpaces) -> None:
-    """Let targets that hold queries, keys and values in one, and are pruned by heads, have a block for each."""
+    """Make each head one block in targets that hold queries, keys and values together and are pruned by heads."""
     for attention in find_heads(model).values():
         layer, rows = next(iter(attention.channels.items()))
         by_head, module = attention.granularity(layer), model.get_submodule(layer)
@@ -101,7 +101,7 @@ def scale_by_heads(model: Any, target_spaces: TargetSpaces) -> None:
         is_mixed = group is not None and len({space.target.dim() for space in spaces}) > 1
         for space in spaces:
             sizes = space.granularity
-            # Several output channels at a time, as a column, too.
+            # Blocks of several output channels become a column, too.
             has_blocks_of_rows = isinstance(sizes, list) and isinstance(sizes[0], int) and sizes[0] > 0
             if holds_columns(space) or (is_mixed and has_blocks_of_rows and set(sizes[1:]) <= {-1}):
                 space._scaler = ColumnScaling(space.granularity)
@@ -112,7 +112,7 @@ def scale_by_heads(model: Any, target_spaces: TargetSpaces) -> None:
 
 
 def _gates_of(module: Any) -> dict[str, Any] | None:
-    """Return NNI's settings of a recurrent layer's parameters: it has more of them the more levels it has."""
+    """Return NNI's settings for the parameters of a recurrent layer, whose number depends on its levels, else None."""
     if not is_recurrent(module):
         return None
     names = (weight_name(module), *row_names(module))
@@ -120,9 +120,9 @@ def _gates_of(module: Any) -> dict[str, Any] | None:
 
 
 def show_heads_to_nni() -> None:
-    """Let config_lists name ``MultiheadAttention``, what mixes its heads and recurrent layers; pruners choose heads."""
+    """Register attention, its output projection and recurrent layers with NNI, and let all pruners prune heads."""
     PruningSetting.register("MultiheadAttention", {"in_proj_weight": _WEIGHT, "in_proj_bias": _BIAS})
-    # What mixes the heads of ``nn.MultiheadAttention``, a linear layer by another name.
+    # The output projection of ``nn.MultiheadAttention``, a linear layer with another name.
     PruningSetting.register("NonDynamicallyQuantizableLinear", PruningSetting.registry["Linear"])
     for kind in ("LSTM", "GRU", "RNN"):
         gates = {"weight_ih_l0": _WEIGHT, "weight_hh_l0": _WEIGHT, "bias_ih_l0": _GATE, "bias_hh_l0": _GATE}

@@ -1,6 +1,6 @@
-"""The three hooks of a structured pruner: what it looks at, what it keeps, and the masks that result.
+"""The three hooks of a structured pruner: collect data, score blocks, make masks.
 
-NNI 2 had them as classes; NNI 3 folded them into three methods of each pruner. They are classes again here, so that
+NNI 2 had them as classes; NNI 3 made them three methods of each pruner. They are classes again here, so that
 a cloud and a criterion can be combined freely. A planner says how many blocks are kept, before any is chosen.
 """
 
@@ -34,19 +34,19 @@ Masks = dict[str, dict[str, Tensor]]
 
 
 class KeptSet(Metrics):
-    """Metrics of a choice already made: 0 for pruned blocks; made by :meth:`PruningContext.keep`.
+    """Metrics of blocks that are already chosen: 1 if kept, 0 if pruned; made by :meth:`PruningContext.keep`.
 
-    The package's allocator takes it as it is. Kept blocks score 1, so that NNI's allocator makes the same masks where
-    the number of kept blocks is the one that the ratio gives.
+    The package's allocator uses it as it is. NNI's allocator makes the same masks if as many blocks are kept as the
+    ratio says.
     """
 
 
 @dataclass(frozen=True)
 class PruningContext:
-    """What a hook may look at while masks are made."""
+    """The input of the hooks while masks are made."""
 
     model: nn.Module  # the wrapped one
-    target_spaces: TargetSpaces  # NNI's, with the ratios in force: a scheduled pruner changes them from step to step
+    target_spaces: TargetSpaces  # NNI's, with the current ratios: a scheduled pruner changes them at each step
     evaluator: Evaluator | None = None  # the pruner's
     parameter_names: Mapping[str, str] = field(default_factory=dict)  # before and after wrapping, for the evaluator
     planner: Planner = field(default_factory=Planner)  # says how many blocks are kept
@@ -54,7 +54,7 @@ class PruningContext:
     ties: ChannelCoupling = field(default_factory=dict)
     # For layers whose channels are shuffled, how many channels of each segment are kept at a plain ratio.
     shares: Mapping[str, Share] = field(default_factory=dict)
-    facts: Facts | None = None  # what was found about the model already
+    facts: Facts | None = None  # what is already known about the model
 
     @cached_property
     def units(self) -> list[PruningUnit]:
@@ -64,18 +64,18 @@ class PruningContext:
     def rows(self, losses: Losses) -> dict[str, int]:
         """Return, by unit name, how many blocks in [1, rows] each part of each unit keeps.
 
-        ``losses`` maps a unit to what its blocks are worth, float64 ``(blocks,)`` in any order; it is called only where
+        ``losses`` maps a unit to the worth of its blocks, float64 ``(blocks,)`` in any order; it is called only where
         layers are compared or have a threshold.
         """
         return self.planner.rows(self.units, losses, self.model)
 
     def keep(self, kept: Mapping[str, NDArray[np.bool_]]) -> KeptSet:
-        """Return the kept set of each unit's kept blocks, boolean ``(blocks,)``: in every part as many, at least 1."""
+        """Return the kept set of each unit's kept blocks, boolean ``(blocks,)``; all parts must keep equally many."""
         for unit in self.units:
             counts = kept[unit.name].reshape(unit.parts, unit.rows).sum(1)
             if not 0 < counts.min() == counts.max():
                 found = ", ".join(map(str, counts))
-                raise DataError(f"every part must keep as many blocks, at least 1, got {found} ({unit.name})")
+                raise DataError(f"all parts must keep equally many blocks, at least 1, got {found} ({unit.name})")
         return KeptSet(self.spread({name: torch.from_numpy(each).double() for name, each in kept.items()}))
 
     def spread(self, values: Mapping[str, Tensor]) -> Metrics:
@@ -96,7 +96,7 @@ class PruningContext:
         return data
 
     def evaluate(self) -> Any:
-        """Return what the evaluator says of the wrapped model; one that trains it is bound to it already."""
+        """Return the evaluator's result on the wrapped model; bind the evaluator for this call if it isn't bound."""
         if self.evaluator is None:
             raise ConfigError("a pruner without calibration data needs an evaluator, got neither (calibration)")
         bind = getattr(self.evaluator, "model", None) is None
@@ -123,7 +123,7 @@ class DataCollector(ABC):
     """Collects, per target, one row of numbers per block."""
 
     def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:  # noqa: B027 - most take any layer
-        """Refuse, before anything is wrapped or takes long, those of the layers to prune that can't be looked at."""
+        """Raise for layers that can't be collected from, before the model is wrapped and before anything takes long."""
 
     @abstractmethod
     def collect(self, context: PruningContext) -> Data:
@@ -137,8 +137,8 @@ class MetricCalculator(ABC):
     def calculate(self, data: Data, context: PruningContext) -> Metrics:
         """Return a score per block, in the blocked shape, for every target in ``data``.
 
-        Where a set is chosen: ``context.rows(losses)`` says how many blocks of each unit, ``context.keep(...)`` makes
-        the :class:`KeptSet` of them.
+        To choose a set instead: ``context.rows(losses)`` says how many blocks each unit keeps, ``context.keep(...)``
+        makes the :class:`KeptSet`.
         """
 
 

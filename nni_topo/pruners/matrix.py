@@ -32,15 +32,15 @@ from nni_topo.rules import Rule, whole
 
 @dataclass
 class RowColumnCollector(DataCollector):
-    """Per channel its row, and the norms of the columns with which the next layers read it."""
+    """Collects each channel's row, and the norms of the columns with which the next layers read it."""
 
     norm: int
     example_inputs: Any
 
     def collect(self, context: PruningContext) -> Data:
-        """Return float64 ``(blocks, features)``; columns beside the rows of a unit's first member."""
+        """Return float64 ``(blocks, features)``; a unit's first member has the norms of the columns after its rows."""
         data = WeightCollector().collect(context)
-        # Without example inputs nothing says who reads a channel: rows count alone, as for NNI's norm pruners.
+        # Without example inputs it is unknown which layers read a channel: only rows count, as in NNI's norm pruners.
         if self.example_inputs is None:
             return data
         flow = Analysis.on(context.model, self.example_inputs, context.facts).flow
@@ -54,7 +54,7 @@ class RowColumnCollector(DataCollector):
 
 @dataclass
 class JointNorm(MetricCalculator):
-    """The norm of all weights that are pruned with a channel; of a dependency group, over all members' rows."""
+    """The norm of all weights that are pruned with a channel, in all members of a dependency group."""
 
     norm: int
 
@@ -77,14 +77,14 @@ class MatrixPruner(StructuredPruner):
     norm : {1, 2}, default=2
         Order of the norm.
     example_inputs : Any, default=None
-        Inputs of the model, which tell who reads a channel, and for a ``budget``. None: the evaluator's
-        ``dummy_input`` or the first batch on which it evaluates; without an evaluator rows count alone, as for NNI's
+        Inputs of the model, to find which layers read a channel, and for a ``budget``. None: the evaluator's
+        ``dummy_input`` or the first batch on which it evaluates; without an evaluator only rows count, as in NNI's
         norm pruners.
 
     Notes
     -----
-    Directly: ``compress()``. Iteratively, with training in between: as the inner pruner of NNI's ``LinearPruner`` or
-    ``AGPPruner``, or by :func:`nni_topo.pruners.rounds.prune_in_rounds`; norms are then measured again each time.
+    To prune at once, call ``compress()``. To prune in steps with training in between, use it inside NNI's
+    ``LinearPruner`` or ``AGPPruner``, or :func:`nni_topo.pruners.rounds.prune_in_rounds`; each step measures new norms.
 
     The norm is over all weights that are pruned with a channel: its rows in all members of its dependency group, and
     the columns in all layers that read it. Batch norms don't count.

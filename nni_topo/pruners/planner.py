@@ -1,4 +1,4 @@
-"""How many blocks each unit keeps: fixed before any is chosen, by the config_list's keys and by what the blocks cost.
+"""How many blocks each unit keeps: decided before any is chosen, by the config_list's keys and the blocks' losses.
 
 :class:`Planner` gives every key of NNI's config_list the meaning its documentation states, also where NNI's own
 ``generate_sparsity`` refuses or ignores it: thresholds inside dependency groups, global ranking of dependency groups,
@@ -26,7 +26,7 @@ _logger = logging.getLogger(__name__)
 
 FloatArray = NDArray[np.float64]
 Losses = Callable[[PruningUnit], FloatArray]
-"""What a unit's blocks are worth, shape ``(blocks,)``, in any order; asked for only where layers are compared."""
+"""From a unit to its blocks' losses, ``(blocks,)``, in any order; called only for thresholds and global groups."""
 
 
 @dataclass(kw_only=True)
@@ -36,19 +36,19 @@ class Planner:
     Parameters
     ----------
     strict : bool, default=False
-        Keep what is ``> sparse_threshold`` instead of NNI's ``>=``.
+        Keep losses ``> sparse_threshold`` instead of NNI's ``>=``.
     tolerance : float, default=0.0
         Added to ``sparse_threshold``: with ``strict``, losses within it of the threshold count as equal and are pruned.
     round_to : int or None, default=None
-        Layers keep a multiple of so many channels, at least 1, or all of them, and so more than the config_list asks
+        Layers keep a multiple of this number of channels, at least 1, or all of them: more than the config_list asks
         for.
 
     Notes
     -----
     Of ``n`` blocks ``n - int(n * sparse_ratio)`` are kept: ratios truncate as in NNI, so two rows at 0.4 lose none. A
-    layer is never emptied: where a threshold exceeds all losses one block is kept, with a warning. Losses of blocks of
-    several elements are sums, so those that differ by no more than 1e-6 of their size are equal; to a threshold they
-    are equal within 1e-10 of it.
+    layer is never emptied: if a threshold exceeds all losses, one block is kept, with a warning. Losses of blocks with
+    several elements are sums and have rounding errors: they are equal to each other within a relative 1e-6, and to a
+    threshold within a relative 1e-10.
     Under a ``global_group_id`` blocks are pruned in ascending order of loss, each weighted by its number of elements,
     as long as the group's removed elements don't exceed ``int(elements * sparse_ratio)``; each layer's own minimum and
     maximum ratio hold.
@@ -67,10 +67,10 @@ class Planner:
         )
 
     def rows(self, units: Sequence[PruningUnit], losses: Losses, model: nn.Module) -> dict[str, int]:
-        """Return how many blocks, from 1, each part of each unit keeps."""
+        """Return how many blocks, at least 1, each part of each unit keeps."""
 
         def row_losses(unit: PruningUnit) -> FloatArray:
-            # Descending. A row takes one block of every part, of which the costliest counts.
+            # Descending. A row is one block of every part; its loss is the largest of theirs.
             by_part = np.sort(losses(unit).reshape(unit.parts, unit.rows), axis=1)
             worth: FloatArray = by_part.max(0)[::-1]
             return worth
@@ -79,16 +79,16 @@ class Planner:
         return {unit.name: self.rounded(unit, counts[unit.name]) for unit in units}
 
     def rounded(self, unit: PruningUnit, rows: int) -> int:
-        """Return the least number of rows, from ``rows`` on, that makes a multiple of ``round_to`` channels."""
+        """Return the least number of rows, at least ``rows``, that makes a multiple of ``round_to`` channels."""
         step = self.step(unit)
         return min(-(-rows // step) * step, unit.rows)
 
     def step(self, unit: PruningUnit) -> int:
-        """Return the number of rows of which each part keeps a multiple, so that channels are one of ``round_to``."""
+        """Return the step of rows per part with which the unit keeps a multiple of ``round_to`` channels."""
         return 1 if self.round_to is None else self.round_to // math.gcd(self.round_to, unit.parts * unit.channels)
 
     def counts(self, units: Sequence[PruningUnit], losses: Losses, model: nn.Module) -> dict[str, int]:
-        """Do what :meth:`rows` does, by losses of rows, ``(rows,)`` and descending, and without ``round_to``."""
+        """Return what :meth:`rows` does, before ``round_to``; ``losses`` are of rows, ``(rows,)``, descending."""
         kept = {}
         ranked: dict[int | str, list[PruningUnit]] = defaultdict(list)
         for unit in units:
@@ -105,10 +105,10 @@ class Planner:
     def _by_threshold(self, unit: PruningUnit, threshold: float, losses: FloatArray) -> int:
         passing = losses > threshold if self.strict else losses >= threshold
         if unit.is_summed:
-            # To 1e-10, and not to the 1e-6 of ties: a user may set a threshold just above or below one loss.
+            # Within 1e-10, not the 1e-6 of ties: a user may set a threshold just above or below one loss.
             equal = within(losses, threshold)
             passing = passing & ~equal if self.strict else passing | equal
-        # Where a maximum ratio keeps more than the one block that is always kept, nothing would be emptied.
+        # If a maximum ratio keeps more than one block, the threshold can't empty the layer.
         if not passing.any() and unit.removable_rows[1] == unit.rows - 1:
             _logger.warning(
                 "sparse_threshold %g exceeds all %d scores, the highest %g: one block is kept (%s)",

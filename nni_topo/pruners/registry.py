@@ -53,7 +53,7 @@ class PrunerInfo(ClassInfo[Pruner]):
         return tuple(name for name in super().knobs() if name not in (*_NNI_ARGUMENTS, "args", "kwargs"))
 
     def allocations(self) -> tuple[str, ...]:
-        """Return how it can deal out a budget; nothing if it takes none."""
+        """Return the budget allocations that it supports; empty if it takes no budget."""
         kind = self.load()
         owner = getattr(kind, "__self__", kind)  # of a class method
         return getattr(owner, "allocations", ("uniform",)) if "budget" in self.knobs() else ()
@@ -81,7 +81,7 @@ def list_pruners(pattern: str = "*") -> list[str]:
 
 
 def pruner_info(name: str) -> PrunerInfo:
-    """Return a pruner's record, by its name or, of a third party's class, by ``package.module:Class``."""
+    """Return a pruner's record, by its name, or by ``package.module:Class`` for a third party's class."""
     return PRUNERS.info(name, "pruner_info")
 
 
@@ -100,7 +100,7 @@ def check_pruner_knobs(name: str, knobs: Iterable[str], place: str) -> None:
 
 
 def needs_rule(name: str, knobs: Mapping[str, Any]) -> bool:
-    """Say whether a config_list must hold ratios or thresholds for a pruner with these knobs, as most must."""
+    """Say whether a pruner with these knobs needs ratios or thresholds in the config_list, as most do."""
     return getattr(pruner_info(name).load(), "needs_rule", True) and knobs.get("budget") is None
 
 
@@ -112,7 +112,7 @@ def create_pruner(
     evaluator: Evaluator | None = None,
     **knobs: Any,
 ) -> Pruner:
-    """Create a pruner by name; the model is wrapped as NNI does.
+    """Create a pruner by name; NNI wraps the model.
 
     Parameters
     ----------
@@ -135,7 +135,7 @@ def create_pruner(
     Raises
     ------
     ConfigError
-        If the name or a knob is unknown, a needed knob is missing, or the request is bad.
+        If the name or a knob is unknown, a needed knob is missing, or the request is invalid.
     """
     check_pruner_knobs(name, knobs, "create_pruner")
     info = pruner_info(name)
@@ -152,10 +152,10 @@ def create_pruner(
 
 
 def expose_in_nni() -> None:
-    """Make the package's classes attributes of NNI's modules, which have no registry, where its users look for them.
+    """Make the package's classes attributes of NNI's modules, where NNI's users look for them; NNI has no registry.
 
-    NNI's schedulers warn of pruners that they weren't tested with: not of these. All pruners, NNI's too, can then prune
-    heads of attention, and prune transposed convolutions by output channels.
+    It also silences the schedulers' warning that these pruners weren't tested with them. All pruners, NNI's too, can
+    then prune attention heads, and prune transposed convolutions by output channels.
     """
     own = [cls for info in PRUNERS.table.values() if info.origin == "nni_topo" and isinstance(cls := info.load(), type)]
     for cls in own:

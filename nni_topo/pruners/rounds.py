@@ -1,4 +1,4 @@
-"""Pruning in rounds: prune a little, train, and again, as iterative magnitude pruning does.
+"""Pruning in rounds: prune a little, train, repeat, as in iterative magnitude pruning.
 
 References
 ----------
@@ -25,7 +25,7 @@ from nni_topo.sharing import parameter_holders
 
 @dataclass(frozen=True)
 class Round:
-    """The state after a round, from 1: by ``"module.target"`` the remaining share of each pruned weight's elements."""
+    """The state after round ``index``, from 1; ``kept``: by ``"module.target"``, the remaining share of elements."""
 
     index: int
     kept: dict[str, float]
@@ -56,7 +56,7 @@ def prune_in_rounds(
     train : callable
         Trains the wrapped model; called once per round, after its masks are set. Optimizers must be made inside.
     rewind : mapping of str to Tensor or None, default=None
-        State of the unwrapped model, by its names, to which the weights that are kept return before each training.
+        State dict of the unwrapped model; before each training the kept weights are reset to it.
     on_round : callable or None, default=None
         Called with the :class:`Round` after its training.
 
@@ -66,8 +66,8 @@ def prune_in_rounds(
 
     Notes
     -----
-    Masked weights are set to 0 after every round, so that a pruner that ranks magnitudes doesn't take them back;
-    weights that several layers share, as far as all of these mask them.
+    Masked weights are set to 0 before each training, so that a pruner that ranks magnitudes doesn't take them back. Of
+    weights that several layers share, only those that all of these layers mask.
     """
     if not steps or not all(0.0 < a <= 1.0 for a in steps) or sorted(set(steps)) != list(steps):
         raise ConfigError(f"steps must be one or more rising numbers in (0, 1], got {list(steps)} (prune_in_rounds)")
@@ -106,7 +106,7 @@ def prune_in_rounds(
 
 
 def matched_state(model: nn.Module, state: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Return a model's tensors, wrapped or not, each with its value in a state of the unwrapped model; all must fit."""
+    """Return the tensors of a model, wrapped or not, with their values in the unwrapped model's state; all must fit."""
     own = dict(model.named_buffers(remove_duplicate=False)) | dict(model.named_parameters(remove_duplicate=False))
     matched = []
     for name, value in state.items():
@@ -132,7 +132,7 @@ def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def _silence(model: nn.Module, spaces: list[PruningTargetSpace]) -> None:
-    """Set to 0 what every layer that holds it masks."""
+    """Set to 0 the elements that every layer with this weight masks."""
     holders = parameter_holders(model)
     masked: dict[int, list[PruningTargetSpace]] = {}
     for space in spaces:

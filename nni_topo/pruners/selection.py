@@ -1,4 +1,4 @@
-"""Metrics that choose a set of blocks: a unit's clouds, what their blocks are worth, and the cover of a cloud."""
+"""Metrics that choose a set of blocks: a unit's clouds, the losses of their blocks, and the cover of a cloud."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from nni_topo.pruners.planner import Losses
 from nni_topo.pruners.units import KeptBlocks, PruningUnit
 
 Clouds = Callable[[str], list["Cloud"]]
-"""The clouds of a unit's parts, by the unit's name; made when they are first asked for, then kept."""
+"""From a unit's name to the clouds of its parts, which are computed at the first call and cached."""
 
 
 @dataclass(kw_only=True, eq=False)
 class SelectionMetric(MetricCalculator):
     """Chooses the kept blocks of each unit by its clouds.
 
-    ``preprocess`` is done to each member's points; ``origin``: whether the zero vector belongs to the clouds.
+    ``preprocess``: applied to each member's points; ``origin``: whether the zero vector belongs to the clouds.
     """
 
     preprocess: Preprocess = "none"
@@ -43,7 +43,7 @@ class SelectionMetric(MetricCalculator):
         return context.keep(self.choose(context, clouds, context.rows(self.losses(context, clouds))))
 
     def losses(self, context: PruningContext, clouds: Clouds) -> Losses:
-        """Return the function that makes the blocks of all units comparable: by default by their death times."""
+        """Return the function from a unit to losses that are comparable across units; by default from death times."""
         del context
         return lambda unit: np.concatenate([cloud.losses() for cloud in clouds(unit.name)])
 
@@ -61,7 +61,7 @@ class SelectionMetric(MetricCalculator):
 
 @dataclass(frozen=True)
 class Cloud:
-    """Points of ``size`` blocks, and, last, the origin if it belongs to the cloud."""
+    """The points of ``size`` blocks, followed by the origin if it belongs to the cloud."""
 
     points: FloatArray
     size: int
@@ -73,24 +73,24 @@ class Cloud:
 
     @property
     def base(self) -> int | None:
-        """The origin's place."""
+        """Index of the origin among the points; None without the origin."""
         return self.size if len(self.points) > self.size else None
 
     def losses(self) -> FloatArray:
         """Half the H0 death times, descending, in units of their mean, shape (size,).
 
-        The j-th is what the cloud's H0 diagram loses, in bottleneck distance, once all but j - 1 blocks are pruned.
+        The j-th is the bottleneck distance by which the cloud's H0 diagram changes if only j - 1 blocks are kept.
         """
         deaths = topology.h0_deaths(self.distances)
         if len(deaths) < self.size:
-            # Without the origin there is one death less than there are blocks: the component that lives forever counts
-            # as much as the longest finite one.
+            # Without the origin there is one death time fewer than blocks: the infinite bar counts as much as the
+            # longest finite one.
             deaths = np.concatenate([deaths[:1] if len(deaths) else np.zeros(1), deaths])
         mean = deaths.mean()
         return deaths / (2.0 * mean) if mean > 0 else deaths
 
     def cover(self, keep: int) -> BoolArray:
-        """Mark the ``keep`` farthest points, from the origin or, without it, from the most remote point on."""
+        """Mark ``keep`` blocks by farthest-point sampling from the origin or, without it, the most remote point."""
         start = first_largest(self.distances.sum(1)) if self.base is None else self.base
         order, _ = topology.farthest_point_order(self.distances, start)
         return np.isin(np.arange(self.size), order[order < self.size][:keep])

@@ -13,12 +13,12 @@ from nni_topo.network.runtime.progress import bar
 from nni_topo.pruners.planner import FloatArray
 
 Position = TypeVar("Position", int, float)
-_NEAR_TIME = 0.02  # of the share: a search for a time ends this near to it
+_NEAR_TIME = 0.02  # of the share: a search for a time ends if it is this near
 _TIMINGS = 10  # solutions that are timed, at most
 _TOGETHER = 3  # nearest solutions that are timed again
-_LEAST_GAIN = -0.05  # logarithm of a share of the time
+_LEAST_GAIN = -0.05  # logarithm of a share of the time: smaller gains count as this one
 _STEPS = 40  # of the bisection
-_FIRST_STEPS = 16  # in which a group would lose all of its rows; near the budget it loses row by row
+_FIRST_STEPS = 16  # in which a group would lose all rows; near the budget it loses single rows
 _LEAST_SAVING = 1e-12  # a share: rows that save nothing are removed last
 _GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
@@ -33,16 +33,16 @@ def solve_uniform(
     steps: Sequence[int] | None = None,
     proportions: Sequence[float] | None = None,
 ) -> list[int]:
-    """Return the rows that units lose by one ratio, within their bounds, so that a ``share`` of the cost remains.
+    """Return the rows that units lose at one ratio, within their bounds, so that a ``share`` of the cost remains.
 
-    The ``bounds`` are the fewest and the most rows of each. ``alike``: units with the same number of rows lose equally
-    many. ``steps``: each unit loses a multiple of so many rows, or meets a bound. ``proportions``, at least 1: a unit
+    ``bounds``: the fewest and the most rows that each may lose. ``alike``: units with equally many rows lose equally
+    many. ``steps``: each unit loses a multiple of so many rows, or reaches a bound. ``proportions``, at least 1: a unit
     of proportion p keeps p times the share of its rows that a unit of proportion 1 keeps.
     """
     steps = [1] * len(rows) if steps is None else steps
     proportions = [1.0] * len(rows) if proportions is None else proportions
-    # Layers of equal width would round at the same ratio, all at once: a phase for each, spread evenly by the golden
-    # ratio, lets them round one after the other, so that the budget is met more nearly than by one ratio.
+    # Layers of equal width would all round at the same ratio. A phase for each, spread evenly by the golden ratio,
+    # makes them round one after the other, so that the cost gets nearer to the budget.
     phases = [0.5 if alike else (index * _GOLDEN) % 1.0 for index in range(len(rows))]
 
     def removed(ratio: float) -> list[int]:
@@ -53,7 +53,7 @@ def solve_uniform(
         return found
 
     low, high = 0.0, 1.0
-    # Widths are integers, and bisection ends at a step of the cost: the nearest of all tried ratios is taken.
+    # Widths are integers, so bisection ends at a step of the cost: take the nearest of all tried ratios.
     tried = [(abs(remaining(removed(ratio)) - share), ratio) for ratio in (low, high)]
     for _ in range(_STEPS):
         middle = (low + high) / 2.0
@@ -70,11 +70,11 @@ def solve_error(
     share: float,
     together: Sequence[Sequence[int]] = (),
 ) -> list[int]:
-    """Remove rows, each time those with the least loss per cost saved, until a budget is met.
+    """Return the rows that units lose: the rows with the least loss per cost saved, until a budget is met.
 
-    ``losses`` (rows,) descend, unit by unit. What rows save depends on the layers around them, so it is counted anew.
-    It only shrinks as other rows are removed, so an earlier count is a bound and few new counts are needed. Units
-    ``together``, by their indices, share rows: removing rows of one alone may save nothing, so they are also removed in
+    ``losses``: per unit ``(rows,)``, descending. The cost that rows save depends on other layers and only shrinks as
+    other rows are removed. So an earlier price is a lower bound, and few prices are computed anew. Units ``together``,
+    by their indices, share rows: removing rows of one unit alone may save nothing, so they also lose rows together, in
     proportion.
     """
     removed = [low for low, _ in bounds]
@@ -83,7 +83,7 @@ def solve_error(
     groups = [[unit] for unit in range(len(losses))] + [list(units) for units in together]
 
     def strides(most_steps: int) -> list[dict[int, int]]:
-        """Return by group how many rows of each unit it loses in a step; 0: as few as possible."""
+        """Return, by group, the rows that each unit loses per step, in ``most_steps`` steps; 0: as few as possible."""
         sizes = [{unit: len(losses[unit]) for unit in units} for units in groups]
         times = [min(most_steps, *size.values()) if most_steps else min(size.values()) for size in sizes]
         return [
@@ -123,7 +123,7 @@ def solve_error(
 
 def _nearest(tried: list[tuple[float, Position]]) -> Position:
     """Return the position with the least gap to the budget, the lowest of those that count as equal."""
-    # Shares of a whole of 1 err by rounding of 1, however small the gap; the lowest position removes least.
+    # Shares have rounding errors relative to 1, however small the gap; the lowest position removes the least.
     ordered = sorted(tried, key=lambda each: each[1])
     return ordered[first_smallest([gap for gap, _ in ordered], 1.0)][1]
 
@@ -131,11 +131,11 @@ def _nearest(tried: list[tuple[float, Position]]) -> Position:
 def solve_tolerance(
     losses: list[FloatArray], bounds: list[tuple[int, int]], remaining: Callable[[Sequence[int]], float], share: float
 ) -> list[int]:
-    """Remove, over all units, the rows whose score lies below one tolerance, such that a budget is met."""
+    """Return the rows that units lose: those with a loss below one tolerance, chosen so that a budget is met."""
     settled = leveled(np.concatenate(losses))
     profiles = np.split(settled, np.cumsum([len(each) for each in losses])[:-1])
-    # Between two scores nothing changes, so these are all the tolerances there are; the ends remove as little, and as
-    # much, as the bounds allow. Scores that are equal but for rounding are one step, whichever layer has them.
+    # Between two losses nothing changes, so these tolerances are enough; the ends remove as little and as much as the
+    # bounds allow. Losses that are equal up to rounding are one step, in whichever layer.
     tolerances = np.unique([-np.inf, *settled, np.inf])
 
     def removed(index: int) -> list[int]:
@@ -155,7 +155,7 @@ def solve_tolerance(
     return removed(_nearest(tried))
 
 
-# Shares of the time by the table, where no network takes what is asked for; the first is the unpruned one.
+# Shares of the time by the table that are tried if no network is fast enough; the first is the unpruned network.
 _WIDER = (1.0, 0.8, 0.65, 0.5, 0.35, 0.2, 0.1)
 _AS_FAST = 1.05  # networks of up to this multiple of the least time count as equally fast
 
@@ -166,21 +166,21 @@ def solve_timed(
     timed: Callable[[Sequence[Sequence[int]]], list[float]],
     share: float,
 ) -> tuple[list[int], float, float]:
-    """Return rows to remove such that the dense network takes a ``share`` of the time, what it takes, and the aim.
+    """Return rows to remove such that the dense network takes a ``share`` of the time, its measured share, and the aim.
 
-    ``said`` returns a solution's share of the time by the table of layers, ``timed`` the measured ones. The aim is the
-    share by the table that ``solve`` was asked for.
+    ``said`` returns a solution's share of the time by the table of layers, ``timed`` the measured shares of several.
+    The aim is the share by the table that was passed to ``solve``.
 
-    A table of layers misses the time that a network spends between them. So each solution is timed, and the next one
-    aims at the table's share at which, by the times so far, the share would be met. Where a solution is near, or none
-    is, the nearest few are timed again, in turns: one timing may be near by chance, and a machine's speed drifts
-    differently for large and small networks.
+    A table of layers misses the time that a network spends between them. So each solution is timed, and the next aim is
+    the table's share at which, by the times so far, the share would be met. Before a result is returned, the nearest
+    few are timed again, in turns: one timing may be near by chance, and a machine's speed drifts differently for large
+    and small networks.
 
-    A time may jump over the share, as where channels fill vector registers. Then the slowest network that takes no more
-    is returned, because the nearest one would miss the budget.
+    The time may jump past the share, for example where channels fill vector registers. Then the slowest network that is
+    fast enough is returned, because the nearest one would miss the budget.
 
-    If no network takes so little, the widest of those that take about as little as any is returned: narrower ones
-    would lose accuracy for nothing.
+    If no network is fast enough, the widest that is about as fast as any is returned: narrower ones would lose accuracy
+    for nothing.
     """
     points, aim, found, near = [(1.0, 1.0)], share, dict[tuple[int, ...], tuple[float, float]](), _NEAR_TIME * share
 
@@ -208,7 +208,7 @@ def solve_timed(
         points = sorted([*points, (said(removed), found[removed][0])])
         table, taken = np.log(np.array(points)).T
         taken, wanted = np.maximum.accumulate(taken), math.log(share)
-        # Below all measured shares, the share by the table is taken as a power of the measured one.
+        # Below all measured shares, take the table's share as a power of the measured one.
         power = table[0] / min(taken[0], _LEAST_GAIN) if wanted < taken[0] else None
         aim = math.exp(np.interp(wanted, taken, table) if power is None else wanted * power)
     best = look_again()
@@ -216,7 +216,7 @@ def solve_timed(
     if fast_enough:
         best = best if best in fast_enough else max(fast_enough, key=lambda removed: found[removed][0])
         return list(best), *found[best]
-    # Calling operations takes the time, and widths don't change that: the widest network that is about as fast.
+    # Widths don't change the time to call operations, so take the widest network that is about as fast as any.
     wider = {tuple(solve(aim)): aim for aim in _WIDER} | {best: found[best][1]}
     times = dict(zip(wider, timed(list(wider)), strict=True))
     least = min(times.values())

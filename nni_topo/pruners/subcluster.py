@@ -41,7 +41,7 @@ _ENERGY = 0.5
 
 @dataclass(kw_only=True, eq=False)
 class SubclusterMetric(SurvivorMetric):
-    """As many clusters as splitting them while they vary too much leaves."""
+    """Splits clusters until none varies too much, and keeps one neuron of each."""
 
     growth: Growth
     energy: float | Mapping[str, float]
@@ -54,8 +54,8 @@ class SubclusterMetric(SurvivorMetric):
         self.trees = {}
         found = {}
         for unit in context.units:
-            # At most its own ratio, if it has one, and its maximum ratio; a minimum ratio above its own ratio takes
-            # that one's place, as in NNI.
+            # A unit loses at most its own ratio, if it has one, and its maximum ratio; a minimum ratio above its own
+            # ratio replaces it, as in NNI.
             fewest, cap = unit.removable_rows
             if unit.sparse_ratio is not None and unit.global_group_id is None:
                 cap = min(cap, max(fewest, int(unit.rows * unit.sparse_ratio)))
@@ -77,7 +77,7 @@ class SubclusterMetric(SurvivorMetric):
         return found
 
     def _clusters(self, unit: PruningUnit, parts: list[FeatureCloud], context: PruningContext, cap: int) -> Clusters:
-        """Cluster each part, of which at most ``cap`` neurons are pruned; all keep as many as the neediest part."""
+        """Cluster each part and prune at most ``cap`` neurons of it; all keep as many as the part that needs most."""
         clouds = [cloud.living() for cloud in parts]
         fewest, most = unit.rows - cap, unit.rows - unit.removable_rows[0]
         labels = [self._labels(unit, part, cloud, context, fewest, most) for part, cloud in enumerate(clouds)]
@@ -94,7 +94,7 @@ class SubclusterMetric(SurvivorMetric):
     def _labels(
         self, unit: PruningUnit, part: int, cloud: FeatureCloud, context: PruningContext, at_least: int, at_most: int
     ) -> IntArray:
-        """Grow the tree of one part, keep it, and return the part's labels."""
+        """Grow the tree of one part, store it, and return the part's labels."""
         rows, living = unit.rows, len(cloud.names)
         if not living:
             return np.full(rows, -1, dtype=np.intp)
@@ -134,26 +134,26 @@ class SubclusterPruner(FeaturePruner):
     model, evaluator, existed_wrappers, calibration, round_to, seed
         As for :class:`~nni_topo.StructuredPruner`.
     config_list : list of dict
-        NNI's config_list. It says where; no ratio is needed. ``max_sparse_ratio``, and ``sparse_ratio`` where it's
-        given, is the largest share that may be pruned: clusters are split further until enough neurons are kept.
+        NNI's config_list, which names the layers; no ratio is needed. ``max_sparse_ratio``, and ``sparse_ratio`` if
+        given, are the largest share that may be pruned: clusters are split further until enough neurons are kept.
         ``min_sparse_ratio`` ends the splitting early. ``sparse_threshold`` takes the place of the HoH threshold, in the
         unit of the features' covariances. The members of a ``dependency_group_id`` are clustered together; the ratio of
         a ``global_group_id`` caps what the group loses.
     energy : float or mapping of str to float, default=0.5
-        The text's p, in (0, 1): the share of the covariances within a cluster that lies below its threshold. More
-        energy, fewer splits, fewer neurons; the bins of ``growth`` say how much it changes. A mapping gives it by
+        The thesis's p, in (0, 1): the share of the covariances within a cluster that lies below its threshold. More
+        energy, fewer splits, fewer neurons; the bins of ``growth`` change how many. A mapping gives it by
         module name; layers that aren't named have 0.5.
     growth : Growth, mapping or None, default=None
-        :class:`~nni_topo.Growth`, or its fields: how many clusters there are to begin with, when one is split. None:
+        :class:`~nni_topo.Growth`, or its fields: the initial number of clusters, and when one is split. None:
         ``Growth()``.
     survivor : str or sequence of str, default="auto"
         As for :class:`~nni_topo.ClusterPruner`.
 
     Notes
     -----
-    Neurons that are zero on all samples are all pruned, up to that share, unless the layer would be empty.
+    All neurons that are zero on all samples are pruned, up to the largest share, unless the layer would be empty.
 
-    Every call looks at the network as it is masked by then: neurons that were pruned before are dead, and the threshold
+    Every call uses the network with its current masks: neurons that were pruned before are dead, and the threshold
     is computed from the remaining ones. So a second ``compress()``, or a schedule, may prune more than one call does.
 
     Examples
@@ -203,7 +203,7 @@ class SubclusterPruner(FeaturePruner):
 
     @property
     def trees(self) -> dict[str, SplitTree]:
-        """How the clusters of each layer or group grew, of the latest masks; see ``nni_topo.analysis.draw_splits``."""
+        """The split trees of each layer or group for the latest masks; see ``nni_topo.analysis.draw_splits``."""
         return self.calculator.trees
 
 

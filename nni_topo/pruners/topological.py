@@ -1,8 +1,8 @@
 """Topological pruning: keep the filters that keep the shape of a layer's point cloud.
 
-A layer is a cloud with one point per filter or neuron, plus the origin, to which a pruned one falls. Its H0 death
-times say how *many* points it can spare; *which* are kept is a search over subsets of that size, by a genetic algorithm
-or greedily, that minimises a distance between the kept and the whole cloud.
+A layer is a cloud with one point per filter or neuron, plus the origin, where pruned filters lie. Its H0 death times
+say how *many* points it can lose; a search over subsets of that size, greedy or genetic, chooses *which* are kept and
+minimises a distance between the kept and the whole cloud.
 
 Source: Perera, "Topological Pruner: a neural network pruner using topological data analysis", MSc thesis, University of
 Moratuwa, 2022. Only its abstract and lists are public: criteria, clouds and allocations are this project's, and
@@ -45,7 +45,7 @@ _COPIES = 3  # of a cloud, while its distances are computed
 
 @dataclass(kw_only=True, eq=False)
 class TopologicalMetric(SelectionMetric):
-    """Keeps of every cloud a subset that is close to the whole; ``n_jobs`` clouds at a time, as joblib's.
+    """Keeps a subset of every cloud that is close to the whole; searches ``n_jobs`` clouds at a time, by joblib.
 
     ``trace`` holds, per unit (and part, ``name[part]``, where it has several), the genetic algorithm's progress of the
     latest call.
@@ -59,8 +59,8 @@ class TopologicalMetric(SelectionMetric):
     trace: dict[str, list[Generation]] = field(default_factory=dict, init=False)
 
     def calculate(self, data: Data, context: PruningContext) -> KeptSet:
-        """Look whether distances fit into memory, then plan and choose."""
-        # Distances and what checks them; a search sorts neighbours, or edges.
+        """Check that distances fit into memory, then plan and choose."""
+        # Matrices in memory: the distances and their check; a search also sorts neighbours, or edges.
         by_search = 4.0 if max(self.homology_dimensions) else 2.0
         width = max((points.shape[1] for targets in data.values() for points in targets.values()), default=0)
         cure = f"{leaving_out()}, or choose by norms; solver='greedy' takes less than a search"
@@ -68,18 +68,18 @@ class TopologicalMetric(SelectionMetric):
         return super().calculate(data, context)
 
     def choose(self, context: PruningContext, clouds: Clouds, rows: dict[str, int]) -> KeptBlocks:
-        """Choose in parallel where asked; a registered joblib backend spreads the work over machines."""
+        """Choose, in parallel if ``n_jobs`` says so; a registered joblib backend spreads the work over machines."""
         from joblib import Parallel, delayed
         from joblib.parallel import get_active_backend
 
         self.trace = {}
         tasks = [(index, unit, part) for index, unit in enumerate(context.units) for part in range(unit.parts)]
         choose = delayed(partial(_chosen, self.criterion, self.homology_dimensions, self.search))
-        # A cloud is handed on, not held: its distances go with it.
+        # A cloud is popped, so that it and its distances are freed after its task.
         work = (
             choose(clouds(unit.name).pop(0), rows[unit.name], [self.seed, index, part]) for index, unit, part in tasks
         )
-        # One by one, for the bar, where the backend can: Ray's can't.
+        # One by one, for the bar, if the backend supports it: Ray's doesn't.
         one_by_one = get_active_backend()[0].supports_return_generator
         results = Parallel(n_jobs=self.n_jobs, return_as="generator" if one_by_one else "list")(work)
         found: dict[str, list[BoolArray]] = {}
@@ -94,7 +94,7 @@ class TopologicalMetric(SelectionMetric):
                 shown.update()
         if flat:
             _logger.warning(
-                "the criterion %r tells no individual of any generation from another, so these channels are chosen at "
+                "the criterion %r is equal for all individuals of every generation, so these channels are chosen at "
                 "random (%s)",
                 self.criterion,
                 ", ".join(flat),
@@ -129,7 +129,7 @@ def _chosen(
 
 
 class TopologicalPruner(StructuredPruner):
-    """Prune the filters and neurons whose loss changes the shape of a layer's point cloud least.
+    """Prune the filters and neurons whose removal changes the shape of a layer's point cloud least.
 
     Parameters
     ----------
@@ -142,17 +142,17 @@ class TopologicalPruner(StructuredPruner):
     cloud : str, PointCloud, mapping or DataCollector, default="auto"
         :class:`~nni_topo.PointCloud`, its fields, or its kind alone: ``"weight"`` or ``"functional"``. ``"auto"`` is
         ``"functional"`` if ``calibration`` is given, else ``"weight"``, with a warning if there is an evaluator whose
-        data could serve.
+        data could be used.
     criterion : {"auto", "hausdorff", "cover", "bottleneck", "bottleneck_sum", "wasserstein"}, default="auto"
-        What is minimised: the largest or the mean distance from a pruned to the nearest kept point, or the distance
-        between the persistence diagrams of the kept and the whole cloud; of several degrees ``"bottleneck"`` takes the
-        largest, the other two add them. ``"auto"`` is ``"hausdorff"``.
+        What is minimised: the largest or the mean distance from a pruned to the nearest kept point, or a distance
+        between the persistence diagrams of the kept and the whole cloud; for several degrees ``"bottleneck"`` takes the
+        largest distance, the other two add them up. ``"auto"`` is ``"hausdorff"``.
     homology_dimensions : sequence of int, default=(0,)
         Degrees whose diagrams are compared by ``"bottleneck"``, ``"bottleneck_sum"`` and ``"wasserstein"``.
     solver : {"auto", "greedy", "genetic"}, GeneticSearch or mapping, default="auto"
         The greedy solution, farthest points first, or a genetic algorithm with the settings of a
-        :class:`~nni_topo.GeneticSearch`. ``"auto"`` is ``"greedy"`` for covers, where the search gained nothing
-        measurable, and ``"genetic"`` for distances of diagrams.
+        :class:`~nni_topo.GeneticSearch`. ``"auto"`` is ``"greedy"`` for ``"hausdorff"`` and ``"cover"``, where a search
+        gained nothing measurable, and ``"genetic"`` for distances of diagrams.
     n_jobs : int or None, default=1
         Layers searched at a time, as joblib's ``n_jobs``; ``joblib.parallel_config`` picks another backend, such as
         Dask's. The result doesn't depend on it.
@@ -259,26 +259,26 @@ class TopologicalPruner(StructuredPruner):
         progress: bool | None = None,
         n_jobs: int | None = 1,
     ) -> TopologicalPruner:
-        """Return a pruner with our reconstruction of a thesis from its abstract and lists; no more of it is public.
+        """Return our reconstruction of a thesis's pruner from its abstract and lists; the rest isn't public.
 
-        The cloud is made of the weights, without the origin; the criterion is the bottleneck distance of the diagrams
-        in H0 and H1, added, minimised by a genetic algorithm that starts from random individuals.
+        The cloud is made of the weights, without the origin; the criterion is the sum of the bottleneck distances in H0
+        and H1, minimised by a genetic algorithm that starts from random individuals.
 
         Parameters
         ----------
         model, config_list, evaluator, existed_wrappers, budget, example_inputs, round_to, seed, progress, n_jobs
             As for the class.
         calibration : iterable or None, default=None
-            The first batch serves a ``budget`` without ``example_inputs``.
+            The first batch is used for a ``budget`` without ``example_inputs``.
         combine : {"max", "sum"}, default="sum"
-            Whether the degrees' distances are added, or the larger one counts: at a fixed ratio that is H0's, the same
-            for nearly all subsets, so that the search can't tell them apart (a warning says so).
+            Whether the degrees' distances are added, or the largest counts. At a fixed ratio the largest is H0's and
+            the same for nearly all subsets, so that the search can't tell them apart (a warning says so).
         homology_dimensions : sequence of int, default=(0, 1)
             Degrees whose diagrams are compared.
         preprocess : {"none", "center", "standardize", "unit"}, default="none"
-            Of the weights, see :class:`~nni_topo.PointCloud`.
+            Applied to the weights, see :class:`~nni_topo.PointCloud`.
         search : GeneticSearch, mapping or None, default=None
-            None: ``GeneticSearch(greedy_start=False)``; a mapping keeps that start unless it says otherwise.
+            None: ``GeneticSearch(greedy_start=False)``; a mapping has ``greedy_start=False`` unless it sets it.
         """
         random_start = {"greedy_start": False, **(search if isinstance(search, Mapping) else {})}
         return cls(

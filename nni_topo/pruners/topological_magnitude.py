@@ -1,7 +1,7 @@
-"""Topological iterative magnitude pruning (T-IMP): keep each layer's spanning tree, fill up by magnitude.
+"""Topological iterative magnitude pruning (T-IMP): keep each layer's spanning tree, then the largest weights.
 
-The maximum spanning tree of a layer's graph holds its zeroth homology in the descending filtration of |w|. While a
-layer keeps more weights than its tree has, the largest ones are kept too; below the size of the tree it isn't pruned.
+The maximum spanning tree of a layer's graph holds its zeroth homology in the descending filtration of |w|. If a layer
+keeps more weights than its tree has, the others are the largest ones; a layer isn't pruned below the size of its tree.
 
 Source: Zeroth-Order Topological Insights into Iterative Magnitude Pruning, section 3.4.
 """
@@ -43,7 +43,7 @@ _COPIES = 4  # of the magnitudes of all layers, in float64, while trees are comp
 
 
 class MagnitudeCollector(DataCollector):
-    """|w| of every weight; what a former mask took counts as 0, and as less than a 0 that was kept."""
+    """Collects |w| of every weight; a masked weight counts as 0, and as less than an unmasked weight of 0."""
 
     def collect(self, context: PruningContext) -> Data:
         """Return float64 columns ``(weights, 1)`` on the CPU."""
@@ -60,14 +60,14 @@ class MagnitudeCollector(DataCollector):
 
 @dataclass(kw_only=True, eq=False)
 class TreeMetric(MetricCalculator):
-    """Keeps the largest weights, as many as planned, but never less than a layer's tree: else raises, or clips."""
+    """Keeps each layer's tree and the largest weights, as many as planned; for fewer than the tree: raises or clips."""
 
     conv_graph: TreeGraph
     graphs: Mapping[str, LayerGraph]
     on_subcritical: OnSubcritical
 
     def calculate(self, data: Data, context: PruningContext) -> KeptSet:
-        """Keep trees, and of the other weights the largest."""
+        """Keep the trees and the largest of the other weights."""
         trees = self.trees(data, context)
         # Weights that must be kept get the highest score.
         worth = {
@@ -101,13 +101,13 @@ class TreeMetric(MetricCalculator):
 
 
 def _check_critical(units: list[PruningUnit], rows: dict[str, int], sizes: dict[str, int]) -> None:
-    """Refuse ratios that leave a layer, or the layers of a global group, less than the spanning trees' sizes."""
+    """Raise for ratios that leave a layer, or the layers of a global group, fewer weights than their trees."""
     groups: dict[object, list[PruningUnit]] = defaultdict(list)
     for unit in units:
         if unit.sparse_ratio is not None:
             groups[unit.name if unit.global_group_id is None else (unit.global_group_id,)].append(unit)
     for group in groups.values():
-        # A layer whose own minimum takes of its tree is to blame alone, else all that share a ratio are.
+        # Blame the layer whose own minimum ratio cuts into its tree, else all layers that share the ratio.
         alone = [unit for unit in group if unit.kept_rows(0) < sizes[unit.name]]
         if alone or any(rows[unit.name] < sizes[unit.name] for unit in group):
             blamed = alone[:1] or group
@@ -131,11 +131,11 @@ class TopologicalMagnitudePruner(StructuredPruner):
         NNI's config_list, at its default granularity, here single weights. A ``sparse_ratio`` is local, or over all
         layers of one ``global_group_id``. A ``sparse_threshold`` keeps the tree and every |w| at least that large.
     on_subcritical : {"raise", "clip"}, default="raise"
-        A ratio that leaves a layer less than its tree is refused, or the layer keeps its tree.
+        If a ratio leaves a layer fewer weights than its tree: raise a ConfigError, or keep the tree.
     conv_graph : {"channel", "toeplitz"}, default="channel"
         Graph of a convolution. ``"channel"``: input and output channels, joined by the largest |w| of their kernel; a
-        tree is one weight per edge. ``"toeplitz"``: the paper's, every kernel by itself from input plane to output
-        plane; its trees take most weights of each kernel.
+        tree is one weight per edge. ``"toeplitz"``: the paper's, one graph per kernel, from input plane to output
+        plane; its trees hold most weights of each kernel.
     example_inputs : Any, default=None
         As for the base class, for the Toeplitz graph.
 
@@ -145,10 +145,10 @@ class TopologicalMagnitudePruner(StructuredPruner):
 
     Notes
     -----
-    A weight that was masked once stays so while there are others. Ties: the first in row-major order is kept.
+    A masked weight stays masked as long as unmasked weights are enough. Ties: the first in row-major order is kept.
 
-    A bias stays where a weight of its row does, as with NNI's ``LevelPruner``: the tree reaches every row, so that all
-    biases stay.
+    A bias is kept if a weight of its row is, as in NNI's ``LevelPruner``: the tree reaches every row, so all biases are
+    kept.
 
     Examples
     --------
@@ -190,7 +190,7 @@ class TopologicalMagnitudePruner(StructuredPruner):
         super().__init__(model, entries, evaluator, existed_wrappers, collector=MagnitudeCollector(), calculator=metric)
 
     def critical_ratios(self) -> dict[str, float]:
-        """Return how far each layer's weights can be pruned now: all of them over those of its tree, by module name."""
+        """Return each layer's largest compression now, by module name: its number of weights over its tree's."""
         context = self.context
         trees = self.calculator.trees(self.collector.collect(context), context)
         return {unit.members[0][0]: unit.blocks / int(trees[unit.name].sum()) for unit in context.units}
@@ -209,7 +209,7 @@ class TopologicalMagnitudePruner(StructuredPruner):
                         f"conv_graph {self.conv_graph!r} needs example_inputs that run every layer, got one that isn't "
                         f"run ({name})"
                     )
-        # A ratio that is too high is refused here, while the model isn't wrapped.
+        # Raises for a ratio that is too high, before the model is wrapped.
         context = self.context
         self.calculator.calculate(self.collector.collect(context), context)
         super().wrap_model()

@@ -1,8 +1,8 @@
 """Transposed convolutions, whose weights hold the output channels in the second dimension: ``(in, out / groups, ...)``.
 
-NNI takes the first dimension of every weight for the output channels and gives the bias the same mask. So a transposed
-convolution lost input channels, and its bias, with an entry per output channel, didn't fit or lost the wrong entries.
-Here the blocks of such a weight are its output channels, for the package's pruners and for NNI's own.
+NNI takes the first dimension of every weight as the output channels and gives the bias the same mask. So by itself it
+prunes input channels of a transposed convolution, and the mask doesn't fit the bias or masks the wrong entries. Here
+the blocks of such a weight are its output channels, for the package's pruners and for NNI's own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nni_topo.pruners.units import TargetSpaces
 
 
 class OutputScaling(Scaling):
-    """Blocks that are the output channels of a transposed convolution: ``(out, 1, ...)``, as those of others are.
+    """Each block is an output channel of a transposed convolution: ``(out, 1, ...)``, as for other layers.
 
     ``is_column``: ``(out, 1)``, for a group whose members' weights have different numbers of dimensions.
     """
@@ -46,14 +46,14 @@ class OutputScaling(Scaling):
         """Give each weight of an output channel the value of the channel."""
         ins, outs, *kernel = expand_size
         kernel = kernel if full_expand else [1] * len(kernel)
-        # Of one group the first dimension may stay short, of several each group has rows of its own.
+        # With one group the first dimension may stay 1; with several, each group has its own rows.
         ins = ins // self._groups if full_expand or self._groups > 1 else 1
         rows = target.reshape(-1, *[1] * (1 + len(kernel))).expand(outs * self._groups, ins, *kernel)
         return channels_swapped(rows, self._groups).clone()
 
 
 class FollowingScaling(Scaling):
-    """What follows the output channels of a transposed convolution, such as its bias: ``(out,)``."""
+    """Blocks of a target aligned to the output channels of a transposed convolution, as its bias is: ``(out,)``."""
 
     def __init__(self, ins: int, groups: int) -> None:
         super().__init__([1])
@@ -66,16 +66,16 @@ class FollowingScaling(Scaling):
         return target
 
     def expand(self, target: Tensor, expand_size: list[int], keepdim: bool = False, full_expand: bool = True) -> Tensor:
-        """Return, of a mask of rows and columns ``(in, out / groups)``, the channels that any row keeps."""
+        """Return the channels ``(out,)`` that any row of a mask ``(in, out / groups)`` keeps."""
         if target.dim() == 1:
             return target.clone()
         return channels_swapped(target.expand(self._ins, -1), self._groups).amax(1)
 
 
 def scale_by_outputs(model: Any, target_spaces: TargetSpaces) -> None:
-    """Let transposed convolutions lose output channels where others do, and what follows their weights lose the same.
+    """Make output channels the blocks of transposed convolutions and of the targets aligned to their weights.
 
-    Their groups lose as many channels each.
+    All groups of such a layer lose equally many channels.
     """
     del model
     for name, spaces in target_spaces.items():

@@ -1,4 +1,4 @@
-"""Pruning units: the targets of a config_list, grouped into what has to lose the same blocks.
+"""Pruning units: groups of config_list targets that have to lose the same blocks.
 
 NNI hands a pruner one target space per parameter. A *unit* is one such target, or all targets that share a
 ``dependency_group_id``. It has ``blocks`` scores (one per filter or neuron at the default granularity), of which
@@ -36,7 +36,7 @@ class PruningUnit:
     """Targets that keep and lose the same blocks."""
 
     name: str  # the targets, joined by "+", e.g. "layer1.conv2.weight+layer1.conv1.weight"
-    # Module and target name of each: those that lose rows, then those that lose columns, else as in the config_list.
+    # Module and target names: first members that lose rows, then members that lose columns, each in network order.
     members: tuple[tuple[str, str], ...]
     blocks: int  # scores that a member has, at least 1
     parts: int  # equal segments of blocks that lose the same count each, at least 1
@@ -46,18 +46,18 @@ class PruningUnit:
     min_sparse_ratio: float  # bounds of the share of blocks that may be pruned, in [0, 1]
     max_sparse_ratio: float
     global_group_id: int | str | None = None  # units of one id are ranked together
-    channels: int = 1  # output channels that a block stands for, as a head of attention does
-    # Group id of each block, (blocks,), where some are coupled: those of equal ids, of this unit or others, are kept or
-    # pruned together. Empty where none are.
+    channels: int = 1  # output channels per block, several for an attention head
+    # Group id of each block, (blocks,): blocks with equal ids, in this or other units, are kept or pruned together.
+    # Empty if no blocks are coupled.
     ties: tuple[int, ...] = ()
-    # Where a network shuffles channels, and the rule is the ratio that these are for: the segment of each block,
-    # (blocks,), and how many of each are kept.
+    # If the network shuffles channels and the unit has the ratio that these were made for: each block's segment,
+    # (blocks,), and how many blocks of each segment are kept.
     segments: tuple[int, ...] = ()
     shares: tuple[int, ...] = ()
 
     @property
     def rows(self) -> int:
-        """Number of blocks in one part; counts are kept and lost per row, ``parts`` blocks at a time."""
+        """Number of blocks in one part; keeping or losing a row means one block of every part."""
         return self.blocks // self.parts
 
     @property
@@ -77,11 +77,11 @@ class PruningUnit:
 
     @property
     def is_summed(self) -> bool:
-        """Whether a block's score was computed from several elements; a single weight's needs no tolerance."""
+        """Whether a block's score is computed from several elements, so that ties need a tolerance."""
         return self.elements > 1
 
     def kept_rows(self, removed: int) -> int:
-        """Return how many rows are kept if so many are to be pruned, within the minimum and the maximum ratio."""
+        """Return how many rows are kept if ``removed`` are to be pruned, within the minimum and the maximum ratio."""
         fewest, most = self.removable_rows
         return self.rows - min(max(removed, fewest), most)
 
@@ -92,7 +92,7 @@ def is_active(space: PruningTargetSpace) -> bool:
 
 
 def in_network_order(model: nn.Module, target_spaces: TargetSpaces) -> TargetSpaces:
-    """Return target spaces by the places of their modules in the model: NNI's order depends on the hash seed."""
+    """Return target spaces in the order of the model's modules, because NNI's order depends on the hash seed."""
     names = (name for name, _ in model.named_modules(remove_duplicate=False))
     return {name: target_spaces[name] for name in names if name in target_spaces}
 
@@ -115,12 +115,12 @@ def block_shape(space: PruningTargetSpace) -> tuple[int, ...]:
 
 
 def holds_columns(space: PruningTargetSpace) -> bool:
-    """Say whether a target loses columns, along with the layers whose output channels these read."""
+    """Say whether a target loses columns, together with the output channels that these columns read."""
     return isinstance(space.granularity, list) and space.granularity[0] == -1 and space.dependency_group_id is not None
 
 
 def output_blocks(space: PruningTargetSpace, what: str) -> NDArray[np.int64]:
-    """List the output channels of each of a target's blocks, ``(blocks, channels)``."""
+    """Return the output channels of each block of a target, ``(blocks, channels)``."""
     module, blocks = space._wrapper.module, math.prod(block_shape(space))
     channels = output_channels(module) or 0
     place = f"{space._wrapper.name}.{space._target_name}"
@@ -156,16 +156,16 @@ def pruning_units(
 ) -> list[PruningUnit]:
     """Group the active targets of a pruner into units, in the order of their first members.
 
-    Groups with at least one active member are units as a whole. ``ties`` and ``shares`` are those of
-    :class:`~nni_topo.DependencyGroups`; units that aren't pruned by output channel pass them over.
+    A group with at least one active member becomes one unit. ``ties`` and ``shares`` are those of
+    :class:`~nni_topo.DependencyGroups`; units that aren't pruned by output channel ignore them.
     """
     groups: dict[Any, list[tuple[str, str, PruningTargetSpace]]] = {}
     for module_name, spaces in target_spaces.items():
         for target_name, space in spaces.items():
-            # NNI also makes a space for the bias that a layer doesn't have.
+            # NNI also makes a target space for a missing bias.
             if space.type is TargetType.PARAMETER and space.target is None:
                 continue
-            # Of other lengths, so that no group has the name of a target.
+            # Tuples of different lengths, so that no group's key equals a target's.
             grouped = space.dependency_group_id is not None
             key = (space.dependency_group_id,) if grouped else (module_name, target_name)
             groups.setdefault(key, []).append((module_name, target_name, space))
@@ -176,7 +176,7 @@ def pruning_units(
 def _unit(
     group: list[tuple[str, str, PruningTargetSpace]], ties: ChannelCoupling, shares: Mapping[str, Share]
 ) -> PruningUnit:
-    # What makes the channels comes first, also where a module holds its output projection before the other layers.
+    # Members that make the channels come first, even if a module holds its output projection before them.
     group = sorted(group, key=lambda member: holds_columns(member[2]))
     name = "+".join(f"{module}.{target}" for module, target, _ in group)
     spaces = [space for _, _, space in group]
@@ -187,11 +187,11 @@ def _unit(
     if rules["sparse_ratio"] is not None and rules["sparse_threshold"] is not None:
         raise ConfigError(f"a dependency group must have a ratio or a threshold, got both ({name})")
     blocks = _common(name, "number of blocks", (math.prod(block_shape(space)) for space in spaces))
-    # All parts lose alike, so each member's own segments have to be whole numbers of the common ones.
+    # All parts lose equally many blocks, so each member's own segments must consist of whole parts.
     parts = math.lcm(*(int(space.internal_metric_block or 1) for space in spaces))
     if blocks % parts:
         raise ConfigError(f"internal_metric_block must divide the {blocks} blocks, got {parts} ({name})")
-    # What one member must lose all must, and what one may not lose none may.
+    # One member's minimum and maximum ratios hold for all members.
     low = max(space.min_sparse_ratio or 0.0 for space in spaces)
     high = min(1.0 if space.max_sparse_ratio is None else space.max_sparse_ratio for space in spaces)
     if low > high:
@@ -217,12 +217,12 @@ def _unit(
 
 
 def channels_of_block(module: nn.Module, blocks: int) -> int:
-    """Return how many output channels each of so many blocks stands for; 1 for what isn't pruned by output channel."""
+    """Return the number of output channels per block; 1 if the module isn't pruned by output channel."""
     return max((output_channels(module) or 0) // blocks, 1)
 
 
 def _tied(group: list[tuple[str, str, PruningTargetSpace]], ties: ChannelCoupling) -> tuple[int, ...]:
-    """Number the blocks of a unit by ties of channels; empty where it has none, or members whose blocks differ."""
+    """Return the group id of each block of a unit; empty if it has none, or if its members disagree."""
     found = set()
     for module, _, space in group:
         if module in ties:
