@@ -1,1 +1,1 @@
-"""Which channels of a network go together, and where they go."""
+"""Follow the channels of a network: which of them are coupled, and where each goes."""

@@ -1,9 +1,9 @@
-"""Which channels of a network can only be removed together.
+"""Find the channels of a network that can only be removed together.
 
-Every output channel of every layer gets an id. The ids travel through the graph in place of the values, so couplings
-are found channel by channel and not only layer by layer. Data movement (concatenation, chunk, view, permute, channel
-shuffle) moves ids, an elementwise operation on two tensors ties the ids that meet in it, and a depth-wise convolution
-ties its output channel to its input channel.
+Every output channel of every layer gets an id; `ids` defines the terms. Tensors of ids go through the graph in place
+of the values, so couplings are found channel by channel and not only layer by layer. Data movement (concatenation,
+chunk, view, permute, channel shuffle) moves ids, an elementwise operation on two tensors couples the ids at the same
+position, and a depth-wise convolution couples each output channel with its input channel.
 
 `Propagation` sends the ids through the graph; `ChannelFlow` answers questions about the result.
 """
@@ -92,20 +92,19 @@ _WEIGHT = ".weight"  # how the names of layers' weights end
 class Propagation(torch.fx.Interpreter):
     """Propagate channel ids through a traced model whose nodes have shapes in ``node.meta["tensor_meta"]``."""
 
-    # Channels that enter what can't be followed stay. So every id says all there is to say about a channel, and the
-    # network can be cut by ids alone.
+    # Channels that enter an operation that can't be followed are kept, so the network can be cut by ids alone.
     def __init__(self, graph_module: GraphModule, dims: Mapping[str, int] | None = None) -> None:
         super().__init__(graph_module)
         self.traced = graph_module
-        self.extra_traceback = False  # an error of ours says what it has to
+        self.extra_traceback = False  # our error messages need no text from the interpreter
         self._given = ChannelIds()
         self._given.dims = dims or {}
         self.layers = self._given.layers
         self.channel_wise = set[str]()  # channel-wise convolutions, which make no channels of their own
         self.free_parameters = self._given.free_parameters
-        self.attention = find_heads(graph_module)  # by module; of those that the graph calls
-        self.heads: dict[str, Attention] = {}  # the same by layer that makes queries, keys or values, by head
-        self.shared: dict[str, Attention] = {}  # the same by layer that makes keys or values for all heads alone
+        self.attention = find_heads(graph_module)  # by name, the attention modules that the graph calls
+        self.heads: dict[str, Attention] = {}  # by layer that computes queries, keys or values of each head
+        self.shared: dict[str, Attention] = {}  # by layer that only computes keys or values shared by all heads
         self.blocks = self._given.blocks
         self.summed, self.guessed = self._given.summed, self._given.guessed
         self.ids, self.picks = self._given.by_node, self._given.picks
@@ -122,7 +121,7 @@ class Propagation(torch.fx.Interpreter):
         return self.layers[name].ids
 
     def uncoupled(self) -> dict[str, FreeParameter]:
-        """Return, by name, free parameters of several dimensions that aren't coupled with removable channels."""
+        """Return, by name, free parameters with a choice of dimensions that aren't coupled with removable channels."""
         free = self.free_parameters | self._given.one_valued
         several = {name: each for name, each in free.items() if len(each.dims) > 1}
         if not several:
@@ -135,19 +134,19 @@ class Propagation(torch.fx.Interpreter):
         found = {}
         for name, each in several.items():
             coupled = np.unique(group_ids[each.ids])
-            # A single one means that all of its places are coupled with one another: channels are in another dimension.
+            # If only one is, all entries are coupled with one another, so another dimension holds the channels.
             if made[coupled].sum() < 2:
                 found[name] = each
         return found
 
     def run_node(self, n: Node) -> Any:
-        """Compute the channel ids of a node's outputs from those of its arguments."""
+        """Compute the channel ids of a node's outputs from the ids of its arguments."""
         is_random = any(RANDOM in parent.meta for parent in n.all_input_nodes)
         self._given.reason = reasons.joins_random(n) if is_random else reasons.joins_constant(n)
         self._given.node = n
         found = self._ids_of(n)
         if RANDOM in n.meta:
-            # With fewer channels others would be drawn, and nothing could be compared.
+            # With fewer channels other numbers would be drawn, and outputs couldn't be compared.
             entering = self.fetch_args_kwargs_from_env(n)
             for ids in map(compressed, tensors_of((entering, found))):
                 self._given.pin(np.unique(ids), reasons.random_shape(n))
@@ -167,9 +166,9 @@ class Propagation(torch.fx.Interpreter):
             owner, _, own = str(n.target).rpartition(".")
             module = self.fetch_attr(owner) if owner in self._called else None
             if module is not None and (not is_head(module) or own in (weight_name(module), *row_names(module))):
-                # It is cut along with the channels of the module, which the graph calls.
+                # The graph calls its module, and the parameter is cut with that.
                 if owner in self.layers and isinstance(module, nn.Embedding) and own == "weight":
-                    # The columns of an embedding have the ids of its channels, as a head that reads its weight needs.
+                    # The columns of an embedding have the ids of its channels, because a head may read its weight.
                     return torch.from_numpy(self.channel_ids_of(owner)).expand(value.shape)
                 return tree_map(fixed, value)
             is_free = not is_of_forward(n) and can_follow(value)
@@ -179,7 +178,7 @@ class Propagation(torch.fx.Interpreter):
         return self._module(op) if n.op == "call_module" else self._function(op)
 
     def _parameter(self, name: str, value: Tensor) -> Tensor:
-        """Give ids to a free parameter's last dimension longer than 1; of a weight to the first, its outputs."""
+        """Return the ids of a free parameter: by default of its last dimension, of a weight the first (outputs)."""
         if name not in self.free_parameters:
             dims = [d for d in range(value.dim()) if value.shape[d] > 1]
             if name.endswith(_WEIGHT):
@@ -191,13 +190,13 @@ class Propagation(torch.fx.Interpreter):
 
     def _module(self, op: Operation) -> Any:
         name, module, shape = str(op.node.target), op.module, op.shape or ()
-        first = op.ids[0] if op.ids else staying(())  # an embedding of positions may be given a size alone
+        first = op.ids[0] if op.ids else staying(())  # a position embedding may get only a size
         if isinstance(module, nn.RNNBase):
             return self._recur(op, name)
         if name in self.attention:
             return self._attend(op, self.attention[name])
         if not can_be_cut(module):
-            # It needs all that enters, and what it puts out can't be made less.
+            # It needs all channels that enter, and its output can't become smaller.
             if has_complex_weights(module):
                 return op.all_kept(reason=reasons.complex_reader(op.node))
             return op.all_kept(reason=reasons.uncut_module(op.node, type(module).__name__))
@@ -216,9 +215,9 @@ class Propagation(torch.fx.Interpreter):
         if op.rule is not None and op.rule.moves:
             return self._applied(op, op.rule.apply)
         if isinstance(module, nn.PReLU) and module.num_parameters == 1:
-            return op.passed()  # one slope serves all channels, and any number of them
+            return op.passed()  # all channels share one slope
         if isinstance(module, nn.GroupNorm) and module.num_groups < module.num_channels:
-            # A norm's groups are of one size, and have to be after pruning too.
+            # A norm's groups must have equal sizes after pruning, too.
             side = np.split(self._given.per_channel(first, 1), module.num_groups)
             self.blocks.append(Blocks([list(side)], may_vanish=True, place=described(op.node)))
         if isinstance(module, (*PER_CHANNEL, *RULES)) or is_normalizing(module):
@@ -229,7 +228,7 @@ class Propagation(torch.fx.Interpreter):
             entering = self._given.per_channel(first, dim % first.dim())
             before = self._entering.get(name, entering)
             if has_no_width(module):
-                # Its calls needn't lose the same channels; of the first it gets the number that it shows.
+                # Its calls may lose different channels; its width attribute follows the first call.
                 self._entering.setdefault(name, entering)
             elif len(before) == len(entering):
                 self._tie_calls(name, entering)
@@ -246,7 +245,7 @@ class Propagation(torch.fx.Interpreter):
         return op.passed()
 
     def _channel_wise(self, op: Operation, name: str) -> Any:
-        """Let a channel-wise convolution run over the channels that are left, in their order."""
+        """Let a channel-wise convolution slide along the remaining channels, in their order."""
         self.channel_wise.add(name)
         ids, shape = op.ids[0], op.shape or ()
         if not _is_channel_wise(op.module, ids, shape) or ids.shape[2] != len(self._entering.get(name, ids[0, 0])):
@@ -255,24 +254,24 @@ class Propagation(torch.fx.Interpreter):
         return ids[:, :1].expand(shape)
 
     def _recur(self, op: Operation, name: str) -> Any:
-        """Let a recurrent layer take fewer channels in, and tie the gates of each unit, and the states that it gets."""
+        """Let a recurrent layer lose input channels, and couple each unit's gates and initial states."""
         states, *initial = op.ids
         self._tie_calls(name, self._given.per_channel(states, states.dim() - 1))
         if name not in self.attention:
-            # What it puts out is what its state holds, which stays.
+            # Its outputs are its states, whose size is kept.
             return op.all_kept(initial, reasons.recurrent_input(op.node, type(op.module).__name__))
         units = self._head_ids(self.attention[name])
         for state in initial:
             self._given.tie(self._given.per_channel(state, state.dim() - 1), units)
 
         def held(leaf: Tensor) -> Tensor:
-            # A level's output holds its units once for each direction; a state holds them once.
+            # An output holds the units once for each direction, a state once.
             return torch.from_numpy(np.tile(units, leaf.shape[-1] // len(units))).expand(leaf.shape)
 
         return tree_map_only(Tensor, held, given_shapes(op.node))
 
     def _head_ids(self, attention: Attention) -> np.ndarray:
-        """Give ids to the layers that make heads, and couple those of a head; return the ids of the heads' output."""
+        """Give ids to the layers that compute heads, couple each head's; return the ids of the heads' output."""
         for name in attention.layers:
             if name not in self.layers:
                 own = [attention.channels[name]] if name in attention.channels else []
@@ -292,7 +291,7 @@ class Propagation(torch.fx.Interpreter):
         return context
 
     def _attend(self, op: Operation, attention: Attention) -> Any:
-        """Couple the layers that make each head. What other layers within the attention read keeps all channels."""
+        """Couple the layers that compute each head. Tensors that none of these layers reads keep all channels."""
         read = states_read(op.node, op.args, op.kwargs)
         for name, states in read.items():
             for each in states:
@@ -302,11 +301,11 @@ class Propagation(torch.fx.Interpreter):
         states_of_all = [state for states in read.values() for state in states]
         needed = []
         for each in op.ids:
-            # A bias by position that another module makes, head by head: T5's first block makes it for all blocks.
+            # A position bias per head from another module: in T5 the first block computes it for all blocks.
             if each.dim() == 4 and each.shape[1] == heads and varies(each, 1):
                 self._given.tie(first, self._given.per_channel(each, 1))
             elif each.dim() == 3 and each.shape[0] % heads == 0 and varies(each, 0):
-                # Of all heads of a sample, then of the next one's.
+                # (batch * heads, ...): the heads of one sample are neighbours.
                 self._given.tie(first, self._given.per_channel(each.unflatten(0, (-1, heads)), 1))
             elif not any(torch.equal(each, state) for state in states_of_all):
                 needed.append(each)
@@ -316,7 +315,7 @@ class Propagation(torch.fx.Interpreter):
             context = torch.from_numpy(context_ids).expand(context.shape)
         outputs = [context]
         for each in others:
-            is_by_head = each.dim() == 4 and each.shape[1] == heads  # the weights of attention
+            is_by_head = each.dim() == 4 and each.shape[1] == heads  # attention weights
             outputs.append(torch.from_numpy(first).view(-1, 1, 1).expand(each.shape) if is_by_head else each)
         leaves = iter(outputs)
         return tree_map_only(Tensor, lambda _: next(leaves), found)
@@ -324,7 +323,7 @@ class Propagation(torch.fx.Interpreter):
     def _layer(self, name: str, module: Any, ids: Tensor, shape: tuple[int, ...]) -> Tensor:
         dim = len(shape) - 1 if isinstance(module, (nn.Linear, nn.Embedding)) else 1
         count = output_channels(module) or 0
-        # A layer that is called again puts out the same channels: one set of weights makes them.
+        # A layer that is called again has the same output channels, because its weights are the same.
         if name not in self.layers:
             self.layers[name] = Layer(name, self._given.new(count), count, is_depthwise(module))
         leaving = self.layers[name].ids
@@ -340,11 +339,11 @@ class Propagation(torch.fx.Interpreter):
                 self.blocks.append(Blocks(sides, may_vanish=True, place=described(self._given.node)))
         view = [1] * len(shape)
         view[dim] = count
-        # Expanded, not copied: where nothing differs the stride is 0, which `varies` sees without a look at the values.
+        # Expanding gives the other dimensions stride 0, so that `varies` needn't compare values.
         return torch.from_numpy(leaving).view(view).expand(shape)
 
     def _tie_calls(self, name: str, entering: np.ndarray) -> None:
-        """Couple what enters a module in its calls: one set of weights reads all of them."""
+        """Couple the channels that enter a module in all of its calls, because they meet the same weights."""
         self._given.tie(self._entering.setdefault(name, entering), entering)
 
     def _function(self, op: Operation) -> Any:
@@ -356,23 +355,23 @@ class Propagation(torch.fx.Interpreter):
             return made(node, op.shape, self._given)
         gives_tensors = bool(tensors_of(given_shapes(node))) or (rule is not None and (rule.moves or rule.writes))
         if not has_ids or not gives_tensors:
-            return self._applied(op, Operation.moved)  # it gives a size, say
+            return self._applied(op, Operation.moved)  # it returns a size, say
         return op.by_place(known=False) if rule is None else self._applied(op, rule.apply)
 
     def _applied(self, op: Operation, apply: Callable[[Operation], Any]) -> Any:
-        """Apply a rule; where it fails, keep all channels that enter."""
+        """Apply a rule; if it raises, keep all channels that enter."""
         try:
             return apply(op)
         except FAILURES as error:
             if isinstance(error, NniTopoError) or out_of_memory(error):
-                raise  # of a rule that a user has registered, say
-            # A call that the rule wasn't written for, as of empty tensors, concerns what enters it, not all of a model.
+                raise  # from a rule that a user has registered, say
+            # The rule may not cover the call (empty tensors, say): only the channels that enter it are kept.
             _logger.debug("the rule fails at %s", described(op.node), exc_info=True)
             return op.all_kept(reason=reasons.call_not_covered(op.node))
 
 
 def _is_channel_wise(module: nn.Module, ids: Tensor, shape: tuple[int, ...]) -> bool:
-    """Tell whether a layer is a channel-wise convolution: it slides along the channels and gives as many."""
+    """Tell whether a layer is a channel-wise convolution: it slides along the channels and keeps their number."""
     if not isinstance(module, nn.Conv1d) or ids.dim() != 3 or ids.shape[::2] != shape[::2]:
         return False
     is_plain = type(module) is nn.Conv1d and module.padding_mode == "zeros" and module.groups == 1
@@ -380,7 +379,7 @@ def _is_channel_wise(module: nn.Module, ids: Tensor, shape: tuple[int, ...]) -> 
 
 
 class ChannelFlow(Propagation):
-    """Follow the channels of a traced model, and answer questions about which layers share them."""
+    """The channels of a traced model: which layers share them, which are kept, and why."""
 
     def __init__(
         self,
@@ -395,8 +394,8 @@ class ChannelFlow(Propagation):
             if dims:
                 super().__init__(graph_module, dims)
                 outputs = self.run(*tree_map(fixed, args))
-        self.own_widths: dict[str, int] = {}  # modules whose forward is traced, and has to be cut, as if rewritten
-        # Channels at the model's output, which have to stay. FIXED ones stay anyway.
+        self.own_widths: dict[str, int] = {}  # by module whose forward is to be rewritten, the dimension of its width
+        # Channels at the model's output, which are kept.
         arriving = np.zeros(0, dtype=np.int64)
         for ids in tensors_of(outputs):
             arriving = np.concatenate([arriving, np.unique(ids.numpy())])
@@ -418,7 +417,7 @@ class ChannelFlow(Propagation):
         for blocks in self.blocks:
             rows = [self._before[row] for row in blocks.all]
             are_heads = all(len(row) > 1 and bool((row == row[0]).all()) for row in rows)
-            # Heads, all of whose channels are tied, go as a whole where an attribute counts them.
+            # Heads, whose channels are all coupled, are removed as a whole if an attribute holds their number.
             if not (blocks.counted and are_heads):
                 remaining.append(blocks)
         self.blocks[:] = remaining
@@ -429,17 +428,16 @@ class ChannelFlow(Propagation):
             distinct = dict.fromkeys(tuple(self.group_ids(channels).tolist()) for _, channels in uses)
             counted = [np.array(each, dtype=np.int64) for each in distinct]
             self._attribute_sizes[held_at] = uses[0][0], counted
-            # One number can only count equally many.
+            # One attribute counts all of these channels, so their numbers must stay equal.
             if len(counted) > 1:
                 where = f"the attribute {f'{held_at[0]}.{held_at[1]}'.lstrip('.')}"
                 self.blocks.append(Blocks([counted], may_vanish=False, place=where))
 
     def _dims_before_last(self, args: tuple[Any, ...]) -> dict[str, int]:
-        """Return, by name, the dimensions of free parameters that hold channels and aren't the default one.
+        """Return, by name, the channel dimension of free parameters for which it isn't the default.
 
-        Of a parameter whose places aren't coupled with removable channels (biases by position have the heads first) the
-        other dimensions are tried, weights of layers after all others: their rows are outputs, unless only their
-        columns are.
+        If the default dimension isn't coupled with removable channels (position biases have the heads first), the
+        other dimensions are tried, the likeliest first. Weights of layers, whose default is the rows, come last.
         """
         found: dict[str, int] = {}
         for are_weights in (False, True):
@@ -461,16 +459,16 @@ class ChannelFlow(Propagation):
         return found
 
     def _couple_shared_weights(self, arriving: np.ndarray) -> None:
-        """Tie the channels of modules that share a tensor, so that one smaller tensor serves all of them.
+        """Couple the channels of modules that share a tensor, so that they can share the smaller tensor.
 
-        What goes together follows from the dimensions: the columns of an embedding with what the head of the same
-        weight reads. Where one of the modules can't be cut, the others keep their channels. ``arriving``: ids at the
+        Channels along the same dimension are coupled: the columns of an embedding with the inputs of a head of the
+        same weight. Where one module can't be cut, the others keep their channels, too. ``arriving``: ids at the
         model's output.
         """
         ties = find_ties(self.traced)
         if not ties:
             return
-        before = self._given.settled()[0]  # the groups of channels, as if no weight were shared
+        before = self._given.settled()[0]  # group ids, as if no weight were shared
         staying = np.unique([FIXED, *before[arriving]])
         nodes = {str(node.target): node for node in self.traced.graph.nodes if node.op in ("call_module", "get_attr")}
         for names in ties:
@@ -480,7 +478,7 @@ class ChannelFlow(Propagation):
                 if name in nodes or owner in self.layers or owner in self._entering:
                     used.append(name)
             for one, other in pairwise(used):
-                reader = other  # a module may be called as a part of another one
+                reader = other  # a module may only be called as part of another one
                 while reader and reader not in nodes:
                     reader = reader.rpartition(".")[0]
                 self._given.node = nodes[reader] if reader else next(iter(self.traced.graph.nodes))
@@ -496,14 +494,14 @@ class ChannelFlow(Propagation):
                             np.unique(second[first_stays & ~second_stays]), reasons.shared_weight(other, one)
                         )
                         continue
-                    # Against a dimension that can't be cut all channels have to stay.
+                    # If one module can't be cut along a dimension, the other keeps all channels of it.
                     if first is not None:
                         self._given.pin(first[~np.isin(before[first], staying)], reasons.shared_weight(one, other))
                     if second is not None:
                         self._given.pin(second[~np.isin(before[second], staying)], reasons.shared_weight(other, one))
 
     def _ids_in_shared(self, one: str, other: str) -> list[list[np.ndarray | None]]:
-        """Return the ids along the first dimensions of a tensor at two of its places; None where it can't be cut."""
+        """Return the ids along a tensor's first dimensions, for two of its names; None where it can't be cut."""
         owners, own = (one.rpartition(".")[0], other.rpartition(".")[0]), one.rpartition(".")[2]
         modules = [self.traced.get_submodule(owner) for owner in owners]
         if (
@@ -513,8 +511,8 @@ class ChannelFlow(Propagation):
             and not self.free_parameters.keys() & {one, other}
             and getattr(modules[0], "groups", 1) == getattr(modules[1], "groups", 1)
         ):
-            # Modules of one kind are cut alike, whatever their groups, gates and heads are: by what leaves them, and by
-            # what enters them; norms by what enters.
+            # Modules of one class are cut alike, whatever their groups, gates and heads are: along output and input
+            # channels, norms along input channels.
             found = list[list[np.ndarray | None]]()
             for owner in owners:
                 leaving = [self.layers[owner].ids] if owner in self.layers else []
@@ -523,7 +521,7 @@ class ChannelFlow(Propagation):
         return [self._ids_in_parameter(name, module) for name, module in zip((one, other), modules, strict=True)]
 
     def _ids_in_parameter(self, name: str, module: Any) -> list[np.ndarray | None]:
-        """Return the ids along the first dimensions of a module's tensor, as far as it can be cut along them."""
+        """Return the ids along the first dimensions of a module's tensor; None, or no entry, where it can't be cut."""
         owner, _, own = name.rpartition(".")
         if name in self.free_parameters:
             free = self.free_parameters[name]
@@ -544,8 +542,8 @@ class ChannelFlow(Propagation):
     def _keep_fixed_places(self, following: Collection[Place]) -> None:
         """Keep channels that a forward picks or counts by fixed numbers, as ``z[:, 1:4]`` or ``z.split(3, 1)``.
 
-        Before ``z[:, 4]`` there must be four channels, whichever these are; those after it may be pruned. A number that
-        comes from a shape, or from an attribute among ``following``, changes with the channels and keeps none.
+        ``z[:, 4]`` keeps the first five channels; later channels may be pruned. A number that comes from a shape, or
+        from an attribute in ``following``, changes with the channels and keeps none.
         """
 
         def is_fixed(value: Any) -> bool:
@@ -559,7 +557,7 @@ class ChannelFlow(Propagation):
             if not isinstance(entering, Tensor) or shape is None:
                 continue
             for dim, size in enumerate(shape):
-                # Where channels are spread over several dimensions (heads), a place in one dimension is no channel.
+                # If channels are spread over several dimensions (heads), an index in one dimension is no channel.
                 if not entering.shape[dim] == entering.numel() == size > 1:
                     continue
                 held = np.zeros(size, dtype=np.bool_)
@@ -584,16 +582,16 @@ class ChannelFlow(Propagation):
                     self._given.pin(np.unique(entering), reasons.call_not_covered(node))
 
     def group_ids(self, ids: np.ndarray) -> np.ndarray:
-        """Look up group ids, int, shape (n,): tied channels have the same, those that stay ``FIXED``."""
+        """Look up group ids, int, shape (n,): equal for coupled channels, ``FIXED`` for kept channels."""
         found: np.ndarray = self._group_ids[ids]
         return found
 
     def foreign_widths(self) -> dict[str, ForeignWidth]:
-        """Return the modules that give channels the width of others that needn't be as many, by name."""
+        """Return, by name, the modules that reshape channels to the width of channels not coupled with them."""
         return self._given.foreign_widths()
 
     def sizes_kept(self, is_kept: np.ndarray) -> dict[Place, int]:
-        """Return the new values of attributes that hold numbers of channels, given which channels stay, by group id."""
+        """Return the new values of attributes that count channels; ``is_kept``: bool, by group id."""
         return {place: parts * int(is_kept[each[0]].sum()) for place, (parts, each) in self._attribute_sizes.items()}
 
     @property
@@ -603,13 +601,13 @@ class ChannelFlow(Propagation):
 
     @property
     def mixes_places(self) -> bool:
-        """Whether a view or reshape joins channels with places, so that their couplings may depend on the size."""
+        """Whether a view or reshape joins channels with places, so that couplings may depend on the input's size."""
         for node in self.traced.graph.nodes:
             is_module = node.op == "call_module"
             rule = module_rule(self.fetch_attr(str(node.target))) if is_module else rule_of(node)
             if rule is not None and rule.joins and node.all_input_nodes:
                 entering, leaving = self.ids.get(node.all_input_nodes[0].name), self.ids[node.name]
-                # Along a dimension in which ids don't differ they have one entry.
+                # Dimensions along which ids don't differ have length 1 here.
                 if not isinstance(entering, Tensor) or not isinstance(leaving, Tensor):
                     continue
                 if leaving.numel() > entering.numel() > 1:
@@ -618,12 +616,12 @@ class ChannelFlow(Propagation):
 
     @property
     def shuffles(self) -> bool:
-        """Whether the network shuffles channels, then splits them equally."""
+        """Whether the network shuffles channels and splits channels with chunk."""
         return self.reorders and self._given.chunks
 
     @property
     def size(self) -> int:
-        """How many ids there are, ``FIXED`` among them."""
+        """The number of channel ids, including ``FIXED``."""
         return len(self._group_ids)
 
     def group_ids_of(self, name: str) -> np.ndarray:
@@ -631,17 +629,17 @@ class ChannelFlow(Propagation):
         return self.group_ids(self.channel_ids_of(name))
 
     def kept(self, chosen: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Return which channels stay if layers keep the selected ones: bool, by group id.
+        """Return which channels stay if layers keep the selected channels: bool, by group id.
 
-        ``chosen``: by layer, bool, shape (channels,) or (heads,). A channel stays as soon as one coupled with it does.
-        A layer that isn't chosen for keeps all, but for a depth-wise one, which follows the layer before it.
+        ``chosen``: by layer, bool, shape (channels,) or (heads,). A channel stays if any channel coupled with it is
+        selected. A layer that isn't in ``chosen`` keeps all, except that a depth-wise one follows the layer before it.
         """
         kept, stated = np.zeros(self.size, dtype=np.bool_), np.zeros(self.size, dtype=np.bool_)
         for name, layer in self.layers.items():
             ids, own = self.group_ids_of(name), chosen.get(name)
             if own is not None and len(own) < len(ids):
                 ids = self.group_ids(self.unit_channel_ids(name))
-            # For an output projection the choice may be one of columns.
+            # For an output projection ``chosen`` may select columns, which don't count here.
             if own is not None and len(own) == len(ids):
                 kept[ids[own]] = True
                 stated[ids] = True
@@ -652,7 +650,7 @@ class ChannelFlow(Propagation):
         return kept | ~stated
 
     def coupled_with(self, name: str) -> list[str]:
-        """List the other layers that share a channel with a layer, channels that stay included, in network order."""
+        """List the other layers that share channels, including kept ones, with a layer, in network order."""
         shared = np.unique(self._before[self.channel_ids_of(name)])
         return [
             other
@@ -661,7 +659,7 @@ class ChannelFlow(Propagation):
         ]
 
     def coupling_operations(self, name: str) -> list[Node]:
-        """List the operations that couple a layer's channels with others, its own among them, in network order."""
+        """List the operations that couple a layer's channels with others or with one another, in network order."""
         group_ids = np.unique(self._before[self.channel_ids_of(name)])
         found = dict[Node, None]()
         for node, pairs in self._given.ties():
@@ -671,7 +669,7 @@ class ChannelFlow(Propagation):
         return list(found)
 
     def block_places(self, name: str) -> tuple[str, ...]:
-        """List the operations that require blocks of a layer's channels to lose equally many, in network order."""
+        """List the operations that require equal blocks of a layer's channels, in network order."""
         group_ids = np.setdiff1d(self.group_ids_of(name), FIXED)
         found = dict[str, None]()
         for blocks in self.blocks:
@@ -689,7 +687,7 @@ class ChannelFlow(Propagation):
         return bool(np.isin(self.group_ids_of(name), self.at_output).any())
 
     def is_output(self, name: str) -> bool:
-        """Tell whether all channels of a layer are the model's output, whatever else keeps them."""
+        """Tell whether all channels of a layer are in the model's output, even if something else keeps them, too."""
         return bool(np.isin(self._before[self.channel_ids_of(name)], self._leaving).all())
 
     def entering_group_ids(self, name: str) -> np.ndarray:
@@ -697,17 +695,17 @@ class ChannelFlow(Propagation):
         return self.group_ids(self.entering_channel_ids(name))
 
     def entering_channel_ids(self, name: str) -> np.ndarray:
-        """Look up the ids of the channels that enter a layer or norm, from the layers before it: (input channels,)."""
-        # Indices enter an embedding, and no channels; features enter a linear layer after a flattening one.
+        """Look up the ids of the channels that enter a layer or norm: int, shape (input channels,)."""
+        # No channels enter an embedding. After a flatten, each feature that enters has the id of its channel.
         return self._entering.get(name, np.zeros(0, dtype=np.int64))
 
     def read(self) -> list[tuple[np.ndarray, str]]:
-        """List the channels that layers, norms and indices read: group ids, and the reader."""
+        """List the channels that layers, norms and index operations read: group ids, and the reader."""
         found = [(self.group_ids(entering), name) for name, entering in self._entering.items() if len(entering)]
         for node in self.traced.graph.nodes:
             ids = self.ids[node.name]
             picks = has_property(node, "picks") and not reads_shape_only(node)
-            # What moves, or meets others, may have no channels.
+            # Operations that only move entries or are elementwise also run on zero channels.
             picks = picks and not all(has_property(user, "meets") or has_property(user, "moves") for user in node.users)
             if picks and isinstance(ids, Tensor) and ids.numel():
                 found.append((np.unique(self.group_ids(ids.numpy())), place(node)))
@@ -718,7 +716,7 @@ class ChannelFlow(Propagation):
         return found
 
     def units(self, name: str) -> np.ndarray:
-        """Return a layer's output channels by unit, such as a head: int, (units, channels)."""
+        """Return the indices of a layer's output channels by unit, such as a head: int, (units, channels of a unit)."""
         if name in self.heads:
             return self.heads[name].channels[name]
         return np.arange(self.layers[name].channels).reshape(-1, self._unit_size(name))
@@ -729,17 +727,17 @@ class ChannelFlow(Propagation):
         return ids
 
     def _unit_size(self, name: str) -> int:
-        """Return how many neighbouring channels of a layer make a unit, such as those of a pixel shuffle."""
+        """Return how many neighbouring channels of a layer make a unit, as before a pixel shuffle."""
         group_ids = self.group_ids_of(name)
         starts = np.flatnonzero(np.diff(group_ids, prepend=-1))
         size = len(group_ids) // len(starts)
-        # NNI can't state blocks of a transposed convolution's channels.
+        # NNI's granularity can't express blocks of a transposed convolution's channels.
         if size == 1 or FIXED in group_ids or isinstance(self.fetch_attr(name), (*TRANSPOSED, nn.Embedding)):
             return 1
         is_even = len(np.unique(group_ids[starts])) == len(starts) and np.array_equal(
             starts, np.arange(len(starts)) * size
         )
-        # A depth-wise convolution that makes several channels of each follows the layer before it.
+        # A depth-wise convolution with a channel multiplier follows the layer before it.
         follows = self.layers[name].depthwise and len(self.entering_channel_ids(name)) < len(group_ids)
         return size if is_even and not follows else 1
 
@@ -763,7 +761,7 @@ _PASSING = (nn.Identity, nn.modules.dropout._DropoutNd)
 
 
 def norms_after(model: nn.Module, flow: ChannelFlow) -> dict[str, str]:
-    """Return, by layer, the batch norm that reads all of its channels and no others. Not all layers have one."""
+    """Return, by layer, the batch norm that reads exactly its channels. Layers without one are left out."""
     first = {layer.first: name for name, layer in flow.layers.items()}
     found = {}
     for name, module in model.named_modules():
@@ -773,14 +771,14 @@ def norms_after(model: nn.Module, flow: ChannelFlow) -> dict[str, str]:
         layer = first.get(int(entering[0]))
         if layer is None:
             continue
-        # After a concatenation ids of several layers enter, which only look alike at the beginning.
+        # After a concatenation ids of several layers enter: only the first ones are this layer's.
         if np.array_equal(entering, flow.layers[layer].ids):
             found[layer] = name
     return found
 
 
 def only_norm_after(model: nn.Module, flow: ChannelFlow, name: str) -> nn.Module | None:
-    """Return the batch norm with running statistics that alone reads a layer, and reads nothing else; else None."""
+    """Return a layer's only reader if that is a batch norm with running statistics that reads nothing else."""
     calls = [node for node in flow.traced.graph.nodes if node.op == "call_module" and node.target == name]
     readers = {user for node in calls for user in node.users}
     targets = {str(user.target) if user.op == "call_module" else "" for user in readers}
@@ -797,7 +795,7 @@ def only_norm_after(model: nn.Module, flow: ChannelFlow, name: str) -> nn.Module
 def followers(node: Node) -> Iterator[Node]:
     """Yield the nodes after a node, as long as each has one reader and the shape stays the same."""
     shape = tensor_shape(node)
-    # A second reader uses the value as it is here, so nothing after it decides alone.
+    # With a second reader the next node isn't the only one that uses the value.
     while len(node.users) == 1:
         node = next(iter(node.users))
         if tensor_shape(node) != shape:

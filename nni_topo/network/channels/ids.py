@@ -1,7 +1,18 @@
-"""Channel ids: one for each channel of each layer, tied where channels go together, pinned where they stay.
+"""Channel ids, and which of them are coupled or kept.
 
-In place of a tensor's values its ids travel through the graph: a tensor of the same shape, int64, that says of each
-entry which channel it belongs to.
+A tensor of channel ids goes through the graph in place of a tensor of values. It is int64, has the same shape, and
+says which channel each entry belongs to. Terms of this package:
+
+- channel id: an integer that stands for one output channel of one layer, or one channel of a free parameter. `FIXED`
+  (0) stands for all channels that can't be pruned.
+- group id: the smallest channel id among coupled channels, which can only be removed together; `FIXED` if they are
+  kept.
+- block: neighbouring channels that an operation reads as a unit, such as a group of a convolution or norm. All blocks
+  of an operation have to keep the same number of channels.
+- piece: one output of an operation that splits a tensor, such as chunk.
+- segment: the channels of one layer that go to the same pieces.
+- place: a position in a tensor or along one of its dimensions, such as a pixel or a token. The place of a node is the
+  module that calls it; a `Place` is an attribute that holds a number.
 """
 
 from __future__ import annotations
@@ -21,17 +32,17 @@ from torch.utils._pytree import tree_map
 
 from nni_topo.network.channels.reasons import Reason
 
-FIXED = 0  # the id of all channels that have to stay; the first layer's start at 1
+FIXED = 0  # the id of all channels that can't be pruned; other ids start at 1
 
 
 @dataclasses.dataclass
 class Layer:
-    """A layer that makes channels."""
+    """The output channels of a layer."""
 
     name: str
     first: int  # id of its first output channel; the others follow
     channels: int
-    depthwise: bool  # each output channel depends on one input channel alone, with which it stays or goes
+    depthwise: bool  # each output channel is computed from one input channel, and is pruned with it
 
     @property
     def ids(self) -> np.ndarray:
@@ -41,12 +52,12 @@ class Layer:
 
 @dataclasses.dataclass
 class FreeParameter:
-    """A parameter or buffer that the forward uses outside of a layer (a layer scale, positions), with its ids."""
+    """A parameter or buffer that the forward uses outside of a layer, such as a layer scale or position embeddings."""
 
     first: int
     channels: int
     dim: int  # the dimension of its channels
-    dims: list[int]  # all that may hold channels, the likeliest last
+    dims: list[int]  # the dimensions that may hold channels, the likeliest last
 
     @property
     def ids(self) -> np.ndarray:
@@ -54,22 +65,25 @@ class FreeParameter:
         return np.arange(self.first, self.first + self.channels)
 
     def ids_of_places(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """Return the ids of its places: int64, of its shape."""
+        """Return the channel id of each entry: int64, of the parameter's shape."""
         view = [-1 if d == self.dim else 1 for d in range(len(shape))]
         return torch.from_numpy(self.ids).view(view).expand(shape)
 
 
 @dataclasses.dataclass
 class Blocks:
-    """Blocks of channels that have to keep equally many each: for each side, an array of channel ids a block."""
+    """Blocks of channels, each of which has to keep the same number of channels.
 
-    sides: list[list[np.ndarray]]  # a grouped convolution's inputs and its outputs, a norm's channels, a chunk's pieces
+    A side is a list of blocks, as channel ids. A grouped convolution has two: its inputs and its outputs.
+    """
+
+    sides: list[list[np.ndarray]]
     may_vanish: bool  # a block may lose all of its channels, on all sides at once
-    moves: bool = False  # it only decides where channels go, as after a chunk: see `shuffles`
-    is_uneven: bool = False  # of shuffled layers, whose pieces can't be of one size each
-    is_filled: bool = False  # a shorter block is filled up with `FIXED`: it loses as many, and keeps some of its own
-    place: str = ""  # what needs them so: an operation, a module or an attribute
-    counted: bool = False  # an attribute holds how many blocks there are: fewer, where each goes as a whole
+    moves: bool = False  # the operation only moves channels, such as chunk: see `ChannelFlow.shuffles`
+    is_uneven: bool = False  # the pieces hold different numbers of a shuffled layer's channels
+    is_filled: bool = False  # the shorter last block is filled up with `FIXED`; it may not lose all of its own channels
+    place: str = ""  # the operation, module or attribute that requires the blocks
+    counted: bool = False  # an attribute holds the number of blocks, so whole blocks (heads) may be removed
 
     @property
     def all(self) -> list[np.ndarray]:
@@ -78,7 +92,7 @@ class Blocks:
 
     @property
     def ids(self) -> np.ndarray:
-        """The ids of all channels in them: int, (channels,)."""
+        """The ids of all channels in the blocks: int, (channels,)."""
         return np.concatenate(self.all)
 
 
@@ -86,70 +100,70 @@ class Blocks:
 class TakenWidth:
     """A view or split whose size is the width of another tensor, or is computed from one."""
 
-    owner: str  # the module in whose forward it stands
+    owner: str  # the module whose forward calls the view or split
     dim: int  # which dimension holds the channels: the last (text) or the second (images)
-    of: torch.Tensor  # the ids of the tensor
-    viewed: torch.Tensor  # the ids of what gets it
+    of: torch.Tensor  # the channel ids of the other tensor
+    viewed: torch.Tensor  # the channel ids of the tensor that gets the size
 
 
 class ForeignWidth(NamedTuple):
-    """A module that reshapes channels by the width of other channels, which needn't be as many."""
+    """A module that reshapes channels to the width of other channels, although the two aren't coupled."""
 
-    dim: int  # the dimension of the tensor whose width is taken
-    by_kept: bool  # whether channels get it that stay in any case, so that the others would have to
-    times: int  # in how many views and splits
+    dim: int  # the dimension whose size is taken: see `TakenWidth`
+    by_kept: bool  # whether the reshaped channels are kept anyway, so that the others would have to be kept, too
+    times: int  # the number of such views and splits
 
 
 class ChannelIds:
-    """The ids of a network's channels, and their constraints: coupled, kept, or lost in equal numbers."""
+    """The channel ids of a network, and which channels are coupled, are kept, or form blocks."""
 
     def __init__(self) -> None:
         self.count = FIXED + 1
-        self.reason: Reason  # why channels stay that are tied to FIXED from now on; set before any are
-        self.node: torch.fx.Node  # the operation that ties channels from now on; set before any are
+        self.reason: Reason  # the reason for keeping channels that the current node couples with `FIXED`
+        self.node: torch.fx.Node  # the current node, whose operation couples channels
         self.layers: dict[str, Layer] = {}  # in the order they are called
-        # By name. Their channels are pruned with the channels that they are tied to, and keep none.
+        # By name. Their channels are pruned with the channels they are coupled with, and never keep these.
         self.free_parameters: dict[str, FreeParameter] = {}
         self.one_valued: dict[str, FreeParameter] = {}  # by node, tensors of one value whose width an attribute holds
-        self.dims: Mapping[str, int] = {}  # by name of either, the dimension of its channels, if not the last possible
+        self.dims: Mapping[str, int] = {}  # by name of either, the dimension of its channels, if not the likeliest
         self.blocks: list[Blocks] = []  # one for each grouped convolution, group norm and chunk
         self.reorders = False  # whether the dense model may put channels into another order: see `DenseOrder`
-        self.chunks = False  # whether channels are cut into equal pieces
-        self.summed = set[str]()  # nodes that add up over channels: what is removed has to arrive as zeros
-        self.guessed = set[str]()  # nodes without a rule that are taken to work place by place
+        self.chunks = False  # whether a chunk splits channels
+        self.summed = set[str]()  # nodes that sum over channels: removed channels must arrive as zeros
+        self.guessed = set[str]()  # nodes that are only assumed to treat each channel by itself
         self.widths: list[TakenWidth] = []
-        self.by_node: dict[str, Any] = {}  # what each node puts out: int64, of length 1 where nothing differs
-        self.picks: dict[str, torch.Tensor] = {}  # by node, the places that a constant of the forward's picks
+        self.by_node: dict[str, Any] = {}  # ids of each node's output: int64, of length 1 where none differ
+        self.picks: dict[str, torch.Tensor] = {}  # by node, the values of index and mask tensors that are constants
         self._pairs = [np.zeros((0, 2), dtype=np.int64)]
-        self._tied_at: list[torch.fx.Node] = []  # the operation of each of these arrays but the first
-        self._as_widths = set[int]()  # which of these arrays tie channels to others as their width is taken
+        self._tied_at: list[torch.fx.Node] = []  # the operation that couples each array of pairs but the first
+        self._as_widths = set[int]()  # indices of the arrays that couple channels only because a width is taken
         self._pins: list[tuple[np.ndarray, Reason]] = []
         self._columns: list[tuple[np.ndarray, Reason]] = []
         self._rows: list[tuple[np.ndarray, np.ndarray]] = []
 
     def new(self, count: int) -> int:
-        """Give out a number of new ids, and return the first."""
+        """Reserve ``count`` new ids, and return the first."""
         self.count += count
         return self.count - count
 
     def filled(self, name: str, dims: list[int], shape: tuple[int, ...]) -> torch.Tensor:
-        """Give ids to the entries of a constant tensor along one of the dimensions whose size an attribute holds."""
+        """Return new ids for a constant tensor, along one of the dimensions whose size an attribute holds."""
         dim = self.dims.get(name, dims[-1])
         self.one_valued[name] = made = FreeParameter(self.new(shape[dim]), shape[dim], dim, dims)
         return made.ids_of_places(shape)
 
     def pin(self, ids: np.ndarray, reason: Reason) -> None:
-        """Keep channels, and all that are coupled with them."""
+        """Keep channels, and all channels coupled with them."""
         self._pins.append((ids, reason))
 
     def pin_unless_tied(self, columns: np.ndarray, reason: Reason) -> None:
-        """Keep the channels in each column of ids, (ids, columns), unless all of the column turn out to be coupled."""
+        """Keep the channels in each column of ids, (ids, columns), unless the column's channels are all coupled."""
         self._columns.append((columns, reason))
 
     def tie(self, ones: np.ndarray | int, others: np.ndarray | int, *, as_width: bool = False) -> None:
-        """Couple channels with others, one by one; channels coupled with ``FIXED`` can't be pruned.
+        """Couple channels pairwise; channels coupled with ``FIXED`` can't be pruned.
 
-        ``as_width``: for no other reason than that a view gives them the width of the others.
+        ``as_width``: whether the only reason is that ``others`` are reshaped to the width of ``ones``.
         """
         pairs = np.stack(np.broadcast_arrays(ones, others), -1).reshape(-1, 2)
         stay = (pairs == FIXED).any(1)
@@ -161,7 +175,7 @@ class ChannelIds:
         self._tied_at.append(self.node)
 
     def tie_whole_rows(self, ids: np.ndarray, rows: np.ndarray) -> None:
-        """Couple each id with its row, (ids, columns), if the whole row turns out to be coupled, as of a head."""
+        """Couple each id with its row, (ids, columns), if the row's channels (of a head, say) are all coupled."""
         free = (ids != FIXED) & (rows != FIXED).all(1)
         self._rows.append((ids[free], rows[free]))
 
@@ -170,25 +184,25 @@ class ChannelIds:
         return list(zip(self._tied_at, self._pairs[1:], strict=True))
 
     def couple(self, one: torch.Tensor, other: torch.Tensor) -> None:
-        """Couple the ids of tensors that are combined entry by entry; both are broadcast."""
+        """Couple the ids of two tensors that are combined elementwise; both are broadcast."""
         one, other = torch.broadcast_tensors(one, other)
-        # Along a dimension in which neither differs (batch, pixels) one place says all, and few pairs are left to sort.
+        # Along a dimension in which neither differs (batch, pixels) one entry is enough, so fewer pairs are sorted.
         for d in range(one.dim()):
             if not (one.shape[d] == 0 or varies(one, d) or varies(other, d)):
                 one, other = one.narrow(d, 0, 1), other.narrow(d, 0, 1)
         self.tie(*np.divmod(np.unique((one * self.count + other).numpy()), self.count))
 
     def per_channel(self, ids: torch.Tensor, dim: int) -> np.ndarray:
-        """Reduce ids to one a channel; those that share a channel are tied."""
+        """Return one id for each index of a dimension: int, (channels,); couple the ids that share an index."""
         rows = ids.transpose(0, dim)
-        # The usual case, all places of a channel alike, is one comparison; ties are looked for only where it fails.
+        # Usually ids that share an index are equal, which one comparison shows.
         first = rows[(slice(None),) + (slice(0, 1),) * (rows.dim() - 1)]
         if not torch.equal(first.expand(rows.shape), rows):
             self.couple(first, rows)
         return first.reshape(-1).numpy()
 
     def settled(self) -> tuple[np.ndarray, np.ndarray, dict[int, Reason]]:
-        """Return group ids, the smallest id of each group, without and with kept channels; and reasons by group id."""
+        """Return group ids before and after keeping channels, int, (count,) each; and by group id why it is kept."""
         before, reasons = self._tied(self._pairs), dict[int, Reason]()
         apart = [(rows[:, (before[rows] != before[rows[:1]]).any(0)], reason) for rows, reason in self._columns]
         for ids, reason in self._pins + apart:
@@ -197,7 +211,7 @@ class ChannelIds:
         return before, np.where(np.isin(before, list(reasons)), FIXED, before), reasons
 
     def _tied(self, arrays: list[np.ndarray]) -> np.ndarray:
-        """Return the smallest id of the group of each channel: int, (count,), by arrays of tied pairs."""
+        """Return the group id of each channel, int, (count,), given arrays of coupled pairs."""
         pairs = np.concatenate(arrays)
         while True:
             graph = coo_matrix((np.ones(len(pairs), dtype=bool), pairs.T), shape=(self.count, self.count))
@@ -215,7 +229,7 @@ class ChannelIds:
             pairs = np.concatenate([pairs, *more])
 
     def foreign_widths(self) -> dict[str, ForeignWidth]:
-        """Return the modules that give channels the width of others that needn't be as many, by name."""
+        """Return, by name, the modules that reshape channels to the width of channels not coupled with them."""
         if not self.widths:
             return {}
         groups = self._tied([each for at, each in enumerate(self._pairs) if at not in self._as_widths])
@@ -231,18 +245,18 @@ class ChannelIds:
 
 
 def fixed(leaf: Any) -> Any:
-    """Give a tensor from outside the id ``FIXED``: its channels can't be pruned; any other leaf comes back as it is."""
-    # On the CPU, as all ids are, wherever the model lies.
+    """Return ids ``FIXED`` for a tensor, so that its channels can't be pruned; return other leaves unchanged."""
+    # All ids are on the CPU, whatever the model's device.
     return staying(tuple(leaf.shape)) if isinstance(leaf, torch.Tensor) else leaf
 
 
 def staying(shape: tuple[int, ...]) -> torch.Tensor:
-    """Return ids for a tensor whose channels all stay: ``FIXED`` everywhere."""
+    """Return ids for a tensor whose channels are all kept: ``FIXED`` everywhere."""
     return torch.tensor(FIXED).expand(shape)
 
 
 def compressed(leaf: Any) -> Any:
-    """Keep one entry of every dimension along which ids don't differ; any other leaf comes back as it is."""
+    """Shorten each dimension along which ids don't differ to length 1; return leaves that aren't tensors unchanged."""
     if isinstance(leaf, torch.Tensor):
         for d in range(leaf.dim()):
             leaf = leaf if leaf.shape[d] == 0 or varies(leaf, d) else leaf.narrow(d, 0, 1)
@@ -251,7 +265,7 @@ def compressed(leaf: Any) -> Any:
 
 
 def given_shapes(node: torch.fx.Node) -> Any:
-    """Return ids ``FIXED`` for all outputs of a node, in the same containers; None for what is no tensor."""
+    """Return ids ``FIXED`` for all outputs of a node, in the same containers; None if an output is no tensor."""
     metas = node.meta.get("tensor_meta")
     return tree_map(
         lambda meta: staying(tuple(meta.shape)) if isinstance(meta, TensorMetadata) else None,
@@ -262,27 +276,30 @@ def given_shapes(node: torch.fx.Node) -> Any:
 
 def varies(ids: torch.Tensor, dim: int) -> bool:
     """Tell whether ids differ along a dimension."""
-    # A stride of 0 is one entry seen many times: nothing to compare.
+    # With stride 0 all entries are the same one.
     some = ids.shape[dim] > 1 and ids.stride(dim) != 0
     return some and not torch.equal(ids.narrow(dim, 0, 1).expand(ids.shape), ids)
 
 
 def carry(ids: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor | None:
-    """Expand ids (batch, channels, ...) to an output's shape, channels at the same place; None if that isn't clear."""
-    # What keeps its shape (an activation, a norm) works place by place, as far as shapes can tell.
+    """Expand ids (batch, channels, ...) to an output's shape, channels in the same dimension; None if that fails."""
+    # An operation that keeps the shape (an activation, a norm) is assumed to keep each channel where it is.
     if tuple(ids.shape) == shape:
         return ids
     alike = min(ids.dim(), len(shape)) > 1 and tuple(ids.shape[:2]) == shape[:2]
-    # Where the places of a channel have different ids, a place of the output could have any of them.
+    # If ids differ within a channel, an entry of the output could have any of them.
     if not alike or any(varies(ids, d) for d in range(2, ids.dim())):
         return None
-    # Any place will do, all being alike; expanded again, so that strides of 0 still say that nothing differs.
+    # Within a channel all ids are the same. Expanding again keeps the strides of 0 that `varies` looks at.
     channels = ids[(slice(None), slice(None)) + (0,) * (ids.dim() - 2)]
     return channels.view(shape[:2] + (1,) * (len(shape) - 2)).expand(shape)
 
 
 def carry_reduced(ids: torch.Tensor, shape: tuple[int, ...], dims: Iterable[int]) -> torch.Tensor | None:
-    """Return the ids after a reduction over dimensions, counted from 0; None if that isn't clear."""
+    """Return the ids after a reduction over dimensions, counted from 0; None if these hold only part of the channels.
+
+    None also if the output's shape doesn't fit.
+    """
     pruned = set(dims)
     places = [d for d in range(ids.dim()) if varies(ids, d)]
     if set(places) <= pruned:
