@@ -1,12 +1,12 @@
-"""Constraints on the channels of coupled layers that a dependency group can't state.
+"""Constraints on the channels of coupled layers that NNI's dependency groups can't express.
 
-Layers may share only some of their channels, but NNI's groups couple all of them, one to one. And the blocks of
-channels of grouped layers, group norms and shuffles may have to lose the same number each.
+NNI's groups couple all channels of their layers, one to one, but layers may share only some channels. And the blocks
+of grouped layers, group norms and shuffles may have to lose the same number of channels each.
 
-The dense model splits and shuffles the kept channels in its own way (`DenseOrder`). Where it sends the first, second
-and third channel of a layer depends only on how many channels the layer keeps. In the unpruned model channels belong to
-segments: those of one segment go to the same pieces. `shares` says how many channels of each segment may stay so that
-the dense model sends as many to each piece.
+The dense model splits and shuffles the kept channels anew (`DenseOrder`). Where it sends the first, second and third
+channel of a layer depends only on how many channels the layer keeps. In the unpruned model the channels of one segment
+go to the same pieces. `shares` says how many channels of each segment may stay so that the dense model sends as many to
+each piece. `ids` defines these terms.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def coupled_names(owned: Mapping[str, set[int]]) -> list[list[str]]:
 def partial_couplings(
     flow: ChannelFlow, names: Iterable[str], *, with_staying: bool = True
 ) -> dict[str, tuple[int, ...]]:
-    """Return the channel ids of layers whose couplings no group of a config_list can state, or that keep some channels.
+    """Return ids for the channels of layers whose couplings a group of a config_list can't express.
 
-    Channels with equal ids are coupled; those with a negative one stay. ``with_staying``: also layers of which some
-    channels stay and whose couplings a group can state.
+    Channels with equal ids are coupled; channels with negative ids are kept. ``with_staying``: include layers that keep
+    some channels, although a group can express their couplings.
     """
     selected, free = set(names), dict[str, set[int]]()
     for name in flow.layers:
@@ -63,8 +63,8 @@ def partial_couplings(
         has_staying = any((ids == FIXED).any() and (ids != FIXED).any() for ids in all_ids)
         if _is_stated(flow, group) and (flow.shuffles or not (with_staying and has_staying)):
             continue
-        # Channels that stay aren't coupled with one another: each gets an id that no other has, but for those at the
-        # same place of layers that are one unit.
+        # Kept channels aren't coupled with one another, so each gets an id of its own. Only layers with equal group
+        # ids share these ids.
         own = dict[bytes, np.ndarray]()
         for name, ids in zip(group, all_ids, strict=True):
             staying = own.setdefault(ids.tobytes(), -flow.channel_ids_of(name))
@@ -73,7 +73,7 @@ def partial_couplings(
 
 
 def _is_stated(flow: ChannelFlow, names: list[str]) -> bool:
-    """Tell whether layers are coupled unit by unit in the same order, and no unit to another of its own layer."""
+    """Tell whether layers are coupled unit by unit in the same order, and no two units of a layer are coupled."""
     first = flow.group_ids(flow.unit_channel_ids(names[0]))
     for name in names[1:]:
         if not np.array_equal(flow.group_ids(flow.unit_channel_ids(name)), first):
@@ -83,7 +83,7 @@ def _is_stated(flow: ChannelFlow, names: list[str]) -> bool:
 
 
 def blocks_of(flow: ChannelFlow) -> dict[str, int]:
-    """Count, for each layer, the blocks that have to lose the same number of channels."""
+    """Return, by layer, the number of blocks that have to lose the same number of channels."""
     all_sides = [side for blocks in flow.blocks for side in blocks.sides]
     counts: dict[str, int] = {}
     for name in flow.layers:
@@ -98,7 +98,7 @@ def blocks_of(flow: ChannelFlow) -> dict[str, int]:
             sizes = np.diff([*starts, len(ranks)])[ranks[starts] >= 0]
             if not len(sizes):
                 continue
-            # Layers that share blocks, joined or shuffled, keep these even if each has evenly many of every block.
+            # Blocks of several layers, concatenated or shuffled, stay equal if each layer has equal parts in them.
             size = sizes[0]
             are_equal = (sizes == size).all() and (starts % size == 0).all() and len(group_ids) % size == 0
             if are_equal:
@@ -107,7 +107,7 @@ def blocks_of(flow: ChannelFlow) -> dict[str, int]:
 
 
 def _with_equal_blocks(flow: ChannelFlow, counts: dict[str, int]) -> dict[str, int]:
-    """Give layers whose channels are shuffled together the same blocks, so that they lose equally many channels."""
+    """Give layers whose channels are shuffled together equally many blocks, so that they lose equally many channels."""
     shuffled_together = list[set[str]]()
     for blocks in flow.blocks:
         group_ids = flow.group_ids(blocks.ids)
@@ -123,24 +123,25 @@ def _with_equal_blocks(flow: ChannelFlow, counts: dict[str, int]) -> dict[str, i
         for names in shuffled_together:
             common = math.lcm(*(counts.get(name, 1) for name in names))
             widths = [flow.layers[name].channels for name in names]
-            # No channel of blocks of one could be pruned.
+            # From blocks of one channel nothing could be pruned.
             if all(width % common == 0 and width > common for width in widths):
                 counts |= dict.fromkeys(names, common)
     return counts
 
 
 class DenseOrder(torch.fx.Interpreter):
-    """Follow the ids of channels through the dense model, given which channels stay, by group id."""
+    """Follow channel ids through the dense model; ``is_kept``: which channels stay, bool, by group id."""
 
-    # A channel shuffle in two halves puts the first channel of the second half after the first of the first half,
-    # whichever these are: the masked model has them in another order as soon as the halves lose different ones.
+    # A channel shuffle of two groups puts the first channel of the second group after the first channel of the first.
+    # In the dense model these are the first kept channels, so its order differs from the masked model's if the groups
+    # lose different channels.
     def __init__(self, flow: ChannelFlow, is_kept: np.ndarray) -> None:
         super().__init__(flow.traced)
         self.flow, self.is_kept = flow, is_kept
-        self.ids: dict[str, Any] = {}  # by node, as in the flow, but of the dense model's shapes
-        self.entering: dict[str, np.ndarray] = {}  # by module
+        self.ids: dict[str, Any] = {}  # by node, as in the flow, but with the dense model's shapes
+        self.entering: dict[str, np.ndarray] = {}  # by module, the channel ids that enter it
         self.failed = set[str]()  # the nodes that can't be run on the ids of kept channels
-        self.reordered = set[str]()  # the nodes that give channels in another order than the unpruned model
+        self.reordered = set[str]()  # the nodes whose outputs have channels in another order than in the unpruned model
         with torch.no_grad():
             self.run()
 
@@ -158,20 +159,20 @@ class DenseOrder(torch.fx.Interpreter):
         return found
 
     def _renamed(self, found: Any, ascending: Any) -> Any:
-        """Return the flow's ids of a node instead of others of the same groups that arrive, such as a layer scale's."""
+        """Return the flow's ids of a node if other ids of the same groups arrive, such as those of a layer scale."""
         if not (isinstance(found, Tensor) and isinstance(ascending, Tensor)) or found.shape != ascending.shape:
             return found
         arrived, expected = compressed(found), compressed(ascending)
         if torch.equal(arrived.flatten().unique(), expected.flatten().unique()):
             return found
         groups_arrived, groups_expected = self.flow.group_ids(arrived.numpy()), self.flow.group_ids(expected.numpy())
-        # After a concatenation along another dimension, as of a class token with places, each part has ids of its own.
+        # After a concatenation along another dimension (a class token and patches), each part has ids of its own.
         fits = all(one in (1, other) for one, other in zip(expected.shape, arrived.shape, strict=True))
         same = fits and np.array_equal(groups_arrived, np.broadcast_to(groups_expected, arrived.shape))
         return ascending if same else found
 
     def _ascending(self, node: Node) -> Any:
-        """Take the ids of pruned channels out of a node's outputs, and leave the others in their order."""
+        """Return the ids of a node's outputs without those of pruned channels, in the unpruned model's order."""
         leaves, spec = tree_flatten(self.flow.ids[node.name])
         shapes = tree_flatten(given_shapes(node))[0]
         if len(leaves) != len(shapes):
@@ -190,7 +191,7 @@ class DenseOrder(torch.fx.Interpreter):
         return ids.expand(shape)
 
     def _moved(self, node: Node, ascending: Any) -> Any:
-        """Return the ids of a node's outputs in the dense model; ``ascending``: those in the unpruned model's order."""
+        """Return the ids of a node's outputs in the dense model's order; ``ascending``: in the unpruned one's."""
         if node.op in ("placeholder", "get_attr", "output"):
             return ascending
         args, kwargs = self.fetch_args_kwargs_from_env(node)
@@ -206,7 +207,7 @@ class DenseOrder(torch.fx.Interpreter):
         return _in_order_of(entering, ascending)
 
     def _through(self, node: Node, ids: Tensor, ascending: Any) -> Any:
-        """Return the ids of a module's output, given those that enter it."""
+        """Return the ids of a module's output, given the ids that enter it."""
         name = str(node.target)
         layer, entering = self.flow.layers.get(name), self.flow.entering_channel_ids(name)
         if len(entering):
@@ -225,7 +226,7 @@ class DenseOrder(torch.fx.Interpreter):
         return ascending
 
     def _tried(self, node: Node, args: Any, kwargs: Any, ascending: Any) -> Any:
-        """Run a node on ids; where the dense model couldn't run it either, the dry run finds that out."""
+        """Run a node on ids; if that fails, note it. The dry run finds out whether the dense model fails, too."""
         try:
             return getattr(self, node.op)(node.target, args, kwargs)
         except FAILURES:
@@ -233,7 +234,7 @@ class DenseOrder(torch.fx.Interpreter):
             return ascending
 
     def places(self, name: str) -> np.ndarray:
-        """List the kept channels that enter a module by their places in the unpruned model: int, (kept channels,)."""
+        """Return the unpruned model's indices of the kept channels that enter a module: int, (kept channels,)."""
         entering = self.flow.entering_channel_ids(name)
         kept = np.flatnonzero(self.is_kept[self.flow.group_ids(entering)])
         arriving = self.entering.get(name, entering[:0])
@@ -242,7 +243,7 @@ class DenseOrder(torch.fx.Interpreter):
         return found if np.array_equal(np.sort(found), kept) else kept
 
     def select(self, node: Node, value: Any) -> Any:
-        """Take pruned channels out of a node's output tensors, and put the others in the dense model's order."""
+        """Remove pruned channels from a node's output tensors, and put the others into the dense model's order."""
         leaves, spec = tree_flatten(value)
         full_ids, dense_ids = tree_flatten(self.flow.ids[node.name])[0], tree_flatten(self.ids[node.name])[0]
         if not len(leaves) == len(full_ids) == len(dense_ids):
@@ -251,20 +252,20 @@ class DenseOrder(torch.fx.Interpreter):
 
 
 def _in_order_of(entering: list[Tensor], ascending: Any) -> Any:
-    """Return the ids of the first operand whose channels are those of the output, in that operand's order."""
+    """Return the output's ids in the order of the first operand that has the same channels; else ``ascending``."""
     if not isinstance(ascending, Tensor):
         return ascending
     held = [d for d in range(1, ascending.dim()) if varies(ascending, d)]
     for ids in entering:
         found = carry(ids, tuple(ascending.shape))
-        # An operand with channels in other dimensions has other channels, such as scores of attention.
+        # An operand with channels in other dimensions has other channels, such as attention scores.
         if found is not None and held and held == [d for d in range(1, found.dim()) if varies(found, d)]:
             return found
     return ascending
 
 
 def _gathered(value: Any, full_ids: Any, dense_ids: Any) -> Any:
-    """Look up the values of a tensor for the ids in the dense model, each of which occurs once in the full one."""
+    """Return a tensor's values for ``dense_ids``. Each of them occurs once in ``full_ids``, the tensor's own ids."""
     if not (isinstance(value, Tensor) and isinstance(full_ids, Tensor) and isinstance(dense_ids, Tensor)):
         return value
     dims = [d for d in range(full_ids.dim()) if full_ids.shape[d] > 1]
@@ -285,23 +286,23 @@ def _gathered(value: Any, full_ids: Any, dense_ids: Any) -> Any:
 
 
 class Share(NamedTuple):
-    """How many channels of each segment of a layer stay if the layer is asked to keep so many."""
+    """How many channels of each segment of a layer stay if the layer should keep ``asked`` channels."""
 
     asked: int
     segments: tuple[int, ...]  # the segment that each channel belongs to
-    counts: tuple[int, ...]  # how many of each segment stay: `asked` together, or more where that can't be
+    counts: tuple[int, ...]  # how many channels of each segment stay: `asked` in total, or more if that isn't possible
 
 
 Shares = dict[str, Share]
 Parts = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
 """By layer, the segment of each channel, and how many channels of each segment stay."""
 Routes = Mapping[int, tuple[tuple[str, int], ...]]
-"""By group id, the pieces that a channel goes to: node of the split, place among its outputs."""
+"""By group id, the pieces that a channel goes to: name of the node that splits, index of its output."""
 _MORE = 16  # channels that a layer keeps at most beyond those asked for
 
 
 def stays_in_place(flow: ChannelFlow, is_kept: np.ndarray, names: Collection[str] | None = None) -> bool:
-    """Tell whether the dense model's pieces hold the kept channels of the unpruned one's (of layers ``names``)."""
+    """Tell whether the dense model's pieces hold the same kept channels as the unpruned model's; ``names``: layers."""
     order = DenseOrder(flow, is_kept)
     looked_at = np.ones(flow.size, dtype=np.bool_)
     if names is not None:
@@ -324,13 +325,13 @@ def stays_in_place(flow: ChannelFlow, is_kept: np.ndarray, names: Collection[str
 
 
 def shares(flow: ChannelFlow, wanted: Mapping[str, int]) -> Shares:
-    """Say which channels of layers may stay, given how many of each should; only of layers that are shuffled."""
+    """Return how many channels of each segment may stay, for shuffled layers; ``wanted``: by layer, how many should."""
     if not flow.shuffles:
         return {}
-    # The group ids of the channels that each chunk, or view into rows, takes apart.
+    # The group ids of the channels that each chunk, shuffle or view into rows moves.
     moved = [set(flow.group_ids(blocks.ids).tolist()) for blocks in flow.blocks if blocks.moves]
     counts = dict[str, int]()
-    moves_of = dict[str, set[int]]()  # by layer, the chunks and views that take its channels apart
+    moves_of = dict[str, set[int]]()  # by layer, which of these move its channels
     for name in wanted:
         group_ids = flow.group_ids_of(name).tolist()
         is_coupled_with_itself = len(set(group_ids)) < len(group_ids)
@@ -339,10 +340,10 @@ def shares(flow: ChannelFlow, wanted: Mapping[str, int]) -> Shares:
         places = {place for place, others in enumerate(moved) if not others.isdisjoint(group_ids)}
         if places:
             counts[name], moves_of[name] = wanted[name], places
-    # The counts of layers that shuffles connect are searched together, from those asked for upwards.
+    # Layers whose channels are moved together are searched together, from their wanted counts upwards.
     routes, found = _routes(flow, flow.ids), Shares()
     for names in coupled_names(moves_of):
-        # For some counts the dense model would send channels of a layer to a piece that gets none of them now.
+        # With some counts the dense model would send a layer's channels to a piece that gets none in the unpruned one.
         for more in range(_MORE):
             asked = {name: min(counts[name] + more, flow.layers[name].channels) for name in names}
             parts = _shared_out(flow, routes, counts | asked, names)
@@ -357,11 +358,11 @@ def shares(flow: ChannelFlow, wanted: Mapping[str, int]) -> Shares:
 
 
 def _shared_out(flow: ChannelFlow, routes: Routes, counts: Mapping[str, int], names: list[str]) -> Parts:
-    """Say how many channels of each segment stay if each layer keeps so many; nothing where that can't be."""
+    """Return how many channels of each segment stay if layers keep ``counts``; empty if that isn't possible."""
     is_kept = np.ones(flow.size, dtype=np.bool_)
     for name, count in counts.items():
         is_kept[flow.group_ids_of(name)[count:]] = False
-    # Which channels stay is not decided yet. Where the dense model sends the first of a layer, it sends any.
+    # Which channels stay isn't decided yet, and doesn't matter: the dense model routes them by count and rank alone.
     dense_routes, found = _routes(flow, DenseOrder(flow, is_kept).ids), Parts()
     for name in names:
         group_ids = flow.group_ids_of(name).tolist()
@@ -377,7 +378,7 @@ def _shared_out(flow: ChannelFlow, routes: Routes, counts: Mapping[str, int], na
 
 
 def chosen_of(segments: Sequence[int], counts: Sequence[int], order: np.ndarray) -> np.ndarray:
-    """Tell which channels stay if of each segment the last ones in an order do: bool, (channels,)."""
+    """Tell which channels stay if each segment keeps its last ``counts`` channels in ``order``: bool, (channels,)."""
     placed, chosen = np.asarray(segments)[order], np.zeros(len(segments), dtype=np.bool_)
     for segment, count in enumerate(counts):
         members = order[placed == segment]
@@ -386,7 +387,7 @@ def chosen_of(segments: Sequence[int], counts: Sequence[int], order: np.ndarray)
 
 
 def asked_of(flow: ChannelFlow, entries: Iterable[Mapping[str, Any]], ties: Collection[str]) -> dict[str, int]:
-    """Count the channels that should stay of each layer: all, but for those with a ratio and nothing else."""
+    """Return how many channels each layer should keep: all, unless its entry has a sparse_ratio and no coupling."""
     asked = {name: layer.channels for name, layer in flow.layers.items()}
     for entry in entries:
         ratio: Any = entry.get("sparse_ratio")
@@ -407,7 +408,7 @@ def _routes(flow: ChannelFlow, ids: Mapping[str, Any]) -> Routes:
 
 
 def _pieces(flow: ChannelFlow, ids: Mapping[str, Any]) -> list[tuple[str, int, np.ndarray]]:
-    """List the pieces that splits make, by node and place, with the group ids in them, ascending."""
+    """List the pieces: name of the node that splits, index of its output, and the group ids in it, ascending."""
     found = []
     for node in flow.traced.graph.nodes:
         if isinstance(ids[node.name], (tuple, list)):

@@ -1,4 +1,4 @@
-"""Why a layer, a channel or a head is kept: every reason that the package gives, and the only place that words one.
+"""Why a layer, a channel or a head is kept: all reasons that the package gives, and their texts.
 
 To change a text, change it here: ``skipped``, ``explain``, ``dense.report``, warnings and errors all show it. To add a
 reason, add its kind and sentence to the table in the middle of this file, and what a user can do about it to `_ADVICE`.
@@ -65,8 +65,8 @@ def in_part(kept: int, channels: int, reasons: Reasons) -> str:
     return f"{kept} of {channels} channels are kept: {told(reasons)}"
 
 
-# What a user can do about a reason, by its kind. The kinds that masks, not the model, bring about have no entry.
-# {leave_out} stands for how the caller leaves the layer out of what is pruned.
+# Advice to users, by kind of reason. Kinds that masks cause, not the model, have no entry.
+# {leave_out} is replaced by the way to exclude the layer from pruning.
 _ADVICE: dict[str, str] = {
     "model_output": "{leave_out}: the caller of the model needs this number of channels",
     "untraced_output": "write the code after the layer as a module that takes tensors and returns tensors",
@@ -75,7 +75,7 @@ _ADVICE: dict[str, str] = {
         "write this step with operations that have a rule (torch.cat, view), or register a rule for the operation "
         "with nni_topo.register_operator"
     ),
-    "read_as_numbers": "{leave_out}: what reads the numbers may need as many",
+    "read_as_numbers": "{leave_out}: the code that reads the numbers may need all of them",
     "call_not_covered": (
         "write this step with operations that move channels as a whole (torch.cat, view) or treat every channel by "
         "itself, or {leave_out}"
@@ -90,7 +90,7 @@ _ADVICE: dict[str, str] = {
     "random_shape": "draw the random numbers without the dimension of the channels, or in training mode only",
     "overwritten": "make a new tensor (torch.cat, torch.where) instead of writing into a part of one",
     "picked_by_value": (
-        "{leave_out}: of a router, for one, that picks experts, each output stands for an expert, which isn't removed"
+        "{leave_out}: in a router, for example, each output stands for an expert, and experts aren't removed"
     ),
     "fixed_channels": "read the number from a shape (x.shape[1]) or from the attribute that holds the layer's width",
     "number_made": "compute with a number that an attribute holds, such as a scale, instead of the width of a tensor",
@@ -100,7 +100,7 @@ _ADVICE: dict[str, str] = {
     ),
     "one_head": "give the attention more heads than one",
     "only_head": "give the attention more heads than one",
-    "shared_by_heads": "prune heads, which lose their queries",
+    "shared_by_heads": "prune heads: each pruned head loses its queries",
     "fixed_sizes": "read the sizes from the tensor (x.shape), or give -1 for the dimension of the channels",
     "result_depends": (
         "use an operation that treats every channel by itself, or write a mean or maximum over channels as a module of "
@@ -133,13 +133,13 @@ _ADVICE: dict[str, str] = {
     "inside_module": (
         "write the module as one that calls its layers; heads of nn.MultiheadAttention can be pruned as it is"
     ),
-    "inside_gate": "prune the layers whose channels enter the module, which runs over those that are left",
+    "inside_gate": "prune the layers whose channels enter the module, which then runs on the remaining channels",
     "not_followed": "call the layer itself (self.layer(x)) rather than a function on its weight",
     "unselected": "prune the layers that share the channels, too",
     "several_widths": "call a module of its own in each place",
     "shared_weight": "give the layers weights of their own: layer.weight = nn.Parameter(layer.weight.detach().clone())",
     "not_run": "delete the layer from the model if nothing uses it",
-    "another_name": "name the layer as the reason does",
+    "another_name": "use the layer's name that the reason gives",
 }
 
 
@@ -151,13 +151,13 @@ def advice(reasons: Reasons) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Sentence:
-    """Makes the reasons of one kind that have one sentence."""
+    """A kind of reason with one sentence as its text. A call returns a `Reason`."""
 
     kind: str
-    text: str  # with ``{layer}`` for the name of a layer or module, and ``{of}`` for its class or what else is told
+    text: str  # ``{layer}`` is replaced by the name of a layer or module, ``{of}`` by its class or another detail
 
     def __call__(self, where: Node | str = "", of: str = "") -> Reason:
-        """Return a reason; ``where``: the operation, which is named after the sentence, or the layer or module."""
+        """Return a reason; ``where``: the operation, named at the end of the text, or the layer or module."""
         if isinstance(where, Node) and "{layer}" not in self.text:
             return Reason(self.kind, place(where), "", f"{self.text} ({described(where)})", line_of(where))
         layer, line = (str(where.target), line_of(where)) if isinstance(where, Node) else (where, "")
@@ -177,18 +177,18 @@ random_shape = Sentence("random_shape", "the forward draws random numbers for th
 overwritten = Sentence("overwritten", "the forward writes into part of a tensor")
 picked_by_value = Sentence("picked_by_value", "the forward picks places by the values of these channels")
 fixed_channels = Sentence("fixed_channels", "the forward picks or counts channels by fixed numbers")
-number_made = Sentence("number_made", "the forward computes with how many of them there are, or checks it")
+number_made = Sentence("number_made", "the forward computes with their number, or checks it")
 heads_stay = Sentence(
-    "heads_stay", "a product multiplies heads with those of a tensor whose heads stay, or with what all heads share"
+    "heads_stay", "a product multiplies heads with heads that are kept, or with a tensor that all heads share"
 )
 one_head = Sentence(
-    "one_head", "attention of one head, which can't be removed, scales by how many channels its queries and keys have"
+    "one_head", "attention with one head, which can't be removed, scales by the width of its queries and keys"
 )
 result_depends = Sentence("result_depends", "the result of an operation depends on removed channels")
 
 # Layers and modules that keep channels: kind and sentence.
 
-another_name = Sentence("another_name", "it is {layer} under another name, and loses what that loses")
+another_name = Sentence("another_name", "it is {layer} under another name, and is pruned with it")
 training_reader = Sentence("training_reader", "{layer} reads them in training mode only")
 head_by_head = Sentence("head_by_head", "it shares channels with {layer}, which loses heads")
 last_read = Sentence("last_read", "{layer} needs at least one of the channels that it reads")
@@ -209,7 +209,7 @@ unknown_attention = Sentence("no_heads", "it is part of {layer} ({of}), attentio
 inside_gate = Sentence("inside_gate", "it is part of {layer} ({of}), which treats all channels alike")
 inside_module = Sentence("inside_module", "it is part of {layer} ({of}), which runs as one operation")
 
-# What the kept layer is itself, or where its channels go: kind and sentence.
+# Properties of the kept layer, or of the operations that its channels enter: kind and sentence.
 
 model_output = Sentence("model_output", "it gives the model's output")
 coupled_with_itself = Sentence("coupled_with_itself", "all of its channels are coupled with one another")
@@ -233,7 +233,7 @@ never_settled = Sentence("dry_run_failed", "channels depend on one another in a 
 depends_on_size = Sentence("depends_on_size", "which channels are coupled depends on the size of the input")
 rounding = Sentence("rounding", "round_to={of}")
 
-# What an error says: of a module that can't be cut, of a model that can't be traced, and of one that fails on random
+# Texts of errors: for a module that can't be cut, a model that can't be traced, and a model that fails on random
 # numbers.
 
 cutting_failed = Sentence("uncut_module", "{of}")
@@ -241,7 +241,7 @@ untraced_model = Sentence("untraced_model", "{of}")
 dry_run_failed = Sentence("dry_run_failed", "the dry run fails on random numbers: {of}")
 
 
-# Reasons whose sentences need more.
+# Reasons whose sentences need more details.
 
 
 def nonzero_values(reader: Node, source: Node) -> Reason:
@@ -275,13 +275,13 @@ def computed_weight(*, can_convert: bool) -> Reason:
 
 
 def unknown_class(layer: str, kind: type) -> Reason:
-    """Return the reason for a layer of a class that can't be cut, though NNI knows one of its name."""
+    """Return the reason for a layer that can't be cut, although its class has the name of a class that NNI prunes."""
     text = f"its class {kind.__qualname__} ({kind.__module__}) isn't PyTorch's and computes something else"
     return Reason("unknown_class", layer, layer, text)
 
 
 def shared(names: Iterable[str], unmasked: Sequence[str]) -> Reason:
-    """Return the reason for channels that other layers keep; ``unmasked``: those of these layers without a mask."""
+    """Return the reason for channels that other layers keep; ``unmasked``: which of these layers have no mask."""
     text = f"shared by {listed(names)}"
     if unmasked:
         text += f"; of these without a mask: {listed(unmasked)}"
@@ -289,8 +289,8 @@ def shared(names: Iterable[str], unmasked: Sequence[str]) -> Reason:
 
 
 def shared_weight(parameter: str, other: str) -> Reason:
-    """Return the reason for channels that stay because a layer of the same weight keeps them; both by full name."""
-    # Layers that are coupled with the one that holds the parameter get this reason too, so that it names both.
+    """Return the reason for channels that stay because a layer with the same weight keeps them; both by full name."""
+    # Layers that are coupled with the owner of the parameter get this reason, too, so the text names both parameters.
     owner = other.rpartition(".")[0]
     return Reason(
         "shared_weight", owner, owner, f"{parameter} is the same parameter as {other}, where these channels stay"
@@ -298,15 +298,15 @@ def shared_weight(parameter: str, other: str) -> Reason:
 
 
 def unselected(names: Iterable[str]) -> Reason:
-    """Return the reason for channels that layers share which aren't among the layers to prune."""
+    """Return the reason for channels shared with layers that aren't among the layers to prune."""
     names = list(names)
     verb = "isn't" if len(names) == 1 else "aren't"
     return Reason("unselected", text=f"shared with {listed(names, 8)}, which {verb} among the layers to prune")
 
 
 def blocks_equal(places: Iterable[str]) -> Reason:
-    """Return the reason for channels that make blocks equally large; ``places``: the operations that need them so."""
-    return Reason("blocks_equal", text=f"blocks of channels keep equally many, as {', '.join(places)} requires")
+    """Return the reason for channels kept so that blocks stay equal; ``places``: the operations that require this."""
+    return Reason("blocks_equal", text=f"all blocks keep the same number of channels, as {', '.join(places)} requires")
 
 
 def unequal(kept: Mapping[str, Reasons]) -> str:

@@ -82,7 +82,7 @@ def test_masks_that_remove_what_has_to_stay_are_told_why_it_has_to():
     masks = {name: filter_mask(model.get_submodule(name), [0, 3, 5]) for name in ("q", "k")}
     with pytest.raises(SpeedupError, match="got a difference") as caught:
         to_dense(model, x, masks)
-    told = "masks remove channels of q, k that have to stay: the forward computes with how many of them there are"
+    told = "masks remove channels of q, k that have to stay: the forward computes with their number"
     assert told in str(caught.value)
     assert "exclude q, k from the config_list" in str(caught.value)
     assert "or checks it (size in q)" in str(explain(model, x, "q"))

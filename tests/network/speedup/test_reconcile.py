@@ -239,7 +239,7 @@ class Skipped(nn.Module):
             ["coupled_with_itself"],
             "1 of 8 (some of its channels are coupled with one another)",
         ),
-        (Grouped, {"first": [0]}, ["blocks_equal"], "1 of 8 (blocks of channels keep equally many"),
+        (Grouped, {"first": [0]}, ["blocks_equal"], "1 of 8 (all blocks keep the same number of channels"),
         (Parts, {"first": [0, 1, 2]}, ["last_read"], "1 of 8 (one needs at least one of the channels"),
         (Skipped, {"one": [1]}, ["joins_constant"], "1 of 3 (an operation joins them to the network's input"),
     ],
