@@ -6,7 +6,9 @@ import functools
 
 import pytest
 
+import nni_topo
 from nni_topo.pruners.registry import list_pruners, pruner_info
+from nni_topo.pruners.testing.checks import check_masks
 from nni_topo.testing import SINGLE_WEIGHT_CHECKS, STRUCTURED_CHECKS, toy_knobs
 
 INFOS = {name: pruner_info(name) for name in list_pruners() if pruner_info(name).origin == "nni_topo"}
@@ -34,3 +36,16 @@ def test_pruner_keeps_its_promises(name, check):
     if name == "genetic_weight":
         knobs |= {"evaluate": lambda model: 1.0, "search": {"generations": 1, "population_size": 2}}
     check(functools.partial(INFOS[name].load(), **knobs))
+
+
+class Softened(nni_topo.MatrixPruner):
+    """Masks of zeros and halves."""
+
+    def compress(self, *args, **kwargs):
+        model, masks = super().compress(*args, **kwargs)
+        return model, {name: {key: mask / 2 for key, mask in targets.items()} for name, targets in masks.items()}
+
+
+def test_a_pruner_of_other_masks_breaks_a_promise():
+    with pytest.raises(AssertionError, match="masks of 0 and 1"):
+        check_masks(Softened)

@@ -106,3 +106,34 @@ def test_operations_in_place_behind_a_layer_leave_its_features(change):
     model, images = Changes(), torch.randn(10, 4)
     points, _ = collected(model, [images], ["a"])
     check_geometry(points["a"], model.a(images).detach().numpy().T)
+
+
+class Attended(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.mix, self.head = (
+            nn.Embedding(9, 8),
+            nn.MultiheadAttention(8, 2, batch_first=True),
+            nn.Linear(8, 3),
+        )
+
+    def forward(self, words):
+        rows = self.words(words)
+        return self.head(self.mix(rows, rows, rows, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("name", ["words", "mix"])
+def test_embeddings_and_attention_have_no_features(name):
+    words = torch.arange(6).view(2, 3)
+    with pytest.raises(ConfigError, match=rf"must be those of a linear layer or a convolution.*\({name}\)"):
+        ClusterPruner(Attended(), [{"op_names": [name], "sparse_ratio": 0.5}], calibration=[words])
+
+
+def test_attention_by_itself_loses_whole_heads():
+    config = [{"op_names": ["mix"], "sparse_ratio": 0.5}]
+    torch.manual_seed(0)
+    _, masks = RandomPruner(Attended(), config, seed=0).compress()
+    kept = masks["mix"]["in_proj_weight"].reshape(3, 2, 4, 8).amax((2, 3))  # queries, keys and values by head
+    assert kept.sum() == 3
+    assert torch.equal(kept, kept[:1].expand_as(kept))
+    assert masks["mix"]["in_proj_weight"].sum() == 3 * 4 * 8
