@@ -46,7 +46,7 @@ After few steps the loss is smallest at low rates, after a whole course at high 
 smallest loss: it takes the highest rate that doesn't break the network.
 """
 _TRIED_RISE = 0.3  # share of the steps at each rate in which the rate rises; it falls in the others
-_TRIED_SHARE, _LEAST_TRIED = 0.03, 10  # steps at each rate: a share of the course's, and at least so many
+_TRIED_SHARE, _LEAST_TRIED = 0.03, 10  # steps at each rate: a share of the course's, and their minimum
 # Under a time limit: share of the remaining time for each rate, least steps of each, and least steps after the test.
 _SHARE_OF_TIME, _LEAST_KNOWN, _LEAST_LEFT = 0.03, 3, 20
 

@@ -1,8 +1,8 @@
 """Distillation without labels: a dense or masked network learns the unpruned one's outputs for some images [1]_.
 
 The second step of a recovery. Compensation solves each layer alone and once; here all weights move together, a few
-hundred steps of AdamW, on the images that compensation had. Classifiers learn softened class probabilities; of other
-outputs the squared distance is made small. A range test on held-out images finds the learning rate, and the steps end
+hundred steps of AdamW, on the images that compensation had. Classifiers learn softened class probabilities; for other
+outputs the squared distance is minimized. A range test on held-out images finds the learning rate, and the steps end
 when the loss on these makes no progress.
 
 References
@@ -71,9 +71,9 @@ from nni_topo.sharing import named_tensors
 
 _STEPS, _PASSES = 600, 10
 _BATCH_NORM_IMAGES = 256
-_FEW = 25  # held-out images below which a result that is kept was often worse on other images
-_TIMED = 16  # samples of the step that is timed before there is a smaller model
-_LOOKED_AT = 256  # held-out images, at most, that are looked at during a course; all of them judge the result
+_FEW = 25  # with fewer held-out images, a kept result was often worse on other images
+_TIMED = 16  # samples of the step that is timed before the smaller model exists
+_LOOKED_AT = 256  # most held-out images on which the loss is measured during a course; all judge the result
 
 _POSITIVE = number(0.0, closed="neither")
 KNOBS = {
@@ -96,7 +96,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, repr=False)
 class Verdict:
-    """Whether learned weights are kept, and the held-out figures that say so; see `Distillation`."""
+    """Whether learned weights are kept, and the held-out figures that decide; see `Distillation`."""
 
     objective: str
     is_kept: bool
@@ -160,29 +160,29 @@ class Verdict:
 class Distillation(Verdict):
     """A distilled model with the figures of its distillation; its ``repr`` is a few sentences.
 
-    Losses, agreements and distances are those of the held-out images in evaluation mode, of the model that was given
-    and of what was learned.
+    Losses, agreements and distances are measured on the held-out images in evaluation mode, for the given model and for
+    the learned weights.
 
     Attributes
     ----------
     model : torch.nn.Module
-        As :func:`distill` returns it.
+        The model that :func:`distill` returns.
     objective : {"kl", "squares", "cosine"}
-        What was made small.
+        The loss that was minimized.
     is_kept : bool
         Whether ``model`` has the learned weights.
     loss_before, loss_after : float
         The loss.
     distance_before, distance_after : float
-        Mean squared distance of the outputs from the unpruned network's, over the variance of these.
+        Mean squared distance from the unpruned network's outputs, over their variance.
     agreement_before, agreement_after : float
         Share of images, in [0, 1], whose largest logit is the unpruned network's; NaN unless outputs are logits.
     images, held_out : int
-        All images, and those of them that are held out.
+        Number of all images, and of held-out images.
     solved_on : int
         Number of the held-out images on which weights of ``dense`` had been solved before.
     lr : float
-        Learning rate at its highest; NaN if no step was taken.
+        Highest learning rate; NaN if no step was taken.
     steps, most_steps : int
         Gradient steps at that rate, and steps of a course of full length.
     seconds : float
@@ -196,9 +196,9 @@ class Distillation(Verdict):
     weights_of : int
         The step whose weights are kept, the last one or an earlier one; 0 if they are discarded.
     gains_nothing : bool
-        Whether the steps ended early because the loss got no smaller.
+        Whether the steps ended early because the loss didn't fall.
     outputs : ComparedOutputs or None
-        By name, the outputs of the model that were compared and those that weren't.
+        Names of the model's outputs that were compared, and of the others.
     """
 
     model: nn.Module
@@ -217,7 +217,7 @@ class Distillation(Verdict):
 
 
 def course_length(images: int, batch_size: int) -> int:
-    """Return the most steps of a course on so many images if ``steps`` isn't given."""
+    """Return the maximum number of steps of a course on ``images`` images if ``steps`` isn't given."""
     return max(_STEPS, _PASSES * math.ceil(images / batch_size))
 
 
@@ -280,7 +280,7 @@ def distillation(
     else:
         is_held = samples_to_judge_on(dense, given[0])
         if len(is_held) > 1 and not is_held.any():
-            is_held[-1] = True  # of fewer than eight
+            is_held[-1] = True  # there are fewer than eight samples
         held, learned = order[is_held[order]], order[~is_held[order]]
     was_solved_on = int((is_solved_on(dense, given[-1]) & is_held).sum())
     if not len(learned) or not len(held):
@@ -333,7 +333,7 @@ def distillation(
         clock=clock,
     )
 
-    # The learning rate: that of the knob, or of the range test. It stays NaN where nothing is left to learn.
+    # The learning rate is the given one or that of the range test; it stays NaN if nothing is left to learn.
     rate, rates, is_out_of_time = math.nan, tuple[RateTrial, ...](), False
     if before.loss != 0.0:
         if is_normed and clock.left > 0.0:
@@ -431,8 +431,8 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     original : torch.nn.Module
         The trained network before pruning, with the same inputs and outputs. It isn't changed.
     images : iterable or nni.compression.utils.Evaluator
-        Batches of inputs, or of ``(inputs, ...)``; labels aren't looked at. Of an evaluator, what it
-        evaluates on. Inputs of all batches have one shape, but for the number of samples. 1,000 are enough for
+        Batches of inputs, or of ``(inputs, ...)``; labels aren't used. If it is an evaluator, the batches it evaluates
+        on. Inputs of all batches have the same shape, except for the number of samples. 1,000 images are enough for
         small networks.
     held_out : iterable or nni.compression.utils.Evaluator, optional
         Batches like those of ``images``, to judge by. By default every eighth of ``images``, or every eighth group of a
@@ -440,9 +440,9 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
         which ``dense`` was solved in this process don't judge if there are others; if not, a warning says so.
     objective : {"auto", "kl", "squares", "cosine"}, default="auto"
         ``"kl"``: Kullback-Leibler divergence from the unpruned network's softened probabilities along the last axis,
-        times the squared temperature. Steps make it small together with ``"squares"``, which holds the scores of
-        unlikely classes where they are. For a network that always gives the same answer both count alike. The
-        divergence alone judges.
+        times the squared temperature. Steps minimize it together with ``"squares"``, which keeps the scores of
+        unlikely classes from drifting; both have the same value for a network with constant outputs. Only the
+        divergence judges.
         ``"squares"``: squared distance of all floating outputs, each as a share of its variance over the images.
         ``"cosine"``, for one vector a sample: one minus the cosine with the unpruned network's vector, and five times
         the squared difference of the cosines between all samples of a batch [3]_. ``"auto"``: ``"cosine"`` where
@@ -450,43 +450,43 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
         (images, classes), unless its rows are numbers in [0, 1] that don't add up to 1, as tags are; else
         ``"squares"``.
     temperature : float, default=2.0
-        Logits are divided by it, above 0; for ``"kl"``.
+        Divisor of the logits for ``"kl"``, above 0.
     steps : int, optional
-        Gradient steps at most, at least 1; by default the larger number of 600 and of ten passes over the images.
+        Maximum number of gradient steps, at least 1; by default the larger of 600 and ten passes over the images.
     seconds : float, optional
         Limit of wall time, above 0, for the whole call. No step begins that wouldn't end in time; comparing both
-        networks before the first step takes what it takes. With a limit that binds, the result depends on the machine's
-        speed. Before the first step a message says how long the steps take at most: a warning if that is more than
-        ten minutes and there is no limit.
+        networks before the first step isn't limited. If the limit ends the steps, the result depends on the machine's
+        speed. Before the first step a message says how long the steps take at most; it is a warning if that is more
+        than ten minutes without a limit.
     batch_size : int, default=64
-        Images a step, at least 1.
+        Images per step, at least 1.
     lr : float, optional
-        Learning rate of AdamW at its highest, above 0. By default a range test finds it: the first of 6e-3, 2e-3, 6e-4,
+        Highest learning rate of AdamW, above 0. By default a range test finds it: the first of 6e-3, 2e-3, 6e-4,
         2e-4 and 6e-5 that doesn't break the network in a few steps. If there is none, the result is a copy of
         ``dense``.
     outputs : callable, optional
-        What counts of a model's output, where that is only a part or a function of it, e.g. a pooled embedding. It gets
-        what the model returned, and the inputs as ``augment`` does, and returns a tensor, or several in a tuple or
-        dict, with an entry for each sample.
+        Returns the part of a model's output to compare, or a function of it, e.g. a pooled embedding. It takes the
+        model's output, and the inputs as ``augment`` does, and returns a tensor, or several in a tuple or dict, with an
+        entry for each sample.
     blocks : float, default=0.0
-        Weight, at least 0, of a second loss: the squared distance of what each block puts out, over its variance in the
-        batch, as the mean over all blocks. A block is an entry of an ``nn.ModuleList`` or ``nn.Sequential`` with at
-        least two layers that have weights; those count whose output has the same shape in both networks. Padding
-        doesn't. ``original`` runs at every step then.
+        Weight, at least 0, of a second loss: the squared distance of each block's output, over its variance in the
+        batch, as the mean over blocks. Blocks are the entries of an ``nn.ModuleList`` or ``nn.Sequential`` with at
+        least two layers that have weights, if their output has the same shape in both networks. Padding doesn't count.
+        ``original`` then runs at every step.
     augment : callable, optional
-        Gets inputs as a batch holds them (a tensor; for several arguments their tuple or dict) and returns others,
-        equally many. It draws from PyTorch's generators, as torchvision's transforms do. Up to eight views of the
-        images are made, the first of them as they are.
+        Takes inputs as a batch holds them (a tensor; for several arguments their tuple or dict) and returns the same
+        number of others. It draws from PyTorch's generators, as torchvision's transforms do. Up to eight views of the
+        images are made, the first one unchanged.
     blend : bool, default=True
-        In all views but the first, move half of the images towards other ones, by a share drawn from [0, 1) [2]_;
-        ``original`` answers for what comes out. For models that take one floating tensor; others' inputs stay.
+        In all views but the first, interpolate about half of the images with others, by a share drawn from [0, 1) [2]_;
+        ``original`` is run on the results. Only for models that take one floating tensor.
     precision : {"float32", "bfloat16"}, default="float32"
         ``"bfloat16"`` computes both networks under :class:`torch.autocast` in gradient steps. Parameters, losses and
-        what judges stay in the precision of ``dense``, at least single; autocast leaves double precision, and
+        judgements stay in the precision of ``dense``, at least single; autocast leaves double precision, and
         ``original`` in half precision, as they are. On a CPU it is for linear layers: convolutions and attention stay
         in single precision. It saves time on processors with bfloat16 instructions, for transformers.
     seed : int, default=0
-        For the order of the images; and of PyTorch's generators for ``augment``.
+        Seed of the order of the images, and of PyTorch's generators for ``augment``.
     progress : bool or None, default=None
         Show on standard error how far it is: in a terminal a bar, elsewhere a line every half minute. None: after
         five seconds.
@@ -494,9 +494,9 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     Returns
     -------
     torch.nn.Module
-        A new model in the mode of ``dense``, module by module: with the learned weights if their loss on the images
+        A new model whose modules have the modes of ``dense``: with the learned weights if their loss on the images
         held out is smaller and their distance from the outputs of ``original`` at most twice that of ``dense``. Else
-        with the weights of the two successive looks with the smallest loss, if these are better; else an equal copy.
+        with the best weights measured during the steps, if they meet the same conditions; else an equal copy.
         Masked weights stay zero.
 
     Raises
@@ -505,8 +505,8 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
         If a knob can't be used, a model doesn't run on any number of samples, the two models' outputs differ in kind or
         shape, or nothing can be learned.
     GradientError
-        If no gradients can be taken of the outputs, as where ``forward`` runs under :class:`torch.no_grad`, or writes
-        in place into what a gradient needs. It is a ConfigError, too.
+        If the outputs have no gradients, for example because ``forward`` runs under :class:`torch.no_grad`, or changes
+        a tensor that a gradient needs in place. It is also a ConfigError.
     DataError
         If there are fewer than two images, inputs are NaN or infinite, or a batch doesn't fit a model.
     SpeedupError
@@ -520,10 +520,10 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     Notes
     -----
     docs/recovery.md says how the rate moves, when steps end early and which statistics batch norms get. Dropout is off.
-    Weight decay is 0. Half precision learns in single precision.
+    Weight decay is 0. Networks in half precision learn in single precision.
 
     Cost: a step runs ``dense`` forward and back; ``original`` runs once over the images, or over each of their views,
-    and with ``blocks`` once more at every step. Its outputs are kept where those for all images take at most a quarter
+    and with ``blocks`` once more at every step. Its outputs are kept if those for all images take at most a quarter
     of the free memory; larger ones, such as maps of segmentation, are computed again at every step.
 
     References
@@ -563,8 +563,8 @@ def is_solved_on(model: nn.Module, images: Calibration) -> Tensor:
 def samples_to_judge_on(model: nn.Module, images: Calibration) -> Tensor:
     """Return which samples judge by default: bool (samples,).
 
-    They are the eighth that other steps leave out. If weights of the model were solved on some of it, as many of the
-    samples on which none were solved take its place. If there are no such samples, it is that eighth after all.
+    They are the eighth that other steps leave out. If weights of the model were solved on some of these, the
+    same number of samples on which none were solved is used instead, if there are any.
     """
     eighth = images.held_out(HELD_OUT)
     fresh = ~is_solved_on(model, images)
@@ -577,9 +577,9 @@ def samples_to_judge_on(model: nn.Module, images: Calibration) -> Tensor:
 
 
 def _check_gradients(lesson: Lesson, student: nn.Module, few: Tensor) -> None:
-    """Raise an error unless gradients can be taken of what a network gives for a few images.
+    """Raise GradientError unless a network's outputs for a few images have gradients.
 
-    It is a GradientError, or a ConfigError where they can be taken in single precision only.
+    ConfigError if they have gradients only in single precision.
     """
     precision, lesson.precision = lesson.precision, "float32"
     call, wanted = next(lesson.batches(few, len(few), 0, None, False))
@@ -619,17 +619,17 @@ def check_can_learn(
     blend: bool = True,
     precision: Precision = "float32",
 ) -> float:
-    """Raise the errors of `distillation` that a model's outputs for a batch show, before there is a smaller model.
+    """Raise errors of `distillation` for a model's outputs on a batch, before the smaller model exists.
 
-    ConfigError for outputs that can't be compared, GradientError for outputs without gradients. Returned are the
-    seconds that a sample takes in a gradient step.
+    ConfigError for outputs that can't be compared, GradientError for outputs without gradients. Return the seconds per
+    sample of a gradient step.
     """
     check_precision(precision, device_of(model), "distill")
     check_any_count(model, call, "model")
     student = student_of(model, call)
     lesson = Lesson(model, student, call, objective, temperature, outputs=outputs, blocks=blocks, precision=precision)
     _check_gradients(lesson, student, torch.arange(min(2, batch_size(call))))
-    # Of few samples: the model may need more memory for a whole batch than the smaller one will.
+    # On few samples, because the model may need more memory for a whole batch than the smaller one will.
     few = torch.arange(min(_TIMED, batch_size(call)))
     inputs, wanted = next(lesson.batches(few, len(few), 0, None, False))
     with learning(student):

@@ -75,7 +75,7 @@ class Judgement(NamedTuple):
 
     loss: float  # the objective
     agreement: float  # share of largest logits that are the same, in [0, 1]; NaN unless outputs are logits
-    distance: float  # mean squared distance of the outputs over their variance, as the report of `shrink` has it
+    distance: float  # mean squared distance of the outputs over their variance, as in the report of `shrink`
 
 
 def is_better(after: Judgement, before: Judgement) -> bool:
@@ -137,7 +137,7 @@ class Lesson:
                 f"objective='cosine' must have one vector for each sample, got outputs of shapes {expected}: outputs= "
                 "says how they become one (objective)"
             )
-        # Scales of distances: of those that judge, and of those in the steps' loss.
+        # Scales of distances, for judging and for the steps' loss.
         self._together = max(_FEWEST, _NUMBERS // max(1, sum(each.numel() for each in wanted)))  # most samples
         self._count = len(wanted)  # of outputs
         self._scales = self._learned_scales = self._variances(torch.arange(batch_size(pool)))
@@ -152,7 +152,7 @@ class Lesson:
     def split(self, held: Tensor, learned: Tensor) -> None:
         """Set the scales of distances: from the held-out images to judge, as in reports, from the others for the steps.
 
-        A single image has no scale.
+        A single image has no variance, so it sets no scale.
         """
         if len(held) > 1:
             self._scales = self._variances(held)

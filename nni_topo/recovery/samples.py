@@ -1,4 +1,4 @@
-"""One step of a compensation: what is sampled at a layer, how it is solved, and where the solution goes."""
+"""One step of a compensation: samples are taken at a layer, it is solved, and the solution is applied."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def position_count(module: nn.Module, shape: Sequence[int]) -> int:
 
 
 def input_rows(module: Any, inputs: Tensor, columns: Tensor, positions: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return what enters a layer at flat output positions (n, p): (groups, n * p, d * kernel elements).
+    """Return a layer's inputs at flat output positions (n, p): (groups, n * p, d * kernel elements).
 
     ``columns`` (groups, d) are the input channels, ``shape`` is the shape of the layer's output.
     """
@@ -61,7 +61,7 @@ def input_rows(module: Any, inputs: Tensor, columns: Tensor, positions: Tensor, 
     at: tuple[Any, ...] = (entries, slice(None), *places)
     rows = windows[at].flatten(0, 1)
     if isinstance(module, TRANSPOSED):
-        # A transposed convolution's kernel meets its input from the last tap on.
+        # A transposed convolution applies its kernel from the last tap on.
         rows = rows.flip(tuple(range(2, 2 + dims)))
     return rows.reshape(len(rows), groups, -1).transpose(0, 1)
 
@@ -75,7 +75,7 @@ def output_rows(module: nn.Module, outputs: Tensor, rows: Tensor, positions: Ten
 def _chosen(values: Tensor, positions: Tensor, channels: Tensor) -> Tensor:
     """Return values (n, ..., channels) at flat positions (n, p), of some channels (groups, c): (groups, n * p, c)."""
     flat = values.reshape(len(values), -1, values.shape[-1])
-    # All positions in order need no look-up, nor do all channels.
+    # All positions in order need no indexing, nor do all channels.
     if positions.shape[1] < flat.shape[1]:
         flat = flat[torch.arange(len(flat), device=flat.device)[:, None], positions]
     flat = flat.flatten(0, 1)
@@ -109,9 +109,9 @@ def draw_unpadded(
 
 
 def _transposed_windows(call: InnerCall, size: Sequence[int]) -> Tensor:
-    """Return a view ``(n, channels, *output size, *kernel size)``: what each output position is a sum over, taps last.
+    """Return a view ``(n, channels, *output size, *kernel size)``: the values that each output position sums.
 
-    Where a tap meets no input it meets a zero: a transposed convolution is a convolution of its input with ``stride -
+    Taps without an input get zeros: a transposed convolution is a convolution of its input with ``stride -
     1`` zeros between the pixels.
     """
     inputs = call.entering
@@ -147,7 +147,7 @@ def samples_to_solve_on(model: nn.Module, calibration: Calibration) -> Calibrati
 Samples = tuple[Tensor, Tensor, Tensor]
 
 HELD_OUT_ENTRIES = 5
-"""One of so many entries is held out for the choice of the ridge."""
+"""One of this many entries is held out to choose the ridge."""
 _LEAST_SAMPLES = 16384
 _SAMPLES_PER_UNKNOWN = 16
 _CHUNK = 2**23
@@ -158,7 +158,7 @@ _CURE = "method='recalibrate' takes none; a layer that reads fewer channels take
 class Task(ABC):
     """One layer that is changed to make up for pruned channels."""
 
-    refines = False  # whether it has the inputs of the task before, so that their products are used again
+    refines = False  # whether it has the same inputs as the task before, so that their products are reused
     layer: Solvable
     watched: list[Node]  # whose values are sampled
     place: Node  # where the error is measured
@@ -166,16 +166,16 @@ class Task(ABC):
     @property
     @abstractmethod
     def unknowns(self) -> int:
-        """Inputs of each equation, by which memory and the number of samples are planned."""
+        """Number of inputs of each equation, which determines memory and the number of samples."""
 
     @property
     def fitted(self) -> int:
-        """Numbers fitted for each output, the constant not counted; fewer than inputs where these share one."""
+        """Numbers fitted for each output without the constant; fewer than inputs if these share a number."""
         return self.unknowns
 
     @property
     def label(self) -> str:
-        """Where the error is measured, in words."""
+        """Name of the place where the error is measured."""
         return self.place.name
 
     @abstractmethod
@@ -198,9 +198,9 @@ class Task(ABC):
 class Sampler:
     """Streams the samples of tasks into normal equations."""
 
-    # A layer with more than ``max(16384, 16 * unknowns)`` positions over all images is sampled at about so many, evenly
-    # spread over images and positions, drawn for each batch from the seed and the number of images before it. Padding
-    # isn't looked at.
+    # A layer with more than ``max(16384, 16 * unknowns)`` positions over all images is sampled at about that many,
+    # evenly spread over images and positions, drawn for each batch from the seed and the number of images before it.
+    # Padding isn't sampled.
 
     def __init__(
         self,
@@ -240,7 +240,7 @@ class Sampler:
         """Run the networks and return the sums of the samples to learn from and of those held out.
 
         DataError if any isn't finite. None if the two networks have different numbers of samples at the task's place,
-        because a router of experts, say, decides which samples get there: nothing says which belong together.
+        for example because a router of experts decides which samples get there: they can't be matched.
         """
         # A task that refines the one before has the same positions, so that the products of inputs are the same.
         known = self._known if task.refines else None
@@ -251,7 +251,7 @@ class Sampler:
             if len(unpruned[task.place]) != len(pruned[task.place]):
                 return None
             entries, count = task.extent(unpruned)
-            if entries % size:  # such as the places of a sequence, or what a list of images became
+            if entries % size:  # entries that aren't samples, such as places of a sequence
                 is_held_out = (torch.arange(entries) + first) % HELD_OUT_ENTRIES == HELD_OUT_ENTRIES - 1
             else:  # a layer may cut each sample into several entries, such as windows
                 is_held_out = self.held_out[first : first + size].repeat_interleave(entries // size)

@@ -1,8 +1,8 @@
-"""Blocks compete with channels for a budget: which can be removed, in which order, and how many before channels.
+"""Blocks compete with channels for a budget: which blocks can be removed, in which order, and how many.
 
 Blocks that add to a stream and keep its shape can be removed as a whole, and so can attention or the MLP of a
 transformer's block. The layer before the gap makes up for them as far as it can, see :mod:`nni_topo.recovery.blocks`.
-The next block to remove is the one without which the loss on held-out images grows least for the cost that it saves.
+The next block to remove is the one whose removal raises the loss on held-out images least per saved cost.
 After each removal the blocks that were most promising before are judged again.
 """
 
@@ -44,10 +44,10 @@ if TYPE_CHECKING:
     from nni_topo.runs.prepared import Prepared
 
 _SOLVED, _JUDGED = 256, 128  # calibration and held-out images by which blocks are chosen
-_LOOKED_AT = 8  # blocks that are looked at again after each removal, those that promised most
+_LOOKED_AT = 8  # most promising blocks, which are judged again after each removal
 _TOGETHER = 4  # networks that are judged at once, each with its own weights in memory
-_MIDDLE, _BETWEEN = 0.5, (0.25, 0.75)  # powers of the budget's share that blocks alone keep in the networks tried
-_CACHE = "past_key_values"  # what a decoder returns for its next call
+_MIDDLE, _BETWEEN = 0.5, (0.25, 0.75)  # powers of the budget's share: shares kept after removing blocks only
+_CACHE = "past_key_values"  # the output of a decoder that is an input of its next call
 _logger = logging.getLogger(__name__)
 
 
@@ -71,7 +71,7 @@ class DepthTried:
     removed: int  # blocks, or parts of blocks
     left: float  # share of the cost that is kept without the blocks, with all channels
     kept: float  # share that is kept in the end
-    loss: float  # on the held-out images, as nni_topo.distill counts it; less is better
+    loss: float  # on the held-out images, as in nni_topo.distill; less is better
     is_met: bool  # whether the budget is met
     is_chosen: bool
 
@@ -94,7 +94,7 @@ class DepthOutcome:
 
     removed: tuple[RemovedBlock, ...]  # blocks, and parts of blocks, in the order in which they were removed
     tried: tuple[DepthTried, ...]  # networks among which the held-out images chose
-    kept: dict[str, str]  # by block that would be removable, the reason why it stays whatever it costs
+    kept: dict[str, str]  # for each block that could be removed otherwise, the reason why it stays
     # With a latency budget the share of the time that stays with as few channels of each layer as possible; else NaN.
     overhead: float = math.nan
 
@@ -113,7 +113,7 @@ class Removal:
 
     name: str
     block: str  # the block that it is, or is a part of
-    outputs: int  # of a part, the length of the tuple that it returns; 0: a tensor
+    outputs: int  # length of the tuple that a part returns; 0: a tensor
 
     @property
     def is_part(self) -> bool:
@@ -135,18 +135,18 @@ class Removable:
     """What can be removed from a network."""
 
     candidates: tuple[Removal, ...]
-    parts: dict[str, tuple[str, ...]]  # by block, its parts in the order of their calls, where it has any
-    kept: dict[str, str]  # why others stay
+    parts: dict[str, tuple[str, ...]]  # for each block that has parts, these in the order of their calls
+    kept: dict[str, str]  # reasons why other blocks stay
 
 
 def removable_blocks(
     model: nn.Module, images: Calibration, keep: Callable[[str], str] = lambda _: "", *, whole_blocks: bool = False
 ) -> Removable:
-    """Find the blocks, and parts of blocks, that a network runs without, by two samples of the images.
+    """Find the blocks, and parts of blocks, without which a network runs, on two samples of the images.
 
     A block lies in a list, is called once, adds to its input and keeps its shape. Blocks that contain others stay.
-    ``keep`` gives the reason why a module with a name must stay, or an empty text. With ``whole_blocks`` no parts are
-    looked for.
+    ``keep`` takes a module's name and returns the reason why it must stay, or an empty text. With ``whole_blocks`` the
+    parts of blocks aren't considered.
     """
     call = structure_call(model, images)
     modules = dict(model.named_modules())
@@ -192,7 +192,7 @@ def removable_blocks(
             continue
         wanted = [Removal(name, name, 0)]
         if not whole_blocks:
-            # It has parts if its output is its input plus what at least two parts put out.
+            # It has parts if its output is its input plus the outputs of at least two parts.
             ((total, _, reached),) = seen[name]
             for key, child in modules[name].named_children():
                 part = f"{name}.{key}"
@@ -238,7 +238,7 @@ def _is_residual(model: nn.Module, block: nn.Module, call: Call, entering: Tenso
         given = torch.randn(entering.shape, generator=generator).to(entering)
         try:
             run_watched(model, call, [(block, lambda _, given=given: given)], [*zeros, look])
-        except Exception as error:  # what follows may not take such values
+        except Exception as error:  # later modules may not accept such values
             if out_of_memory(error):
                 raise
     return len(found) == 2 and not agree(found[:1], found[1:], SAME_CHANNELS)
@@ -252,7 +252,7 @@ def _runs_without(model: nn.Module, candidate: Removal, call: Call, shapes: list
         # As users run it: PyTorch's fast paths read attributes of attention that nothing else reads.
         with left_alone(trial), evaluation_mode(trial), torch.no_grad():
             given = trial(*call[0], **call[1])
-    except Exception as error:  # a forward may do anything with what its blocks give
+    except Exception as error:  # a forward may do anything with the outputs of its blocks
         if out_of_memory(error):
             raise
         return False
@@ -260,13 +260,13 @@ def _runs_without(model: nn.Module, candidate: Removal, call: Call, shapes: list
 
 
 def _layers_in(module: nn.Module) -> list[nn.Module]:
-    """Return the modules with weights that multiply what enters them."""
+    """Return the modules with weights that multiply their inputs."""
     kinds = (*WEIGHTED, *RECURRENT, nn.MultiheadAttention)
     return [each for each in module.modules() if isinstance(each, kinds) or is_transposed_linear(each)]
 
 
 def _tensors(outputs: Any) -> list[Tensor]:
-    """Return the tensors that a model puts out for its user, without a decoder's cache."""
+    """Return the tensors of a model's output, without a decoder's cache."""
     if isinstance(outputs, Mapping):
         outputs = {key: value for key, value in outputs.items() if key != _CACHE}
     return returned_tensors(outputs)
@@ -340,7 +340,7 @@ class DepthPath:
         return next((at for at, state in enumerate(self.states) if state.left <= share), len(self.states) - 1)
 
     def choose(self, candidates: Sequence[Removal], scores: Sequence[float]) -> int:
-        """Return the number of the candidate that goes next, by the loss of each for the cost that it saves."""
+        """Return the index of the candidate to remove next; scores are the growth of the loss per saved cost."""
         return first_smallest(scores)
 
     def _extend(self) -> bool:
@@ -394,7 +394,7 @@ class DepthPath:
         return found[:_LOOKED_AT] if self._scores else found
 
     def _saved_after(self, state: Shortened, candidate: Removal) -> float:
-        """Return what a removal saves, as a share of the unpruned network's cost; parts that are gone save nothing."""
+        """Return what a removal saves, as a share of the unpruned network's cost; removed parts save nothing."""
         saved, gone = self._saved[candidate], {each.name for each in state.removed}
         for each in self.removable.candidates:
             if not candidate.is_part and each.is_part and each.block == candidate.block and each.name in gone:
@@ -402,14 +402,14 @@ class DepthPath:
         return saved
 
     def _gap(self, state: Shortened, candidate: Removal) -> Gap | None:
-        """Return which layer makes up for a block, and by what; None if none does."""
+        """Return the layer that makes up for a block, and the stream that it matches; None if no layer does."""
         here = state.here
         parent, _, key = here[candidate.block].rpartition(".")
         container = state.net.get_submodule(parent)
         keys = list(container._modules)
         place = keys.index(key)
         if candidate.is_part:
-            # The part before it in the stream, of this block or of one before.
+            # The part before it in the stream, in this block or an earlier one.
             order: list[str] = []
             for other in keys[: place + 1]:
                 block = state.names[f"{parent}.{other}" if parent else other]
@@ -447,7 +447,7 @@ def _few(images: Calibration, count: int) -> Calibration:
 
 
 def with_depth(whole: Prepared) -> Prepared:
-    """Let blocks compete, too; where no block can go, a warning says so."""
+    """Let blocks compete with channels; if no block can be removed, a warning says so."""
     whole_blocks = bool(whole.budget.equal_blocks)
     removable = removable_blocks(whole.model, whole.images.all, _keeps(whole), whole_blocks=whole_blocks)
     if not removable.candidates:
@@ -464,12 +464,12 @@ def with_depth(whole: Prepared) -> Prepared:
 
 
 class Depth:
-    """Networks of any share of the cost, by blocks and channels."""
+    """Makes networks of any share of the cost by removing blocks and channels."""
 
     def __init__(self, whole: Prepared, path: DepthPath) -> None:
         self.whole, self.path = whole, path
         self._prepared: dict[int, Prepared] = {}  # by number of blocks removed, the network without them
-        self._lefts = {0: 1.0}  # likewise, which share of the cost is kept
+        self._lefts = {0: 1.0}  # likewise, the share of the cost that it keeps
 
     def make(self, share: float) -> Pipeline:
         """Try some numbers of blocks, let channels take the rest of the budget, and keep the network that loses least.
@@ -486,7 +486,7 @@ class Depth:
                 return
             try:
                 made = self.without(count, share)
-            except ConfigError as error:  # the network has no channels that can be removed
+            except ConfigError as error:  # the network has no removable channels
                 if not count:
                     raise
                 _logger.info("%d blocks are not removed: %s", count, error)
@@ -497,7 +497,7 @@ class Depth:
             found[count] = made
             tried[count] = DepthTried(count, self.left(count), made.left, loss, is_met, is_chosen=False)
 
-        # Where few channels don't make a network fast enough, blocks go first.
+        # If the fewest channels don't make a network fast enough, some blocks are always removed.
         overhead = self.overhead()
         first = path.nearest(share / overhead) if overhead > share else 0
         attempt(first)
@@ -508,7 +508,7 @@ class Depth:
         is_better = middle in tried and tried[middle].rank < min(others, default=(True, math.inf))
         last = path.nearest(share ** (more if is_better else fewer))
         if is_better:
-            # Blocks may bring all of the saving, if the network without them loses less than what was tried.
+            # Blocks may save everything, if the network without them loses no more than the tried one.
             all_of_it = path.first_below(share)
             is_no_worse = path.states[all_of_it].loss <= tried[middle].loss
             last = all_of_it if is_no_worse or not any(each.is_met for each in tried.values()) else last
@@ -573,7 +573,7 @@ class Depth:
 def cost_saved(
     model: nn.Module, example: Any, kind: str, table: LatencyTable | None = None
 ) -> Callable[[Removal], float]:
-    """Return a function that gives the share of a network's cost that removing a block saves; of time by a table."""
+    """Return a function that gives the share of a network's cost that removing a block saves; for time by a table."""
     if table is not None:
         total = sum(layer.activation for layer in table.layers.values())
         # Each layer at full width, with its share of the time between layers.

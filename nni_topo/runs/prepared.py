@@ -1,4 +1,4 @@
-"""A network that `shrink` or `frontier` has prepared once, to make networks of any size of it, each with a report."""
+"""A network that `shrink` or `frontier` prepares once, to make smaller networks of any size, each with a report."""
 
 from __future__ import annotations
 
@@ -67,18 +67,18 @@ from nni_topo.runs.widths import as_entries, planned_ratios
 # The time of selecting channels by reconstruction, and of reconstructing weights: passes forward and back over the
 # calibration data, and seconds for each product of `_products`. Measured on one core.
 _PASSES, _SECONDS_OF_A_PRODUCT = 2.0, 3e-11
-_POSITIONS = 16  # positions of large feature maps that are drawn for each column, about
+_POSITIONS = 16  # approximate number of positions of large feature maps drawn for each column
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A network whose layers to prune are known; networks of any share of its cost can be made."""
+    """A network and its layers to prune, from which networks of any share of its cost are made."""
 
     start: Pipeline  # before the first step
     images: ImageParts
     settings: Settings
-    budget: Budget  # its cost is counted for all networks; its share is what the call asked for, if anything
+    budget: Budget  # its kind of cost is counted for all networks; its share is the requested one, if any
     prunable: Prunable
     is_described: bool  # whether a config of Transformers has to describe the smaller network
     is_search: bool = False  # whether networks of several sizes are made, by one pruner
@@ -86,10 +86,10 @@ class Prepared:
     depth: Depth | None = None  # where blocks compete with channels
     measured: Any = None  # Measurements, where the networks get reports
     prefers_multiples: bool = False  # whether layers keep multiples of channels as far as the budget allows
-    seconds_of_a_step: float = math.nan  # for a sample, of the unpruned network; NaN where none is distilled
+    seconds_of_a_step: float = math.nan  # per sample, of the unpruned network; NaN without distillation
     left_out: list[str] = field(default_factory=list)  # warnings of steps that were left out
     clock: Clock = field(default_factory=Clock)  # of the whole call, by default without a limit
-    # By allocation, the pruner that selects for every size, with what it has measured.
+    # By allocation, the pruner that selects channels for all sizes, with its measurements.
     _pruners: dict[str, StructuredPruner] = field(default_factory=dict, init=False)
 
     @classmethod
@@ -114,7 +114,7 @@ class Prepared:
 
     @property
     def analysis(self) -> Analysis:
-        """What that network does with channels."""
+        """The analysis of that network's channels."""
         return self.start.analysis
 
     @cached_property
@@ -125,7 +125,7 @@ class Prepared:
 
     @cached_property
     def example(self) -> Any:
-        """The inputs by which the cost is counted: for time a batch as large as the first one that was passed."""
+        """The inputs for counting the cost: for time a batch as large as the first one that was passed."""
         return self.batch if self.budget.kind == "latency" else self.images.example
 
     @cached_property
@@ -146,7 +146,7 @@ class Prepared:
         _logger.warning("%s", text)
 
     def tell_cost(self, made: int = 1, distilled: int = 1) -> None:
-        """Say what each stage will take, before it is spent: as a warning where it is more than ten minutes.
+        """Log an estimate of the time of each stage: as a warning if the total is more than ten minutes.
 
         ``made`` networks are made, and ``distilled`` of them distilled. Times are estimated from those of the unpruned
         network.
@@ -161,7 +161,7 @@ class Prepared:
             made *= 3  # each with several numbers of blocks
             unknown.append("ordering blocks")
         if settings.pruner == "reconstruction":
-            known["selecting channels"] = solving if self.is_search else made * solving  # a search has its sums once
+            known["selecting channels"] = solving if self.is_search else made * solving  # a search sums once
         else:
             unknown.append("selecting channels")
         if settings.recovery_name == "reconstruct":
@@ -191,7 +191,7 @@ class Prepared:
             _logger.log(logging.WARNING if total > LONG else logging.INFO, "%s", text + hint)
 
     def for_search(self) -> Prepared:
-        """Return the same for networks of several sizes: one pruner makes all, one table counts a budget of time."""
+        """Return a copy for networks of several sizes, with one pruner and, for a latency budget, one table."""
         budget = self.budget
         if budget.kind == "latency" and budget.latency_table is None:
             budget = replace(budget, latency_table=measure_latency(self.model, self.example))
@@ -210,17 +210,17 @@ class Prepared:
         return replace(made, left=self.share_left(made.dense))
 
     def recover(self, share: float) -> Pipeline:
-        """Select, reconstruct and remove, without counting what is left of the cost.
+        """Select channels, reconstruct weights and remove the others, without counting the cost that is left.
 
         With the allocation ``"auto"`` the budget is distributed in each way that the pruner offers, and the network
-        that loses least on the held-out images is kept.
+        with the smallest loss on the judging images is kept.
         """
         if self.budget.allocation != AUTO:
             return self.reconstruct(self.select(self.of_share(share)))
         judges, names = self.images.judging(f"allocation={AUTO!r}"), allocations_to_try(self.settings.pruner)
         made = [self.reconstruct(self.select(self.of_share(share, allocation=name))) for name in names]
         found = judged(self.model, [each.dense for each in made], judges, self.settings.outputs)
-        # Of those that lose equally little the first is kept.
+        # Of equal losses the first is kept.
         best = first_smallest([each.loss if math.isfinite(each.loss) else math.inf for each in found])
         tried = [
             Tried(name, each.loss, each.agreement, is_chosen=place == best)
@@ -238,7 +238,7 @@ class Prepared:
             pruner_knobs = pruner_info(name).knobs()
             if "budget" not in pruner_knobs:
                 ratios, outcome = self.planned_ratios(budget)
-                # Layers that lose input channels with the heads before them: named alone, they'd lose output channels.
+                # These layers lose inputs with the heads before them; with a ratio, they'd lose output channels.
                 for entry in groups:
                     if isinstance(entry.get("granularity"), list) and entry["granularity"][0] == -1:
                         for layer in entry["op_names"]:
@@ -265,7 +265,7 @@ class Prepared:
             selected = self.start.select(pruner, budget)
         else:
             selected = replace(self.start.select(pruner), planned=outcome)
-        del pruner  # with its copy, which refers to itself
+        del pruner  # with its copy of the model, which refers to itself
         give_back_memory(self.model)
         return replace(selected, seconds=perf_counter() - began)
 
@@ -276,7 +276,7 @@ class Prepared:
         )
 
     def reconstruct(self, selected: Pipeline) -> Pipeline:
-        """Reconstruct the weights, if that was asked for, and remove the channels."""
+        """Reconstruct the weights, if requested, and remove the channels."""
         began, method = perf_counter(), self.settings.compensate
         if method is not None:
             knobs = {"seed": self.settings.seed, "progress": self.settings.progress}
@@ -284,10 +284,10 @@ class Prepared:
         return replace(selected.remove(), seconds_of_recovery=perf_counter() - began)
 
     def distil(self, made: Pipeline, **own: Any) -> Pipeline:
-        """Distil a dense network, if asked to.
+        """Distil a dense network, if requested.
 
-        There is no verdict where :func:`nni_topo.distill` doesn't run, as for a network without gradients. ``own`` are
-        knobs of this network alone; those of the caller come first.
+        The verdict is None if :func:`nni_topo.distill` doesn't run, as for a network without gradients. ``own`` are
+        knobs for this network only; the caller's knobs replace them.
         """
         began, distill, images = perf_counter(), self.settings.distill, self.images.learned
         if distill is False:
@@ -302,7 +302,7 @@ class Prepared:
         given = self.settings.distillation_knobs.items()
         chosen = {name: value for name, value in given if value is not None or name not in own}
         if self.clock.seconds is not None:
-            left = self.clock.left - self.measured.seconds_of_a_network  # the distilled network is measured, too
+            left = self.clock.left - self.measured.seconds_of_a_network  # the distilled network is also measured
             if left <= 0.0:
                 self.leave_out(
                     f"the network isn't distilled: seconds={self.clock.seconds:g} leaves no time for it, because the "
@@ -311,17 +311,17 @@ class Prepared:
                 return made
             chosen["seconds"] = min(left, chosen.get("seconds") or math.inf)
         try:
-            # The unpruned network teaches, also one that lacks some blocks.
+            # The teacher is the unpruned network, also for a network that lacks some blocks.
             found = replace(made, analysis=self.analysis).distill(images, **knobs | chosen)
         except GradientError as error:
-            if distill is not True:  # whoever gives knobs wants it
+            if distill is not True:  # knobs were given, so distillation is wanted
                 raise GradientError(f"{error}; distill=False leaves distillation out") from error
             self.leave_out(f"the network isn't distilled: {error}")
             return made
         return replace(found, seconds_of_distillation=perf_counter() - began)
 
     def outcome(self, share: float, made: Pipeline) -> BudgetOutcome:
-        """Return whether a network meets a budget, and warn where it isn't near to it."""
+        """Return whether a network meets a budget, and warn if it isn't close to it."""
         planned = made.planned
         if made.depth is not None:
             why = "of the networks that were tried it loses least, or misses the budget least"
@@ -340,7 +340,7 @@ class Prepared:
         return outcome
 
     def share_left(self, dense: nn.Module) -> float:
-        """Return the share of the cost that a dense network keeps, before it is reported on."""
+        """Return the share of the cost that a dense network keeps, before it gets its report."""
         if self.budget.kind != "latency":
             return float(cost_of(self.budget.kind, dense, self.example) / self._cost)
         table: Any = self.budget.latency_table
@@ -352,7 +352,7 @@ class Prepared:
         return self.planned_left({row.name: np.arange(row.before) < row.after for row in rows})
 
     def planned_left(self, kept: Kept) -> float:
-        """Return the share of the cost that a choice of channels leaves; that of time by the table."""
+        """Return the share of the cost that the kept channels take; for time by the table."""
         table: Any = self.budget.latency_table
         cost = network_cost(self.budget.kind, self.counted, table)
         return float(cost(kept) / cost({}))
@@ -410,10 +410,10 @@ def prepare(
     is_timed: bool = False,
     clock: Clock | None = None,
 ) -> Prepared:
-    """Find the layers to prune, and the blocks, and measure the unpruned network, for a request that is checked.
+    """Find the layers to prune, and the blocks, and measure the unpruned network, for a checked request.
 
-    ``is_timed``: whether reports have the times of the unpruned network and of the smaller one. ``clock``: that of the
-    whole call, if its time is limited.
+    ``is_timed``: whether reports have the times of the unpruned network and of the smaller one. ``clock``: the
+    clock of the whole call, if its time is limited.
     """
     model, warnings = plain_weights(model)
     data = ImageParts.of(images, model, parts)
@@ -441,7 +441,7 @@ def prepare(
 
 @leaves_models_alone
 def _products(model: nn.Module, call: Call, samples: int) -> float:
-    """Return about how many products it takes to form and solve the normal equations of all layers once."""
+    """Return the approximate number of products to form and solve the normal equations of all layers once."""
     weights = {
         name: module.weight
         for name, module in model.named_modules()
@@ -457,9 +457,9 @@ def _products(model: nn.Module, call: Call, samples: int) -> float:
 
 
 def plain_weights(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
-    """Return a model whose weights are parameters, with a warning where it is another one than was given.
+    """Return a model whose weights are parameters, and a warning if that replaced layers.
 
-    Linear layers take the place of Transformers' ``Conv1D``.
+    Linear layers replace Transformers' ``Conv1D`` without a warning.
     """
     names = without_plain_weights(model)
     if not names and not any(map(is_transposed_linear, model.modules())):

@@ -35,12 +35,12 @@ FREE_WIDTHS = (
     "with {'equal_blocks': False} in the budget layers and heads may keep any width, and nni_topo.save and "
     "nni_topo.load take the network"
 )
-"""What helps where a config of Transformers can't describe a network."""
+"""Advice in errors if a config of Transformers can't describe a network."""
 
 PREFERRED: Literal["preferred"] = "preferred"
-"""The value of ``round_to`` by which layers keep multiples of channels as far as the budget allows."""
+"""The value of ``round_to`` with which layers keep multiples of channels as far as the budget allows."""
 TOLERANCE = "a tolerance"
-"""What errors name as the reason why :func:`nni_topo.shrink` makes networks of several sizes."""
+"""The reason in errors why :func:`nni_topo.shrink` makes networks of several sizes."""
 # Arguments of a pruner that the call sets:
 _OFFERED = ("seed", "calibration", "example_inputs", "budget", "round_to")
 Layers = Sequence[str | Mapping[str, Any]]
@@ -70,7 +70,7 @@ class Settings:
 
     @classmethod
     def among(cls, arguments: Mapping[str, Any], place: str = "shrink") -> Settings:
-        """Take the settings from the arguments of a function that has them under these names."""
+        """Take the settings from the arguments of a function with the same parameter names."""
         given = {each.name: arguments[each.name] for each in fields(cls) if each.name in arguments}
         given["knobs"] = {} if given["knobs"] is None else given["knobs"]
         given["layers"] = None if given["layers"] is None else list(given["layers"])
@@ -84,7 +84,7 @@ class Settings:
         info = pruner_info(self.pruner)
         if not info.structured:
             raise ConfigError(f"pruner must be one that removes whole channels, got {self.pruner!r} ({self.place})")
-        if "budget" in self.knobs:  # an argument of the call itself
+        if "budget" in self.knobs:  # it is an argument of the call itself
             got = shown(self.knobs["budget"])
             raise ConfigError(f"budget must be left out of knobs, got {got} ({self.place})")
         given = {*_OFFERED, *(knob for knob, value in self.knobs.items() if value is not None)}
@@ -112,7 +112,7 @@ class Settings:
 
     @property
     def recovery_name(self) -> str:
-        """Name of the recovery method, or of its class; empty where no weights are reconstructed."""
+        """Name of the recovery method, or of its class; empty if no weights are reconstructed."""
         if self.compensate is None or isinstance(self.compensate, str):
             return self.compensate or ""
         return type(self.compensate).__name__
@@ -212,15 +212,15 @@ class Settings:
             )
 
     def check_distillation(self, model: nn.Module, images: Calibration) -> float:
-        """Raise, before anything is pruned, the errors of :func:`nni_topo.distill` that images and outputs show.
+        """Raise errors of :func:`nni_topo.distill` for images and outputs before anything is pruned.
 
-        Returned are the seconds that a sample takes in a gradient step of the model; NaN where it isn't distilled.
+        Return the seconds per sample of a gradient step of the model; NaN without distillation.
         """
         if self.distill is False:
             return math.nan
         self.check_two_samples(images)
         if not any(parameter.is_floating_point() for parameter in model.parameters()):
-            return math.nan  # it has no layer to prune, which `layers_to_prune` says
+            return math.nan  # `layers_to_prune` raises the error that it has no layer to prune
         check_one_shape(calls(model, images))
         knobs = self.distillation_knobs
         first = next(calls(model, images))
@@ -231,7 +231,7 @@ class Settings:
         try:
             return check_can_learn(model, first, **chosen)
         except GradientError as error:
-            if self.distill is not True:  # whoever gives knobs wants it; without them a warning says so at the end
+            if self.distill is not True:  # knobs were given; without them a warning at the end is enough
                 raise GradientError(f"{error}; distill=False leaves distillation out") from error
             return math.nan
 
@@ -260,9 +260,9 @@ class Settings:
 
 
 def cost_without_share(budget: Any, place: str, decides: str) -> Budget:
-    """Return the budget of a cost that is only named, as ``"flops"`` or ``{"flops": None, ...}``.
+    """Return the budget for a cost without a share, as ``"flops"`` or ``{"flops": None, ...}``.
 
-    ``decides`` is what says how much is kept, such as a tolerance.
+    ``decides`` names what determines how much is kept, such as a tolerance.
     """
     if isinstance(budget, str):
         one_of(BUDGETS).check("budget", budget, place)
@@ -278,7 +278,7 @@ def cost_without_share(budget: Any, place: str, decides: str) -> Budget:
 
 
 def allocations_to_try(pruner: str) -> tuple[str, ...]:
-    """Return how a pruner can distribute a budget; ConfigError if there is nothing to choose from."""
+    """Return the ways in which a pruner can distribute a budget; ConfigError if there is only one."""
     found = pruner_info(pruner).allocations()
     if len(found) < 2:
         able = ", ".join(sorted(name for name, info in PRUNERS.table.items() if len(info.allocations()) > 1))

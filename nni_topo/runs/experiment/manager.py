@@ -90,7 +90,7 @@ def read_status(experiment: Experiment) -> tuple[str, list[str]]:
 def follow(
     experiment: Experiment, tell: Callable[[str, list[TrialRecord]], None], *, seconds: float = 2.0
 ) -> list[TrialRecord]:
-    """Pass an experiment's status and trials to ``tell`` at intervals until it ends; return all trials."""
+    """Pass an experiment's status and trials to ``tell`` until it ends; return all trials, or raise ManagerError."""
     idle = 0
     while True:
         status, errors = read_status(experiment)
