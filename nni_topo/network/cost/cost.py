@@ -44,7 +44,7 @@ Kept = Mapping[str, BoolArray]
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What one sample takes: multiply-accumulates, number of parameters, bytes."""
+    """Cost of one sample: multiply-accumulates, number of parameters, bytes."""
 
     macs: int
     params: int
@@ -61,14 +61,13 @@ class _LayerCost:
     entering_positions: int
     leaving_positions: int
     bias: int  # number of bias vectors
-    has_weight: bool = True  # False where another layer has the same one, which counts it
+    has_weight: bool = True  # False if another layer counts the same weight
     has_bias: bool = True
 
     def __call__(self, pruned: BoolArray) -> tuple[int, int, int]:
-        """Count multiply-accumulates, parameters, and the values that enter and leave one call.
+        """Count multiply-accumulates of all calls, parameters, and input and output values of one call.
 
-        ``pruned``: by group id. Multiply-accumulates are those of all calls. Parameters that another layer counts
-        are left out.
+        ``pruned``: by group id. Parameters that another layer counts are left out.
         """
         entering, leaving = _count_kept(self.entering, pruned), _count_kept(self.leaving, pruned)
         # A depth-wise convolution loses groups with its channels: each channel keeps one input.
@@ -84,14 +83,14 @@ class NetworkCost:
 
     @classmethod
     def on(cls, model: torch.nn.Module, example_inputs: Any) -> NetworkCost:
-        """Take a model with example inputs, whatever container they come in."""
+        """Analyse a model with example inputs in any container."""
         return cls(Analysis.on(model, example_inputs))
 
-    # The unpruned network is counted once, as `count_macs` does. The part of that count that is known to depend on the
-    # kept channels is computed from them: convolutions, linear and recurrent layers, products of activations, and what
-    # attention computes within, head by head. The rest stays as it is in the unpruned network. So a search for a budget
-    # asks for the cost of thousands of widths without building any. Batch norms count as parameters. A channel that
-    # several layers share is pruned when all of them lose it; one of a layer without an entry stays.
+    # The unpruned network is counted once, as `count_macs` does. The part that depends on the kept channels is computed
+    # from them: convolutions, linear and recurrent layers, products of activations, and attention between its layers,
+    # head by head. The rest stays as in the unpruned network. So a search for a budget gets the cost of thousands of
+    # widths without building networks. Batch norms count as parameters only. A channel that several layers share is
+    # pruned if all of them lose it; a layer without an entry keeps all channels.
     def __init__(self, analysis: Analysis) -> None:
         model = analysis.model
         self._flow = flow = analysis.flow
@@ -104,7 +103,7 @@ class NetworkCost:
         shared, known = first_names(model), set[str]()
 
         def is_new(name: str) -> bool:
-            """Tell whether a parameter wasn't counted yet under another of its names."""
+            """Tell whether a parameter wasn't counted yet under another name."""
             first = shared.get(name, name)
             found = first not in known
             known.add(first)
@@ -117,13 +116,13 @@ class NetworkCost:
                     has_weight=is_new(f"{name}.{weight_name(modules[name])}"),
                     has_bias=is_new(f"{name}.{row_names(modules[name])[-1]}"),
                 )
-        self._norms = dict[str, tuple[IntArray, int]]()  # the channels that enter, and the parameters of each
+        self._norms = dict[str, tuple[IntArray, int]]()  # input channels, and parameters per channel
         for name, module in modules.items():
             entering = flow.entering_group_ids(name)
             if isinstance(module, NORMS) and module.affine and len(entering):
                 self._norms[name] = entering, is_new(f"{name}.weight") + is_new(f"{name}.bias")
         nothing = np.zeros(flow.size, dtype=np.bool_)
-        # What attention modules compute between their layers, and the channels of the heads' values.
+        # Of attention modules, the channels of the heads' values, and multiply-accumulates between the layers.
         self._attention = list[tuple[IntArray, int]]()
         for name, each in attention.items():
             layer, channels = each.outputs
@@ -133,7 +132,7 @@ class NetworkCost:
                 self._attention.append((flow.group_ids_of(layer)[channels.ravel()], between))
         times = 1 if call is analysis.call else batch_size(analysis.call)
         self._products = products_of(flow.traced.graph, flow, times)
-        # Of everything else, which isn't pruned: multiply-accumulates of the call that was counted, and parameters.
+        # Multiply-accumulates of the counted call, and parameters, of everything that isn't pruned.
         self._rest = 0, 0
         macs, params, _ = self._counts(nothing)
         self._rest = counted.all - macs, sum(parameter.numel() for parameter in model.parameters()) - params
@@ -144,7 +143,7 @@ class NetworkCost:
         entering = [flow.entering_group_ids(name)]
         biases = int(has_bias(module))
         if is_recurrent(module):
-            # In each direction, units read the input and one another; units of further levels all of the level below.
+            # In each direction, hidden units read the input and each other; further layers read the layer below.
             units = flow.group_ids(flow.unit_channel_ids(name))
             directions = 2 if module.bidirectional else 1
             further = (module.num_layers - 1) * directions
@@ -155,7 +154,7 @@ class NetworkCost:
             leaving=flow.group_ids_of(name),
             groups=getattr(module, "groups", 1),
             kernel=int(np.prod(weight_of(module).shape[2:])),
-            # A transposed convolution computes at its input positions, all others at those of their output.
+            # A transposed convolution computes at its input positions, all other layers at their output positions.
             positions=sum(_positions(module, call[not isinstance(module, TRANSPOSED)]) for call in calls),
             entering_positions=max(_positions(module, entering) for entering, _ in calls),
             leaving_positions=max(_positions(module, leaving) for _, leaving in calls),
@@ -181,7 +180,7 @@ class NetworkCost:
         return macs, params, largest
 
     def widths(self, kept: Kept) -> dict[str, tuple[int, int]]:
-        """Count the kept (input, output) channels of each layer, of a linear layer the features."""
+        """Count the kept (input, output) channels, or features, of each layer."""
         pruned = ~self._flow.kept(kept)
         widths = dict[str, tuple[int, int]]()
         for name, cost in self._layers.items():
@@ -211,7 +210,7 @@ def cost_of(kind: str, model: torch.nn.Module, example_inputs: Any) -> int:
 
 
 def _positions(module: Any, size: Size) -> int:
-    """Count the positions in a layer's input or output, those of all samples."""
+    """Count the positions in a layer's input or output, over all samples."""
     last = isinstance(module, (torch.nn.Linear, torch.nn.MultiheadAttention, *RECURRENT))
     return math.prod(size) // size[-1 if last else 1]
 
@@ -223,13 +222,13 @@ def _count_kept(group_ids: IntArray, pruned: BoolArray) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Factor:
-    """A factor of a product. Its dimensions have the places of the matching dimensions of the other factor."""
+    """A factor of a product, its dimensions in the order of the matching dimensions of the other factor."""
 
-    ids: Tensor  # of length 1 where ids don't differ
+    ids: Tensor  # channel ids; length 1 in dimensions where they don't differ
     shape: tuple[int, ...]
 
     def at(self, *dims: int | None) -> _Factor:
-        """Put dimensions, from the first on, in a new order; None stands for one of length 1."""
+        """Return the factor with its dimensions in a new order; None stands for a new one of length 1."""
         order = [d for d in dims if d is not None]
         ids, shape = self.ids.permute(order), iter(self.shape[d] for d in order)
         for place, d in enumerate(dims):
@@ -238,9 +237,9 @@ class _Factor:
 
 
 class Product:
-    """The products of two factors. Their dimensions broadcast to one shape, and each entry of it is a product.
+    """The products of two factors, one for each entry of their broadcast shape.
 
-    A product is computed as long as none of its factors is pruned. ``times``: as of `products_of`.
+    A product is computed unless one of its factors is pruned. ``times``: as in `products_of`.
     """
 
     def __init__(self, one: _Factor, other: _Factor, flow: ChannelFlow, times: int) -> None:
@@ -251,7 +250,7 @@ class Product:
             shapes.append((1,) * missing + each.shape)
             self._group_ids.append(flow.group_ids(each.ids[(None,) * missing].numpy()))
         self._shape, self._times = tuple(map(max, *shapes)), times
-        self.depends = any(each.any() for each in self._group_ids)  # on channels that can be pruned
+        self.depends = any(each.any() for each in self._group_ids)  # whether on channels that can be pruned
 
     def count(self, pruned: BoolArray) -> int:
         """Count the products that stay; ``pruned``: bool, by group id."""
@@ -262,7 +261,7 @@ class Product:
         return int(np.count_nonzero(both)) * places // self._times
 
 
-# The places and the names of the two factors, by operation.
+# Positions and names of the arguments of an operation that are the two factors.
 _FIRST, _SECOND = (0, "input"), (1, "other", "mat2", "tensor2")
 _FACTORS: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     **dict.fromkeys(("matmul", "imatmul", "bmm", "mm"), (_FIRST, _SECOND)),
@@ -273,9 +272,9 @@ _FACTORS: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
 
 
 def products_of(graph: Graph, flow: ChannelFlow, times: int) -> list[Product]:
-    """List the products of two tensors that a graph computes itself, without those that stay in any case.
+    """List the products of two tensors outside of layers that depend on channels that can be pruned.
 
-    ``times``: the call that the graph was recorded with has so many times the samples whose products are counted.
+    ``times``: number of samples of the recorded call, divided by the number of samples to count.
     """
     found = list[Product]()
 
@@ -316,7 +315,7 @@ def products_of(graph: Graph, flow: ChannelFlow, times: int) -> list[Product]:
                 operands = operands[0]
             factors = [each for each in map(factor, operands) if each is not None]
             if len(operands) != 2 or len(factors) != 2:
-                continue  # the products of three factors or more are taken to stay
+                continue  # products of three or more factors are assumed to stay
             read = einsum_letters(node.args[0], [each.shape for each in factors])
             if read is not None:
                 letters = list(dict.fromkeys("".join(read[0])))

@@ -1,4 +1,4 @@
-"""Estimate the time of a network at any widths, from a table of layers that were timed at a few, by interpolation."""
+"""Estimate a network's time at any widths by interpolation in a table of layers timed at a few widths."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.rules import whole
 
-_SHARES = (0.25, 0.5, 0.75)  # of a layer's full width
+_SHARES = (0.25, 0.5, 0.75)  # timed widths, as shares of a layer's full width
 _RUNS = 5  # timed runs of a layer; one more before them warms up
-_WHOLE = (nn.MultiheadAttention, *RECURRENT)  # timed at full width alone
+_WHOLE = (nn.MultiheadAttention, *RECURRENT)  # only timed at full width
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class LayerLatency:
     seconds : tuple of tuple of float
         Shape ``(len(entering), len(leaving))``, at least 0.
     activation : float
-        Number of elements of the layer's output at full width, per batch. The time between layers is taken to be
-        proportional to the elements that all layers put out.
+        Number of elements of the layer's output at full width, per batch. The time between layers is assumed to be
+        proportional to the elements of all layers' outputs.
     """
 
     entering: tuple[int, ...]
@@ -88,8 +88,8 @@ class LatencyTable:
     layers : mapping of str to LayerLatency
         Convolutions and linear layers by name.
     rest : float, default=0.0
-        Seconds of everything else at full width, at least 0; it is proportional to the elements that the layers put
-        out.
+        Seconds of everything else at full width, at least 0; assumed to be proportional to the elements of the layers'
+        outputs.
     batch_size, threads : int, default=1
         The batch size and the number of threads of the measurement, for the record.
 
@@ -189,20 +189,20 @@ def measure_latency(model: nn.Module, example_inputs: Any, *, threads: int = 1) 
 
     Notes
     -----
-    For every width a copy of the layer is cut to it and run by itself, on ones, at the size of the model's own inputs
-    of the layer; the median of five runs counts. Equal layers are timed once. A layer that is called several times
+    For each width a copy of the layer is cut to it and run alone, on ones, at the size of the layer's inputs in the
+    model; the median of five runs counts. Equal layers are timed once. A layer that is called several times
     counts each call. A wider layer never gets a smaller time than a narrower one: the table holds the running maximum.
     The time between the layers is the time of a pass of the model minus the time inside its layers.
 
-    ``nn.MultiheadAttention`` and recurrent layers are timed at full width alone, and are taken to need time in
-    proportion to the channels that enter and leave them. Of the time of attention its output projection, which has
-    times of its own, takes the share of its weights.
+    ``nn.MultiheadAttention`` and recurrent layers are only timed at full width; their time is assumed to be
+    proportional to input channels times output channels. The output projection of attention is timed separately, so
+    its share of the weights is subtracted from the time of attention.
     """
     analysis = Analysis.on(model, example_inputs)
     called = {name: model.get_submodule(name) for name in analysis.sizes}
     modules = {name: module for name, module in called.items() if isinstance(module, WEIGHTED)}
     wholes = {name: module for name, module in called.items() if isinstance(module, _WHOLE)}
-    elements = {}  # by layer, how many values it puts out
+    elements = {}  # by layer, the number of output elements
     for name, calls in analysis.sizes.items():
         elements[name] = float(sum(math.prod(outputs) for _, outputs in calls))
     grids: dict[Any, _Grid] = {}
@@ -214,7 +214,7 @@ def measure_latency(model: nn.Module, example_inputs: Any, *, threads: int = 1) 
         for name, module in modules.items():
             of_calls = []
             for inputs, _ in analysis.sizes[name]:
-                # A class with a forward of its own may use any of its attributes: no other layer is equal to it.
+                # A class's own forward may depend on any attribute: no other layer counts as equal.
                 own = name if has_own_forward(module) else ""
                 key = type(module), module.extra_repr(), own, inputs
                 if key not in grids:
@@ -226,8 +226,8 @@ def measure_latency(model: nn.Module, example_inputs: Any, *, threads: int = 1) 
     widths = NetworkCost(analysis).widths({}) if wholes else {}
     for name, outer_layer in wholes.items():
         if name in widths:
-            # The layers in it have times of their own. What is left is estimated by the weights: a difference of two
-            # measured times may be zero, or less, on a busy machine.
+            # Inner layers are timed separately. The rest is estimated by the share of weights, because a difference of
+            # two measured times may be zero or negative on a busy machine.
             held = {id(each) for each in outer_layer.modules()}
             of_inner = sum(count_params(each) for each in modules.values() if id(each) in held)
             alone = inside[name] * (1.0 - of_inner / count_params(outer_layer))
@@ -268,7 +268,7 @@ _Grid = tuple[tuple[int, ...], tuple[int, ...], NDArray[np.float64]]
 
 
 def _timed_grid(module: Any, size: tuple[int, ...]) -> _Grid:
-    """Time copies of a layer, up to its convolution or product, cut to several widths; ``size``: its input's."""
+    """Time copies of a layer, up to its convolution or product, at several widths; ``size``: of its input."""
     plain: Any = with_plain_weights(unwrapped_copy(module))
     weight, depthwise = weight_of(plain), is_depthwise(module)
     if isinstance(module, nn.Linear):

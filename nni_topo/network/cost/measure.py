@@ -41,8 +41,8 @@ from nni_topo.rules import all_of, checked, whole
 
 _WARMUP_ROUNDS = 5  # untimed rounds before the timed ones
 _LEAST_ROUNDS = 8  # of a comparison of times
-_PRECISION = 0.015  # half width of the 95 % interval of a median, as a share of it, at which no more rounds are needed
-_PAIRED_ROUNDS = 30  # of the times in a report, where these don't take too long
+_PRECISION = 0.015  # sufficient half width of a median's 95 % interval, as a share of the median
+_PAIRED_ROUNDS = 30  # of the times in a report, if they don't take too long
 # Blocks that `memory_kept` allocates: the bytes of each, which glibc takes from the heap, and their number.
 _BLOCK, _BLOCKS = 120 * 2**10, 8192
 
@@ -69,21 +69,21 @@ def count_params(model: nn.Module) -> int:
 def count_macs(model: nn.Module, example_inputs: Any) -> int:
     """Return the multiply-accumulates of one sample.
 
-    Those of convolutions, linear and recurrent layers, matrix products and attention count.
+    Convolutions, linear and recurrent layers, matrix products and attention count.
 
     Parameters
     ----------
     model : nn.Module
-        Run once in evaluation mode. Its modules are put back into their modes afterwards.
+        Run once in evaluation mode. The modes of its modules are restored afterwards.
     example_inputs : Tensor, tuple, list or mapping of str to Any
-        Inputs of the model, batch first: one tensor, positional or keyword arguments. Only the first sample is used; if
-        the model doesn't run on one sample alone, all are, and each is taken to cost the same.
+        Inputs of the model, batch first: one tensor, positional or keyword arguments. Only the first sample is used;
+        if the model doesn't run on a single sample, the mean over all samples is returned.
 
     Returns
     -------
     int
-        Half of what PyTorch's ``FlopCounterMode`` counts, which is 2 per multiply-accumulate, and of recurrent layers,
-        which it doesn't count, one for each weight and step. Biases, norms, activations and pooling count 0.
+        Half of the count of PyTorch's ``FlopCounterMode``, which is 2 per multiply-accumulate. Recurrent layers, which
+        it doesn't count, add one for each weight and step. Biases, norms, activations and pooling count 0.
     """
     call = call_arguments(example_inputs, model)
     with fitting(0, "example_inputs", call):
@@ -93,17 +93,17 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
 
 @dataclass
 class CountedMacs:
-    """The multiply-accumulates of what ran: all of them, and by name those within some modules."""
+    """Multiply-accumulates of a run: all of them, and by name those within some modules."""
 
     all: int = 0
     within: dict[str, int] = field(default_factory=dict)
 
 
 def counted_run(model: nn.Module, call: Call, names: Iterable[str] = ()) -> tuple[Call, int, CountedMacs]:
-    """Count what a model computes for the first sample of a call; for all samples if it doesn't run on one alone.
+    """Count a model's multiply-accumulates for the first sample of a call; for all if it doesn't run on a single one.
 
-    Returned are the call that it ran on, and how many samples that has. ``names``: as of `counting_macs`. What a run
-    leaves behind in a model stays there.
+    Returns the call that it ran on, its number of samples and the counts. ``names``: as in `counting_macs`. Side
+    effects on the model aren't undone.
     """
 
     def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> CountedMacs:
@@ -111,7 +111,7 @@ def counted_run(model: nn.Module, call: Call, names: Iterable[str] = ()) -> tupl
             model(*args, **kwargs)
         return counted
 
-    # A number of samples may be written into the forward. Of a list of images each has to stay whole.
+    # Fails if the forward needs a fixed number of samples, or takes a list of images, which stay whole.
     first: Call = taken(call, torch.arange(1))
     try:
         return first, 1, run(*first)
@@ -123,7 +123,7 @@ def counted_run(model: nn.Module, call: Call, names: Iterable[str] = ()) -> tupl
 
 
 class _Counter(TorchDispatchMode):
-    """Counts what PyTorch's ``FlopCounterMode`` does of operations, and neither tracks modules nor loads a compiler."""
+    """Counts operations as PyTorch's ``FlopCounterMode`` does, but neither tracks modules nor loads a compiler."""
 
     supports_higher_order_operators = True
 
@@ -157,13 +157,13 @@ class _Counter(TorchDispatchMode):
 
 @contextmanager
 def counting_macs(model: nn.Module, names: Iterable[str] = ()) -> Iterator[CountedMacs]:
-    """Count what runs within the block, in all and by named module; the counts are complete after the block.
+    """Count multiply-accumulates within the block, in total and within named modules; complete after the block.
 
-    Fused attention kernels are switched off: the counter of some PyTorch versions doesn't count what they compute.
+    Fused attention kernels are switched off, because the counters of some PyTorch versions miss them.
     """
     counter, found = _Counter(), CountedMacs()
-    extra = 0  # twice the products of recurrent layers, less what the counter says of some of them
-    entered = list[int]()  # by call that is under way, the count before it
+    extra = 0  # twice the products of recurrent layers, minus what the counter counted of them
+    entered = list[int]()  # for each running call, the count before it
 
     def now() -> int:
         return counter.total + extra
@@ -173,7 +173,7 @@ def counting_macs(model: nn.Module, names: Iterable[str] = ()) -> Iterator[Count
 
     def leave_recurrent(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
         nonlocal extra
-        (rows, *_) = tensors_of((args, kwargs))  # of a packed sequence its data
+        (rows, *_) = tensors_of((args, kwargs))  # the data of a packed sequence
         own = 2 * recurrent_products(module) * (rows.numel() // rows.shape[-1])
         extra += own - (now() - entered.pop())
 
@@ -211,7 +211,7 @@ def latencies(
     Parameters
     ----------
     models : mapping of str to nn.Module
-        Models by name, which all take the same inputs. They are timed in evaluation mode, without gradients.
+        Models by name that take the same inputs. They are timed in evaluation mode, without gradients.
     example_inputs : Tensor, tuple, list or mapping of str to Any
         Inputs, on the models' device, batch first. Their batch size is timed.
     runs : int, default=30
@@ -227,7 +227,7 @@ def latencies(
     Raises
     ------
     ConfigError
-        If a number is out of its range, or there is no model.
+        If a number is out of its range, or ``models`` is empty.
     """
     count = _WARMUP_ROUNDS + runs
     rounds = _rounds(models, example_inputs, threads, lambda done: len(done) == count)[_WARMUP_ROUNDS:]
@@ -247,9 +247,9 @@ def time_shares(
 ) -> list[tuple[float, float]]:
     """Return each model's median share of the unpruned network's time, and the half width of its 95 % interval.
 
-    The half width is a share of the median. Rounds go on until it is at most 1.5 %, and end after so many ``seconds``,
-    but there are at least eight. A model that is far from the share ``wanted`` is measured less exactly: to a fifth of
-    its distance. They run on one thread.
+    The half width is a share of the median. At least eight rounds are run, until it is at most 1.5 % or after
+    ``seconds``. A model whose share is far from ``wanted`` is measured less exactly: to a fifth of the distance. Models
+    run on one thread.
     """
     found = [(math.nan, math.inf)] * len(models)
 
@@ -302,7 +302,7 @@ class TimedPair:
     rounds : int
         Timed rounds, in each of which both networks run once.
     device : str
-        Where they run, such as ``"cpu"``, there on one thread.
+        Device, such as ``"cpu"`` (one thread).
     runtime : str
         What runs them: ``"pytorch"`` or ``"onnxruntime"``.
     """
@@ -328,7 +328,7 @@ class TimedPair:
 
 
 def timed_pair(unpruned: nn.Module, smaller: nn.Module, example_inputs: Any, seconds: float = 10.0) -> TimedPair:
-    """Time two networks in turns on one thread: 30 rounds, or after so many seconds at least eight."""
+    """Time two networks in turns on one thread: 30 rounds, or at least eight if they take longer than ``seconds``."""
 
     def is_enough(done: list[tuple[float, ...]]) -> bool:
         count = len(done) - 1  # the first warms up
@@ -352,7 +352,7 @@ def _rounds(
     threads: int,
     enough: Callable[[list[tuple[float, ...]]], bool],
 ) -> list[tuple[float, ...]]:
-    """Return the seconds of each model, round by round, each round in a random order, until there are enough."""
+    """Return the seconds of each model by round, each round in random order, until ``enough`` is true."""
     args, kwargs = arguments_of(example_inputs, next(iter(models.values())))
     first = first_of_samples((args, kwargs))
     order, generator = list(models), random.Random(0)
@@ -374,7 +374,7 @@ def _rounds(
 
 
 def timed(run: Callable[[], object], tensor: Tensor) -> float:
-    """Return the seconds that a function takes, whose work is on a tensor's device."""
+    """Return the seconds that a function takes that works on a tensor's device."""
     began, start = time.perf_counter(), now(tensor)
     run()
     seconds = now(tensor) - start
@@ -412,7 +412,7 @@ def memory_kept(tensor: Tensor) -> Iterator[None]:
         yield
         return
     # glibc only returns the end of the heap. While the last block is held, the freed blocks before it aren't its end.
-    # Arrays of NumPy's lie on the same heap as tensors do, and take two thirds of the time.
+    # NumPy's arrays lie on the same heap as tensors, and allocating them takes two thirds of the time.
     *room, last = (np.empty(_BLOCK, dtype=np.uint8) for _ in range(_BLOCKS))
     del room
     yield
@@ -458,7 +458,7 @@ class Profiled:
     throughput : float
         Samples a second.
     peak_bytes : int
-        Bytes of parameters and buffers, and the most that a pass holds besides; inputs don't count.
+        Bytes of parameters and buffers, plus the most that a pass holds besides; inputs don't count.
     """
 
     network: str
@@ -508,7 +508,7 @@ def profile(
 
 
 def _peak_bytes(model: nn.Module, call: Call) -> int:
-    """Return the bytes of a network's parameters and buffers, and the most bytes that a pass holds besides."""
+    """Return the bytes of a network's parameters and buffers, plus the most bytes that a pass holds besides."""
     stored = sum(each.numel() * each.element_size() for each in (*model.parameters(), *model.buffers()))
     (args, kwargs), device = call, first_of_samples(call).device
     with evaluation_mode(model), torch.inference_mode():

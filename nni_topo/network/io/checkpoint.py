@@ -62,17 +62,17 @@ def save(dense: nn.Module, path: _PathLike) -> None:
     Parameters
     ----------
     dense : nn.Module
-        A model made by `nni_topo.to_dense`, fine-tuned or not. It isn't changed. Of a compiled one, or one in
-        ``DataParallel`` or ``DistributedDataParallel``, the model within is saved.
+        A model made by `nni_topo.to_dense`, fine-tuned or not. It isn't changed. If it is compiled, or in
+        ``DataParallel`` or ``DistributedDataParallel``, the inner model is saved.
     path : str or path-like
-        The file to write, whole or not at all; an existing one is replaced. It is written as safetensors, whatever it
-        is called, with the recipe (which module has which sizes) as JSON under ``"nni_topo"`` in its metadata.
+        The file to write, completely or not at all; an existing one is replaced. It holds safetensors, whatever its
+        name, and the recipe (the sizes of each module) as JSON under ``"nni_topo"`` in its metadata.
 
     Raises
     ------
     ConfigError
-        If ``dense`` is no module or is quantised, or the path ends as the files of :func:`nni_topo.export` do, in
-        ``.onnx`` or ``.pt2``, or the model's state_dict holds more than parameters and buffers.
+        If ``dense`` is no module or is quantised, or the path ends in ``.onnx`` or ``.pt2``, as files of
+        :func:`nni_topo.export` do, or the model's state_dict holds more than parameters and buffers.
     SpeedupError
         If the model is still wrapped by NNI.
     DataError
@@ -108,7 +108,7 @@ def save(dense: nn.Module, path: _PathLike) -> None:
         "format": _FORMAT,
         "format_version": _FORMAT_VERSION,
         "package_version": __version__,
-        "stored_as": stored_as,  # by tensor, its name in the file; shared tensors are stored once
+        "stored_as": stored_as,  # by tensor name, the name in the file; shared tensors are stored once
         "not_persistent": [name for name in tensors if name not in state],
         "layers": _layers(dense),
         "sizes": [[*place, number] for place, number in _sizes(dense).items()],
@@ -131,15 +131,15 @@ def load(path: _PathLike, model: nn.Module | Callable[[], nn.Module]) -> nn.Modu
     path : str or path-like
         A file written by `save`.
     model : nn.Module or callable
-        The original, unpruned model, whatever its weights, or a function without arguments that makes it. It isn't
-        changed. Of a compiled one, or one spread over devices, the model within counts. If what was pruned is a model
-        made by :func:`nni_topo.as_torch_layers`, it is that one.
+        The unpruned model, with any weights, or a function without arguments that makes it. It isn't changed. If it is
+        compiled or spread over devices, the inner model counts. If the pruned model was made by
+        :func:`nni_topo.as_torch_layers`, pass the model that this function returns.
 
     Returns
     -------
     torch.nn.Module
         A copy of ``model`` with the sizes and values of the file, in the modes and on the devices of
-        ``model``, in the precision of the file; what ``model`` has on the meta device lies on the CPU. Layers that
+        ``model``, in the precision of the file; tensors on the meta device move to the CPU. Layers that
         share a tensor in ``model`` share it if they did in the dense model.
 
     Raises
@@ -148,7 +148,7 @@ def load(path: _PathLike, model: nn.Module | Callable[[], nn.Module]) -> nn.Modu
         If the file is missing, damaged or changed, or isn't one that `save` writes.
     ConfigError
         If ``model`` is neither a module nor a function that makes one, or the file doesn't fit it: other modules, other
-        types, larger sizes, modules with two names that were two modules in the dense model, or parameters or buffers
+        types, larger sizes, one module under two names that were two modules in the dense model, or tensors
         on the meta device whose values the file lacks.
 
     Examples
@@ -173,7 +173,7 @@ def load(path: _PathLike, model: nn.Module | Callable[[], nn.Module]) -> nn.Modu
     _take_out_missing(recipe, built, file)
     layers, modules = recipe["layers"], dict(built.named_modules())
     if any(layers.get(name) == "Linear" and is_transposed_linear(module) for name, module in modules.items()):
-        with_linear_layers(built)  # they were converted before they were pruned
+        with_linear_layers(built)  # the dense model's layers were converted before pruning
     for name, kind in layers.items():
         # A layer that computes its weight was replaced by a plain layer when it was cut.
         if name in modules and _plain_class(modules[name]) != kind:
@@ -252,7 +252,7 @@ def _layer_attributes(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
 
 
 def _digest(recipe: Mapping[str, Any], values: Mapping[str, Tensor]) -> str:
-    """Digest all that a file holds, for safetensors has no checksum."""
+    """Return a digest of all that a file holds, because safetensors has no checksum."""
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
     for name in sorted(values):
         value = values[name].detach().cpu()
@@ -298,7 +298,7 @@ def _take_out_missing(recipe: dict[str, Any], model: nn.Module, file: Path) -> N
 
 
 def _check_fit(recipe: dict[str, Any], values: dict[str, Tensor], model: nn.Module, file: Path) -> None:
-    """Raise ConfigError unless the file could be that of a pruned copy of the model."""
+    """Raise ConfigError unless the file can hold a pruned copy of the model."""
     tensors, layers = named_tensors(model), _layers(model)
     stored = {name: values[first] for name, first in recipe["stored_as"].items()}
     persistent = stored.keys() - set(recipe["not_persistent"])
@@ -336,15 +336,15 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str]) -> None:
     dense : transformers.PreTrainedModel
         A model made by `nni_topo.to_dense`. It isn't changed.
     folder : str or path-like
-        The folder for ``config.json`` and ``model.safetensors``; made where there is none.
+        The folder for ``config.json`` and ``model.safetensors``; created if it is missing.
 
     Raises
     ------
     ConfigError
-        If the model isn't one of Transformers, its adapters merged, or its config can't say how wide its layers are: it
-        has one number for all blocks, so all must be equally wide, but for heads, which Transformers 4 can prune block
-        by block in BERT and its like (``config.pruned_heads``), and Transformers 5 takes only some numbers of heads.
-        `save` and `load` take every model.
+        If the model isn't one of Transformers with adapters merged, or its config can't describe its widths: a config
+        has one width for all blocks. Only the number of heads may differ between blocks, in BERT and similar models of
+        Transformers 4 (``config.pruned_heads``); Transformers 5 accepts only some numbers of heads. `save` and `load`
+        take every model.
     SpeedupError
         If the model is still wrapped by NNI.
 
@@ -361,7 +361,7 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str]) -> None:
             f"a model must be one of Transformers, with adapters merged, got {name}; nni_topo.save takes any "
             "(save_pretrained)"
         )
-    with_transposed_weights(dense)  # of a copy: see `public`
+    with_transposed_weights(dense)  # `dense` is a copy: see `public`
     if why := why_undescribed(dense):  # may change the copy's config
         raise ConfigError(
             f"from_pretrained must be able to build the model by its config, {why}; nni_topo.save and nni_topo.load "
@@ -378,7 +378,7 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str]) -> None:
 def why_undescribed(dense: Any) -> str:
     """Return why the config of a model of Transformers can't rebuild it, with the place; empty if it can.
 
-    If removed heads have to be listed for that, as Transformers 4 can, they are added to the config.
+    If the config has to list the removed heads, as in Transformers 4, they are added to it.
     """
     if parts := removed_parts(dense):
         return f"which has all parts in each block, got a model without some ({min(parts)})"
@@ -398,13 +398,13 @@ def why_undescribed(dense: Any) -> str:
     got, wanted = _structure(dense), _structure(plain)
     heads = dict[int, list[int]]()
     if wanted != got:
-        # Of a model with one attention module in each block: only the number of removed heads matters, not which.
+        # Assumes one attention module in each block. Only the number of removed heads matters.
         kept, removed = find_attention(dense), dict[int, list[int]]()
         for block, (name, attention) in enumerate(find_attention(plain).items()):
             count = attention.heads - kept[name].heads if name in kept else 0
             if count > 0:
                 removed[block] = list(range(count))
-        # Heads that were removed before come first: Transformers may know some that this package doesn't find.
+        # The config's own list comes first: it may have heads of modules that this package doesn't find.
         for candidate in (known, removed):
             built = copy.deepcopy(plain)
             try:
@@ -450,9 +450,9 @@ _NOTE = "_kept_blocks"
 
 
 def keep_blocks(model: nn.Module, parent: str, numbers: Sequence[int]) -> None:
-    """Remove all blocks but those with these numbers from an ``nn.ModuleList`` or ``nn.Sequential``, in place.
+    """Keep only the blocks with these numbers in an ``nn.ModuleList`` or ``nn.Sequential``, in place.
 
-    The list records which blocks of the unpruned model it keeps, a config of Transformers how many.
+    The list records the numbers of its blocks in the unpruned model, and a config of Transformers their count.
     """
     container: Any = model.get_submodule(parent)
     blocks = list(container)
@@ -474,7 +474,7 @@ def kept_blocks(model: nn.Module) -> dict[str, list[int]]:
 
 
 def tells_depth(config: Any, count: int) -> bool:
-    """Return whether a config of Transformers holds the number of blocks of a list."""
+    """Tell whether a config of Transformers holds a list's number of blocks."""
     return getattr(config, "num_hidden_layers", None) == count and not config.is_encoder_decoder
 
 

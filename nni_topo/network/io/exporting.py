@@ -46,13 +46,13 @@ from nni_topo.rules import ANYTHING, all_of, whole
 
 Format = Literal["onnx", "torch.export"]
 FORMATS: dict[str, Format] = {".onnx": "onnx", ".pt2": "torch.export"}
-"""By ending of a path, the format of the file."""
-_BATCH = 2  # samples with which a network is exported that takes any batch
-_OTHER_BATCH = 3  # samples of the second batch with which its file is run
+"""File formats by ending of the path."""
+_BATCH = 2  # batch size of the export if the file takes any
+_OTHER_BATCH = 3  # second batch size with which the file is checked
 _MULTIPLES = (1, 8, 16, 32)  # a network may take only sizes that are multiples of one of these
 _DIMS = all_of(whole(0), Sequence)
 _COLOURS = re.compile(r"\x1b\[[\d;]*m")  # of a terminal
-_MOST_OF_A_REASON = 300  # characters of PyTorch's errors that are handed on
+_MOST_OF_A_REASON = 300  # most characters quoted from PyTorch's errors
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ class Exported:
         as a share of the largest output; at two sizes if a dimension is dynamic.
     int8_distance : float, default=NaN
         Mean squared distance between the outputs of the INT8 file and those of the network, as a share of their
-        variance. It is measured on every eighth sample, which the ranges of the integers aren't chosen by, or on all
-        samples if there are fewer than eight. NaN without INT8.
+        variance. It is measured on every eighth sample, which isn't used to choose the ranges of the integers, or on
+        all samples if there are fewer than eight. NaN without INT8.
     """
 
     path: Path
@@ -80,7 +80,7 @@ class Exported:
     int8_distance: float = math.nan
 
 
-# PyTorch's exporters fail where convolutions are set to another precision than recurrent layers.
+# PyTorch's exporters fail if convolutions and recurrent layers have different precision settings.
 @public(path=ANYTHING, dynamic_dims=_DIMS)
 @in_full_precision()
 def export(
@@ -104,11 +104,11 @@ def export(
         these two.
     inputs : Tensor, tuple, list or mapping of str to Any
         Example inputs, batch first: one tensor, positional or keyword arguments, or a batch whose first entry holds the
-        arguments. The file takes them at these sizes, but for the ``dynamic_dims``.
+        arguments. The file takes only these sizes, except in the ``dynamic_dims``.
     format : {"onnx", "torch.export"}, optional
         ONNX for onnxruntime, or a program for :func:`torch.export.load`. None: ``"onnx"`` for a path that ends in
-        ``.onnx``, ``"torch.export"`` for one in ``.pt2``. Outputs of an ONNX file have the names of the keys or fields
-        that the network returns them under (``boxes.0`` for one in a list).
+        ``.onnx``, ``"torch.export"`` for one in ``.pt2``. Outputs of an ONNX file are named by the keys or fields
+        of the network's output (``boxes.0`` for one in a list).
     int8 : iterable, optional
         Calibration data: batches of unlabelled inputs. Weights and activations become 8-bit integers, whose ranges are
         those of the values on these batches. ONNX only.
@@ -116,8 +116,8 @@ def export(
         How many of the 8 bits INT8 weights use. 8 bits are more exact; the notes say where they are safe.
     dynamic_dims : sequence of int, default=(0,)
         Dimensions of the inputs that the file takes at any size: ``(0,)`` is any batch, ``(0, 2, 3)`` any batch, height
-        and width of images, ``(2, 3)`` only height and width, ``()`` none. They hold for each input that has the
-        samples in its first dimension and so many dimensions.
+        and width of images, ``(2, 3)`` only height and width, ``()`` none. They apply to each input that has the
+        samples in its first dimension, and that has these dimensions.
 
     Returns
     -------
@@ -192,7 +192,7 @@ def export(
     try:
         check_fits(net, call, "inputs")
     except DataError:
-        check_fits(net, given, "inputs")  # an error that says what to change about the inputs as they were given
+        check_fits(net, given, "inputs")  # its error describes the inputs as they were given
         raise
     with torch.no_grad():
         returned = net(*call[0], **call[1])
@@ -209,7 +209,7 @@ def export(
     with quietly():
         program = _program(net, call, dynamic_dims)
     output_folder(path.parent)
-    # The file gets its name only after all checks, so that none is left behind that computes something else.
+    # The file gets its name only after all checks, so that no wrong file is left behind.
     with whole_file(path) as part:
         distance = math.nan
         if format == "torch.export":
@@ -233,7 +233,7 @@ def export(
             error = _check(net, calls_to_check, lambda one: _run(session, one))
             if images is not None:
                 learned, held_out = images.split()
-                # onnxruntime's symbolic shapes follow no free height and width.
+                # onnxruntime's symbolic shape inference can't handle a dynamic height or width.
                 symbolic = not set(dynamic_dims) - {0}
                 _quantize(part, session, calls(net, learned), weight_bits, symbolic)
                 distance = _distance(net, _session(part), calls(net, held_out or learned))
@@ -251,7 +251,7 @@ def _import(name: str) -> Any:
 
 
 class OnnxNetwork(nn.Module):
-    """A network as onnxruntime runs it on one thread of the CPU, to be timed; its inputs are the network's."""
+    """Runs a network in onnxruntime on one thread of the CPU, to time it; takes the network's inputs."""
 
     def __init__(self, model: nn.Module, inputs: Any) -> None:
         super().__init__()
@@ -268,7 +268,7 @@ class OnnxNetwork(nn.Module):
 
 
 def as_run_by(runtime: str, networks: Sequence[nn.Module], inputs: Any) -> list[nn.Module]:
-    """Return networks to be timed in a runtime: in PyTorch themselves."""
+    """Return networks to be timed in a runtime; for PyTorch, the networks themselves."""
     return [OnnxNetwork(each, inputs) if runtime == "onnxruntime" else each for each in networks]
 
 
@@ -278,7 +278,7 @@ def quietly() -> Iterator[None]:
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        # PyTorch prints the graph of a network that it can't follow.
+        # PyTorch prints the graph of a network that it can't export.
         with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
@@ -287,7 +287,7 @@ def quietly() -> Iterator[None]:
 
 
 def _other_sizes(net: nn.Module, call: Call, dims: Sequence[int]) -> Call:
-    """Return a call that has another size in each of the dimensions, which a network takes; ExportError without one."""
+    """Return a call with other sizes in the dimensions, on which a network runs; ExportError if none is found."""
     if 0 in dims:
         call = taken(call, torch.arange(_OTHER_BATCH) % batch_size(call))
     places, samples = [dim for dim in dims if dim], batch_size(call)
@@ -295,10 +295,10 @@ def _other_sizes(net: nn.Module, call: Call, dims: Sequence[int]) -> Call:
         return call
 
     def resize(tensor: Tensor, multiple: int | None) -> Tensor:
-        """Enlarge what holds samples to multiples of a number; None: make it smaller by a few."""
+        """Enlarge a tensor of samples to multiples of a number; None: make it smaller by a few."""
         if not tensor.dim() or len(tensor) != samples:
             return tensor
-        for step, dim in enumerate(places, 1):  # sizes of their own, so that a file can't confuse height and width
+        for step, dim in enumerate(places, 1):  # different steps, to detect a file that confuses height and width
             if dim < tensor.dim():
                 size = tensor.shape[dim]
                 other = max(size - step, 1) if multiple is None else (size // multiple + step) * multiple
@@ -316,10 +316,10 @@ def _other_sizes(net: nn.Module, call: Call, dims: Sequence[int]) -> Call:
 
 
 def _return_tensors_alone(net: nn.Module, returned: Any, *, and_numbers: bool) -> None:
-    """Let a network return the tensors of what it has returned where that holds something that a file can't.
+    """Let ``net`` return a list of its output's tensors if the output holds values that a file can't.
 
-    No output of ONNX can be a number, such as a width, and none of ``torch.export`` a text. The tensors of a data class
-    count: to PyTorch's exporter it is no tree. ``net`` is changed.
+    An output of ONNX can't be a number, such as a width, and one of ``torch.export`` can't be a text. Tensors in a data
+    class are listed, too: PyTorch's exporter doesn't take it apart.
     """
     leaves = tree_flatten(returned)[0]
     numbers = (bool, int, float) if and_numbers else ()
@@ -335,10 +335,10 @@ def _return_tensors_alone(net: nn.Module, returned: Any, *, and_numbers: bool) -
 
 
 def _name_outputs(graph: Any, names: list[str]) -> None:
-    """Give the outputs of an ONNX graph the names of the network's, where these are so many.
+    """Give the outputs of an ONNX graph the network's names, if these are as many.
 
-    In ONNX a name is given once: what an input or a weight is called gets an underscore as the name of an output, and
-    values in between make way.
+    Names in ONNX are unique: an output gets an underscore if an input or a weight has its name, and values in between
+    are renamed.
     """
     outputs = list(graph.outputs)
     if len(names) != len(outputs):
@@ -353,7 +353,7 @@ def _name_outputs(graph: Any, names: list[str]) -> None:
 
 
 def _program(net: nn.Module, call: Call, dims: Sequence[int]) -> Any:
-    """Export a network as a program that takes any size in these dimensions of what holds samples."""
+    """Export a network as a program that takes any size in these dimensions of inputs that hold samples."""
     batch = torch.export.Dim("batch")
     size = batch_size(call)
 
@@ -385,7 +385,7 @@ def _export_errors(rule: str, net: nn.Module) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        cause: BaseException = error  # the last one says what is wrong, those before it which step of PyTorch's it was
+        cause: BaseException = error  # the innermost says what is wrong, the others name steps of PyTorch
         while cause.__cause__ is not None:
             cause = cause.__cause__
         paragraph = _COLOURS.sub("", str(cause)).strip().partition("\n\n")[0]
@@ -397,7 +397,7 @@ def _export_errors(rule: str, net: nn.Module) -> Iterator[None]:
 
 
 def _session(path: Path, threads: int = 0) -> Any:
-    """Load an ONNX file in onnxruntime; 0 threads: as many as it takes by itself."""
+    """Load an ONNX file in onnxruntime; 0 threads: onnxruntime's default."""
     runtime = _import("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = threads
