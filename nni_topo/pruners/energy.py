@@ -39,7 +39,7 @@ from nni_topo.rules import NONE, Rule, as_settings, number, settings
 def input_sizes(
     model: nn.Module, names: Sequence[str], example_inputs: Any, facts: Facts | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """Return the spatial input sizes of convolutions, by name; ConfigError if one is unknown."""
+    """Return the spatial input sizes of convolutions, by name; ConfigError if unknown or, padded, below the kernel."""
     if names and example_inputs is None:
         raise ConfigError(
             "a layer's input size must be known, from example_inputs or an evaluator that has a dummy_input or "
@@ -105,7 +105,7 @@ class ChirpEnergyCollector(DataCollector):
     bias: bool = True
 
     def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
-        """Raise ConfigError for layers without an energy or with an unknown input size."""
+        """Raise ConfigError for layers without an energy, or whose input size is unknown or below the kernel."""
         for name, module in modules.items():
             if not isinstance(module, WEIGHTED):
                 raise LayerError(f"energies are defined for convolutions, got {type(module).__name__} ({name})", [name])

@@ -1,4 +1,4 @@
-"""The point clouds by name, as the ``cloud`` knob of a pruner takes them."""
+"""The point clouds by name, for the ``cloud`` knob of a pruner."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def preprocess_points(points: Tensor, preprocess: Preprocess) -> Tensor:
 
 @dataclass(frozen=True)
 class PointCloud:
-    """Which points stand for a layer's filters.
+    """The points that represent a layer's filters.
 
     Parameters
     ----------
     kind : {"auto", "weight", "functional"} or DataCollector, default="auto"
-        The filters' weights; or what their outputs over the calibration data do in the layers that read them.
+        The filters' weights, or the effect of their outputs on the layers that read them, over the calibration data.
         ``"auto"``: ``"functional"`` if there are calibration data, else ``"weight"``. A collector makes its own points.
     preprocess : {"none", "center", "standardize", "unit"}, default="none"
-        Each member's cloud as it is; its mean point moved to the origin; also each feature scaled to unit variance;
-        each point scaled to unit length (zero points stay). Constant features are left at zero by ``"standardize"``.
+        Each member's cloud unchanged; with its mean point moved to the origin; also with each feature scaled to unit
+        variance (constant features become 0); or with each point scaled to unit length (zero points stay).
     origin : bool, default=True
-        Whether the origin, to which a pruned filter falls, belongs to the cloud.
+        Whether the origin, where pruned filters lie, belongs to the cloud.
 
     Examples
     --------
@@ -63,7 +63,7 @@ class PointCloud:
         check_fields(self, "cloud", kind=one_of(CLOUDS) | instance(DataCollector))
 
     def collector(self, calibration: Calibration | None) -> DataCollector:
-        """Return what collects the points; they are preprocessed where subsets of them are chosen."""
+        """Return the collector of the points, which doesn't preprocess them: the metric does."""
         if isinstance(self.kind, DataCollector):
             return self.kind
         if self.kind == "weight" or (self.kind == "auto" and calibration is None):

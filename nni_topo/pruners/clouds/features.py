@@ -62,12 +62,12 @@ class FeatureCollector(DataCollector):
 
     Notes
     -----
-    The first column of what is handed on is each neuron's mean output, the others span its deviations from the mean;
-    those of coupled channels stand side by side, channel by channel. All are per sample and position, so
-    that they don't grow with the calibration set. Distances between rows are the distances between features, inner
-    products without the first columns their covariances. Features wider than the layer are projected onto as many
-    dimensions as there are neurons: exactly, by a pivoted Cholesky decomposition of their covariances, summed up batch
-    by batch.
+    The first column of the collected rows is each neuron's mean output, the others are coordinates of its deviations
+    from the mean. If a block has several channels, their columns stand side by side, channel by channel. All values are
+    per sample and position, so they don't grow with the calibration set. Distances between rows are the distances
+    between features; inner products without the first columns are covariances. Features wider than the layer are
+    projected onto as many dimensions as there are neurons: exactly, by a pivoted Cholesky decomposition of their
+    covariances, summed up batch by batch.
     """
 
     network: TracedNetwork
@@ -78,7 +78,7 @@ class FeatureCollector(DataCollector):
         self.calibration = Calibration.of(calibration)
 
     def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
-        """Raise ConfigError for layers that are no linear layers or convolutions, or that attention calls."""
+        """Raise ConfigError for layers that aren't linear layers or convolutions, or that belong to attention."""
         heads = {name for each in find_heads(model).values() for name in each.channels}
         for name, module in modules.items():
             if not isinstance(module, WEIGHTED) or name in heads:
@@ -113,7 +113,7 @@ class FeatureCollector(DataCollector):
 
 
 class _Rows:
-    """Features of one layer: kept as they are while they are few, else their sums and products."""
+    """Features of one layer: stored while they are few, else summed up as means and products."""
 
     def __init__(self, name: str) -> None:
         self._moments = ChannelMoments(name)
@@ -123,7 +123,7 @@ class _Rows:
         """Add features ``(blocks, samples)``."""
         # A copy: in-place operations after the layer would change the rows.
         self._few.append(rows.clone())
-        # Up to as many samples as neurons the features themselves are the smaller thing to keep.
+        # Up to as many samples as neurons, the features take less memory than their products.
         if self._moments.samples or sum(each.shape[1] for each in self._few) > len(rows):
             for each in self._few:
                 self._moments.add(each)
@@ -132,7 +132,7 @@ class _Rows:
     def points(self) -> Tensor:
         """Return means and deviations, shape ``(blocks, 1 + d)``, float64."""
         if self._moments.samples:
-            # The deviations are points that have the covariances.
+            # Points whose inner products are the covariances.
             deviations = embedding(self._moments.gram())
             return torch.cat([self._moments.mean(), deviations], 1)
         check_reached(len(self._few), self._moments.name)
@@ -143,7 +143,7 @@ class _Rows:
 
 
 class _Recorder(Interpreter):
-    """Runs a traced network and adds what its taps put out."""
+    """Runs a traced network and records the outputs of its taps."""
 
     def __init__(self, network: TracedNetwork, rows: dict[str, _Rows]) -> None:
         super().__init__(network.graph)
@@ -154,7 +154,7 @@ class _Recorder(Interpreter):
                 self._taps.setdefault(node, []).append(tap)
 
     def run_node(self, n: Node) -> Any:
-        """Run a node as usual and look at what it puts out."""
+        """Run a node, and record its output if it is a tap."""
         value = super().run_node(n)
         for tap in self._taps.get(n, ()):
             self._rows[tap.layer].add(by_channel(self.module.get_submodule(tap.layer), value))

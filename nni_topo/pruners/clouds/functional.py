@@ -1,4 +1,4 @@
-"""The functional cloud: what a neuron's outputs do in the layers that read them."""
+"""The functional cloud: the effect of a neuron's outputs on the layers that read them."""
 
 from __future__ import annotations
 
@@ -35,11 +35,10 @@ IntArray = NDArray[np.int64]
 class FunctionalCollector(DataCollector):
     """The functional cloud: a neuron's outputs where they are read, weighted by how strongly they are read.
 
-    A neuron's coordinates are the values that it puts into each next layer (after batch norm, activation and
-    pooling), less their mean, which the reading layer's bias can take over, each times the norm of the weights that
-    read it. So a neuron that is always silent, or that nobody listens to, lies at the origin, and two neurons are near
-    each other if one can stand in for the other. The coordinates of a head of attention are what it adds to the
-    residual stream.
+    A neuron's coordinates are its values at the input of each next layer (after batch norm, activation and pooling),
+    minus their mean, which the reading layer's bias can take over, times the norm of the weights that read them. So a
+    neuron that is constant, or that is read with zero weights, lies at the origin, and two neurons are near each other
+    if one can replace the other. The coordinates of an attention head are what it adds to the residual stream.
 
     Parameters
     ----------
@@ -49,8 +48,8 @@ class FunctionalCollector(DataCollector):
     Notes
     -----
     Only inner products are summed up, batch by batch: memory is independent of the number of samples, and the cloud is
-    handed on as ``n`` points in ``n`` dimensions with the same distances. The members of a dependency group put out the
-    same channels: the first one carries the joint cloud, the others none.
+    returned as ``n`` points in ``n`` dimensions with the same distances. The members of a dependency group make the
+    same channels: the first one gets the joint cloud, the others an empty one.
     """
 
     @checked()
@@ -58,12 +57,12 @@ class FunctionalCollector(DataCollector):
         self.calibration = Calibration.of(calibration)
 
     def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
-        """Check that every layer is read."""
+        """Raise ConfigError for layers that no layer reads."""
         check_read(model, modules, structure_call(model, self.calibration))
 
     def collect(self, context: PruningContext) -> Data:
         """Return float64 clouds ``(blocks, blocks)``, and ``(blocks, 0)`` for a group's other members."""
-        # The first batch has been tried out.
+        # check() has run the first batch already.
         call = structure_of(context.model, next(calls(context.model, self.calibration)))
         flow = Analysis(context.model, call, context.facts).flow
         readers = {unit.name: self.readers(unit, flow, context) for unit in context.units}
@@ -78,7 +77,7 @@ class FunctionalCollector(DataCollector):
             grams = [reader.gram(moment.gram()) for reader, moment in found]
             # Coordinates from several readers stand side by side, so their inner products add up.
             joint[unit.name] = points_of_gram(torch.stack(grams).sum(0))
-        # The members put out the same channels, so that a cloud for each member would count several times.
+        # The members make the same channels, so a cloud for each member would count them several times.
         return context.collected(lambda unit, *member: joint[unit.name][:, : None if member == unit.members[0] else 0])
 
     def readers(self, unit: PruningUnit, flow: ChannelFlow, context: PruningContext) -> list[ChannelReader]:
@@ -90,16 +89,16 @@ class FunctionalCollector(DataCollector):
 class ChannelReader:
     """A layer that reads a unit: where each channel enters, ``(channels, places)``, and how strongly it's read.
 
-    Of channels that enter in fewer places than others some places are -1, of strength 0.
+    Channels that enter in fewer places than others are padded with places of -1 and strength 0.
     """
 
     module: nn.Module
     places: IntArray
     strength: Tensor
-    mixes: bool = False  # it adds up what it reads of a channel, which is a head, into what that puts out
+    mixes: bool = False  # a channel is an attention head, and the layer sums up its inputs from the head
 
     def record(self, moments: ChannelMoments, entering: Tensor) -> None:
-        """Add what enters the layer to running sums."""
+        """Add an input of the layer to running sums."""
         rows = by_channel(self.module, entering)
         if self.mixes:
             moments.add(rows[torch.from_numpy(self.places.ravel()).to(rows.device)])
@@ -108,7 +107,7 @@ class ChannelReader:
         moments.add(rows[torch.from_numpy(self.places).to(rows.device)], self.strength.to(rows.device))
 
     def gram(self, gram: Tensor) -> Tensor:
-        """Return inner products of channels ``(channels, channels)`` from those that were summed up."""
+        """Return inner products of channels ``(channels, channels)``, given the sums of :meth:`record`."""
         if not self.mixes:
             return gram
         weight = weight_used(self.module).detach().double().cpu()[:, torch.from_numpy(self.places.ravel())]
@@ -119,7 +118,7 @@ class ChannelReader:
 def readers_of(
     unit: PruningUnit, flow: ChannelFlow, context: PruningContext, *, order: float = 2.0
 ) -> list[ChannelReader]:
-    """Return the layers that read a unit, strengths being norms of this order; ConfigError if none reads it."""
+    """Return the layers that read a unit, with norms of this order as strengths; ConfigError if none reads it."""
     lead, target = unit.members[0]
     outputs = output_blocks(context.target_spaces[lead][target], "channels that are scored by the next layer")
     together = np.sort(flow.units(lead)) if lead in flow.layers else None
@@ -150,7 +149,7 @@ def readers_of(
 def check_read(
     model: nn.Module, modules: Iterable[str], call: Call, kinds: tuple[type[nn.Module], ...] = (nn.Module,)
 ) -> None:
-    """Raise ConfigError for layers some of whose channels no layer of these kinds reads, with all such names."""
+    """Raise ConfigError, with their names, for layers with channels that no layer of these kinds reads."""
     flow = Analysis(model, call, context().facts).flow
     by_name = dict(model.named_modules())
     makes_channels = set(flow.layers) - set(flow.output_projections())
@@ -167,7 +166,7 @@ def check_read(
 
 
 def unread_error(names: list[str]) -> LayerError:
-    """Build the error for layers that nothing reads, with the ways on."""
+    """Return the error for layers that no layer reads, with advice."""
     return LayerError(
         "the channels of a pruned layer are scored by the linear layers and convolutions that read all of them, got "
         f"none, as where only a recurrent layer does: {leaving_out('the pruned layer')}, or take a pruner that looks "
@@ -179,16 +178,16 @@ def unread_error(names: list[str]) -> LayerError:
 def _reading(
     name: str, flow: ChannelFlow, modules: dict[str, nn.Module], kinds: tuple[type[nn.Module], ...] = (nn.Module,)
 ) -> list[tuple[nn.Module, IntArray]]:
-    """Return the layers of these kinds that read another one's channels, and where each channel enters.
+    """Return the layers of these kinds that read a layer's channels, and where each channel enters.
 
-    They are those that read all channels alike, if there are any. Else those that read some, as after a split, if they
-    together read all that can be removed.
+    If any layers read every channel in equally many places, these alone are returned. Else the layers that read some
+    channels, as after a split, if together they read all channels that can be removed.
     """
     channels = flow.group_ids(flow.unit_channel_ids(name))
     alike, others = list[tuple[nn.Module, IntArray]](), list[tuple[nn.Module, IntArray]]()
     for other in flow.layers:
         module = modules[other]
-        # A depth-wise convolution passes each channel on by itself: the layer after it reads the channels.
+        # A depthwise convolution passes each channel on separately: the layer after it reads the channels.
         if isinstance(module, kinds) and not is_depthwise(module):
             places = _places(channels, flow.entering_group_ids(other))
             if places.size:
@@ -203,7 +202,7 @@ def _places(channels: IntArray, entering: IntArray) -> IntArray:
     """Return the input positions of each channel, ``(channels, places)``; channels with fewer end in -1."""
     order = np.argsort(entering, kind="stable")
     first, end = (np.searchsorted(entering[order], channels, side) for side in ("left", "right"))
-    # All channels that stay, and constants, share one number.
+    # All channels that can't be removed, and constants, have the id FIXED.
     counts = np.where(channels == FIXED, 0, end - first)
     steps = np.arange(counts.max(initial=0))
     return np.where(steps < counts[:, None], np.append(order, -1)[np.minimum(first[:, None] + steps, len(order))], -1)

@@ -1,4 +1,4 @@
-"""Sums over samples that a cloud is made of, batch by batch, and the points that have given inner products."""
+"""Sums over samples, batch by batch, from which a cloud is made, and points with given inner products."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from nni_topo.errors import DataError
 from nni_topo.network.runtime.memory import check_memory
 
 _TURN = 2**24
-_MATRICES = 6  # most matrices of inner products in memory at a time, until points are made of them
-# Share of the largest variance below which a pivot is rounding; distances, its root, err by less than 1e-6.
+_MATRICES = 6  # of inner products in memory at a time, at most, until points are made
+# A pivot below this share of the largest variance is rounding; distances, its root, err by less than 1e-6.
 _ROUNDING = 1e-13
-_WIDE = 4096  # points from which on eigenvectors, 27 times as much work as pivoted Cholesky, take minutes
+_WIDE = 4096  # points: from here on eigenvectors, 27 times the work of pivoted Cholesky, take minutes
 
 
 class ChannelMoments:
-    """Running sums over samples: how many there were, the sum of each place of each row, the rows' inner products."""
+    """Running sums over samples: their number, the sum at each place of each row, the rows' inner products."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -36,7 +36,7 @@ class ChannelMoments:
             cure = f"{leaving_out()}, or choose by its weights (cloud='weight') or by their norms"
             check_memory(8 * _MATRICES * len(rows) ** 2, what, cure, self.name)
         self.samples += rows.shape[2]
-        # 128 MiB of float64 a turn, whatever the batch.
+        # Chunks of 128 MiB of float64, whatever the batch.
         for few in rows.split(max(1, _TURN // max(1, rows.shape[0] * rows.shape[1])), dim=2):
             part = few.double() if scale is None else few.double() * scale[..., None]
             flat = part.flatten(1)
@@ -51,14 +51,14 @@ class ChannelMoments:
     def gram(self) -> Tensor:
         """Return covariances, ``(n, n)`` on the CPU; DataError if no sample was added or one is not finite."""
         check_reached(self.samples, self.name)
-        # The mean product less the product of means.
+        # The mean product minus the product of means.
         gram: Tensor = (self._products / self.samples).cpu() - self.mean() @ self.mean().T
         check_finite(gram, self.name)
         return gram
 
 
 def check_reached(samples: int, name: str, what: str = "activation") -> None:
-    """Raise DataError for a layer that no sample came to."""
+    """Raise DataError for a layer that no sample reached."""
     if not samples:
         raise DataError(f"calibration must reach every pruned layer, got no {what} ({name})")
 
@@ -70,7 +70,7 @@ def check_finite(values: Tensor, name: str) -> None:
 
 
 def points_of_gram(gram: Tensor) -> Tensor:
-    """Return ``n`` points in at most ``n`` dimensions that have given inner products ``(n, n)``, float64."""
+    """Return ``n`` points in at most ``n`` dimensions with these inner products ``(n, n)``, float64."""
     if len(gram) > _WIDE:
         return embedding(gram)
     values, vectors = torch.linalg.eigh(gram)

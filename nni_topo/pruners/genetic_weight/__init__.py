@@ -1,4 +1,4 @@
-"""Single weights by a genetic search."""
+"""Pruning of single weights by a genetic search."""
 
 from nni_topo.pruners.genetic_weight.pruner import GeneticWeightPruner
 

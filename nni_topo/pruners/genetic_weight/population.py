@@ -1,7 +1,7 @@
 """Accuracy of many masks of the same layers at once.
 
-What enters the first masked layer doesn't depend on the masks. It is computed once; then only the rest of the network
-runs, for as many masks at a time as fit: the population takes the place of a larger batch.
+The input of the first masked layer doesn't depend on the masks, so it is computed once. Then only the rest of the
+network runs, for as many masks at a time as fit into memory, like a larger batch.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _logger = logging.getLogger(__name__)
 
 _LARGEST_CHUNK = 256
 TOGETHER = 2**28
-"""Bytes for the individuals that run together, roughly."""
+"""Approximate bytes of the individuals that run together."""
 
 
 class MaskedScores:
-    """A score per mask by masking, running ``score()`` and unmasking: what works for every network.
+    """Scores masks one by one: mask, call ``score()``, unmask; it works for every network.
 
-    ``biases``: of each weight, the bias that an output loses with its last weight; None where it has none.
+    ``biases``: each weight's bias, or None. An output that loses all of its weights loses its bias, too.
     """
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], score: Callable[[], float]) -> None:
@@ -76,7 +76,7 @@ def split_genes(genes: BoolArray, weights: Sequence[Tensor]) -> list[Tensor]:
 
 
 class PopulationAccuracy:
-    """Accuracies of masked networks on batches ``(inputs, labels)``; genes are the weights of the layers in a row."""
+    """Accuracies of masked networks on batches ``(inputs, labels)``; genes are the layers' weights, concatenated."""
 
     def __init__(
         self, model: nn.Module, layers: Sequence[str], batches: Iterable[Any], *, max_bytes: int = TOGETHER
@@ -96,17 +96,17 @@ class PopulationAccuracy:
         if not self.samples:
             raise DataError("validation must hold at least one labelled image, got none (validation)")
         self._max_bytes = max_bytes
-        self._tails = self._cut()  # none: masks are run one by one
+        self._tails = self._cut()  # empty: masks are run one by one
 
     def __call__(self, population: Iterable[BoolArray]) -> FloatArray:
         """Return the accuracies, shape ``(individuals,)``, in [0, 1]."""
         whole = [layer.weight for layer in self._layers]
         if not self._tails:
             return MaskedScores(whole, [layer.bias for layer in self._layers], self._accuracy)(population)
-        # float32, roughly: three of the largest activation at a time, and the masks beside the masked weights.
+        # Bytes per individual, roughly, in float32: three of the largest activation; the masks and the masked weights.
         genes = sum(int(weight.numel()) for weight in whole)
         each = 4 * (3 * max(tail.elements for tail in self._tails) + 2 * genes)
-        # A population may be made as it is drawn: chunk by chunk, which bounds memory.
+        # The population may be a generator: taking it in chunks bounds memory.
         size = max(1, min(_LARGEST_CHUNK, self._max_bytes // each))
         source, hits = iter(population), []
         while chunk := list(islice(source, size)):
@@ -129,7 +129,7 @@ class PopulationAccuracy:
 
     @torch.no_grad()
     def _cut(self) -> list[_Tail]:
-        """Cut the graph at the masked layers, unless that doesn't give what the model computes."""
+        """Cut the graph at the masked layers, unless the parts don't compute what the model does; then nothing."""
         inputs, labels = self._batches[0]
         with fitting(0, "validation"):
             expected = _logits(self._model(inputs), labels)
@@ -137,10 +137,10 @@ class PopulationAccuracy:
             graph = without_side_effects(trace(self._model, arguments_of(inputs[:2])).graph_module)
             tails = [_Tail(graph, self._names, *batch) for batch in self._batches]
             found = tails[0].logits([layer.weight[None] for layer in self._layers])[0]
-            # A graph holds the branches that the traced batch took; and joint products are rounded differently.
+            # The graph has only the branches that the traced batch took, and batched products are rounded differently.
             if agree([expected], [found], SAME_CHANNELS):
                 return tails
-        # Whatever a model's own code raises when run in pieces: one by one, the masks work for every network.
+        # A model's own code may raise any of these when run in pieces; running masks one by one always works.
         except (SpeedupError, RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError):
             _logger.debug("the graph of %s can't be cut", type(self._model).__name__, exc_info=True)
         _logger.warning("the graph can't be cut at %s: masks are run one by one", ", ".join(self._names))
@@ -148,12 +148,12 @@ class PopulationAccuracy:
 
 
 class _Tail:
-    """The rest of a network after its masked layers, with one batch's inputs to it."""
+    """The part of a network that depends on masked layers, with the other activations of one batch that it reads."""
 
     def __init__(self, graph: torch.fx.GraphModule, names: Sequence[str], inputs: Tensor, labels: Tensor) -> None:
         self.labels = labels
         self._names = list(names)
-        # Only run() collects garbage, and nodes are run one by one here.
+        # Garbage collection works in run() only, and nodes are run one by one here.
         self._run = Interpreter(graph, garbage_collect_values=False)
         nodes: list[Node] = list(graph.graph.nodes)
         missing = set(names) - {str(node.target) for node in nodes if node.op == "call_module"}
@@ -169,7 +169,7 @@ class _Tail:
             else:
                 known[node] = self._compute(node, known)
         self._nodes = [node for node in nodes if node in dependent]
-        # Of what no mask changes only the border is needed again, not all activations before it.
+        # Of the activations that no mask changes, keep only those that the masked part reads.
         used = {other for node in self._nodes for other in node.all_input_nodes}
         self._known = {node: value for node, value in known.items() if node in used}
         self.elements = 0  # of an individual's largest activation, once it has run
@@ -180,7 +180,7 @@ class _Tail:
         return outputs
 
     def _outputs(self, *weights: Tensor) -> Tensor:
-        """Run one individual; what vmap makes of it runs all of them, and what they share once."""
+        """Run one individual; under vmap it runs all of them, and their shared computations once."""
         values, masked = dict(self._known), dict(zip(self._names, weights, strict=True))
         for node in self._nodes:
             if self._is_masked(node):
@@ -192,15 +192,15 @@ class _Tail:
         return _logits(values[self._nodes[-1]], None)
 
     def _masked(self, node: Node, entering: Tensor, weight: Tensor) -> Tensor:
-        """Return what a layer puts out with a masked weight."""
+        """Return the output of a layer with a masked weight."""
         layer: Any = self._run.fetch_attr(str(node.target))
-        # An output that lost all of its weights loses its bias, as by NNI's masks.
+        # An output that lost all of its weights loses its bias, as in NNI's masks.
         bias: dict[str, Tensor] = {}
         if layer.bias is not None:
             bias["bias"] = layer.bias * weight.flatten(1).any(1)
         if isinstance(layer, nn.Linear) and not has_own_forward(layer) and node.all_input_nodes[0] in self._known:
             # With the weight on the left, vmap multiplies the weights of all individuals at once; linear() would
-            # multiply those of each individual by itself.
+            # multiply the weights of each individual separately.
             product: Tensor = (weight @ entering.flatten(0, -2).mT).mT.contiguous().unflatten(0, entering.shape[:-1])
             return product + bias.get("bias", 0.0)
         outputs: Tensor = functional_call(layer, {"weight": weight, **bias}, (entering,))

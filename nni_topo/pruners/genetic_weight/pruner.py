@@ -1,7 +1,7 @@
-"""Weight-pruning genetic algorithm: which single weights of a few layers a network can do without.
+"""Weight-pruning genetic algorithm: find single weights of a few layers that a network doesn't need.
 
-Individuals say of every weight of the target layers whether it is used. They are crossed, lose their weakest weights
-and random ones, and replace their parents where accuracy and compression together get better. Nothing is retrained.
+An individual says for every weight of the target layers whether it is kept. Individuals are crossed, lose their weakest
+and some random weights, and replace their parents if accuracy and compression together improve. Nothing is retrained.
 
 Source: Janjic, "Exploring Redundancy in Neural Networks: Pruning by Genetic Algorithm & Filter Energy", MSc thesis,
 University of Manitoba, 2018, section 4.1, Algorithm 2.
@@ -51,7 +51,7 @@ Accuracies = Callable[[Iterator[BoolArray]], FloatArray]
 
 @dataclass(kw_only=True, eq=False)
 class GeneticMetric(MetricCalculator):
-    """Keeps the weights that the fittest individual of a search uses; knobs of the pruner."""
+    """Keeps the weights of the fittest individual of a search; the fields are knobs of the pruner."""
 
     settings: WeightSearch
     validation: list[Any] | None
@@ -62,7 +62,7 @@ class GeneticMetric(MetricCalculator):
     start_weights: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, dtype=np.float32), init=False)
 
     def calculate(self, data: Data, context: PruningContext) -> KeptSet:
-        """Search."""
+        """Run the search and keep the weights of its fittest individual."""
         names = [unit.members[0][0] for unit in context.units]
         weights = [context.target_spaces[name]["weight"].target for name in names]
         flat = [weight.detach().cpu().float().flatten() for weight in weights]
@@ -71,7 +71,7 @@ class GeneticMetric(MetricCalculator):
         for name, unit in zip(names, context.units, strict=True):
             most = min(1.0 if unit.sparse_ratio is None else unit.sparse_ratio, unit.max_sparse_ratio)
             layers.append(GeneLayer(data[name]["weight"].numpy().ravel().astype(np.float32), most))
-        # Magnitudes and a child that is bred, parents and children in bits, and those that run together.
+        # Bytes: magnitudes and the child being bred, parents and children as bits, individuals that run together.
         needed = (20 + self.settings.population_size / 4) * len(self.start_weights) + TOGETHER
         cure = "fewer layers (op_names) or a smaller population_size (search) take less"
         check_memory(needed, f"a population on {len(self.start_weights)} weights", cure, "+".join(names))
@@ -88,13 +88,13 @@ class GeneticMetric(MetricCalculator):
         return context.keep({unit.name: own for unit, own in zip(context.units, kept, strict=True)})
 
     def _tell_if_constant(self, search: WeightGeneticAlgorithm) -> bool:
-        """Warn where all individuals of a generation are equally accurate; say whether any of them lost a weight."""
+        """Warn if all individuals of a generation are equally accurate; say whether any of them lost a weight."""
         rows = [row for row in search.history if row.generation == search.generation]
         if all(row.compression == 0.0 for row in rows):
             return False  # with a damage_rate of 0 there is nothing to compare yet
         if len({row.accuracy for row in rows}) == 1:
             _logger.warning(
-                "the accuracy must differ between individuals for the search to look at it, got %g for all %d of "
+                "the accuracy must differ between individuals for the search to use it, got %g for all %d of "
                 "generation %d (genetic_weight)",
                 rows[0].accuracy,
                 len(rows),
@@ -144,22 +144,23 @@ class GeneticWeightPruner(StructuredPruner):
     existed_wrappers, seed, progress
         As for :class:`~nni_topo.StructuredPruner`.
     validation : iterable or None, default=None
-        Batches ``(inputs, labels)`` on which accuracy is measured. What enters the first target is computed once, and
-        individuals run together. Don't give the test set: the search fits what it is given.
+        Batches ``(inputs, labels)`` on which accuracy is measured. The input of the first target is computed once, and
+        individuals run together. Don't give the test set, because the search fits these data.
     evaluate : callable or None, default=None
-        Instead: returns the score of a model, in [0, 1] for an accuracy. It runs the whole model for each individual.
+        Used without ``validation``: returns the score of a model, in [0, 1] for an accuracy. It is called for each
+        individual.
     search : WeightSearch, mapping or None, default=None
         :class:`~nni_topo.WeightSearch`, or a mapping of its fields, such as ``population_size`` and
         ``generations``. None: ``WeightSearch()``.
 
     See Also
     --------
-    nni_topo.analysis.EvolutionStudy : the search in pictures.
+    nni_topo.analysis.EvolutionStudy : plots of the search.
 
     Notes
     -----
     Per generation and individual, breeding takes a few passes over the genes, evaluation one pass of the network from
-    the first target on. ``to_dense`` leaves single weights in the layers as zeros. A neuron that lost all of its
+    the first target on. ``to_dense`` leaves pruned weights in the layers as zeros. A neuron that lost all of its
     weights loses its bias too, in the search as in NNI's masks.
 
     Examples
@@ -209,7 +210,7 @@ class GeneticWeightPruner(StructuredPruner):
 
     @property
     def start_weights(self) -> NDArray[np.float32]:
-        """The targets' weights as the latest search found them, in a row: shape ``(genes,)``."""
+        """The targets' weights at the start of the latest search, concatenated, shape ``(genes,)``."""
         return self.calculator.start_weights
 
     @property

@@ -1,8 +1,8 @@
 """Reconstruction: how well the outputs of the layers after a unit can be predicted from some of its channels.
 
-What a layer puts out is linear in what enters it. So for each layer that reads a unit, the Gram matrix of the entering
-values says, for every set of kept channels at once, how much of the layer's output is lost even if its weights are
-solved anew, which is what :func:`nni_topo.compensate` does afterwards.
+A layer's output is linear in its input. So for each layer that reads a unit, the Gram matrix of its inputs gives, for
+every set of kept channels, how much of the layer's output is lost even if its weights are solved anew, as
+:func:`nni_topo.compensate` does afterwards.
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 IntArray = NDArray[np.int64]
 
-_COPIES = 3  # of products, or of samples, at most
+_COPIES = 3  # of products, or of samples, in memory at most
 _MOST_BYTES = 2**30  # of the matrices of units that are measured together
-_MANY = 2048  # columns: fewer take next to nothing
+_MANY = 2048  # columns: fewer take hardly any memory
 
 
 @dataclass(frozen=True)
 class ReconstructionProblem:
-    """The least-squares problems of the layers that read a unit, whose channels are chosen."""
+    """The least-squares problems of the layers that read a unit, to choose the unit's channels."""
 
-    # Covariances, or samples, of what enters each layer, channel by channel, with a ridge; targets are scaled such that
-    # their total variance is 1. A block is a channel's kernel elements times positions.
+    # Covariances, or samples, of each layer's inputs, channel by channel, with a ridge; targets are scaled to a total
+    # variance of 1. Each channel has kernel elements times positions columns.
     layers: tuple[Products | SampleMatrix, ...]
 
     def choose(self, keep: int, parts: int = 1) -> IntArray:
-        """Return ``keep`` channels by forward selection, in the order of choice, as many from each of equal parts."""
+        """Return ``keep`` channels by forward selection, in the order of choice, equally many from each part."""
         return forward_selection(self.layers, keep, parts)[0]
 
     def worth(self, parts: int = 1) -> FloatArray:
-        """Return what each channel takes off the error, summed over the layers, when all are chosen in turn."""
+        """Return how much each channel reduces the error, summed over the layers, when all are chosen one by one."""
         channels = self.layers[0].channels
         order, taken = forward_selection(self.layers, channels, parts)
         worth = np.zeros(channels)
@@ -69,10 +69,9 @@ class ReconstructionProblem:
 class ReconstructionProblems:
     """Measures the reconstruction problems of a pruner's units on calibration batches.
 
-    ``sequential``: each unit's after the units chosen before it were compensated, in the order of the network. The
-    targets are those of the unpruned network; the channels to keep come from the network in which the units before are
-    pruned and the layers up to here are reconstructed. ``seed`` draws the positions at which large feature maps are
-    sampled.
+    ``sequential``: units are measured in network order, each after the earlier ones were compensated. The targets come
+    from the unpruned network, the inputs from the network in which earlier units are pruned and the layers up to here
+    are reconstructed. ``seed`` draws the positions at which large feature maps are sampled.
     """
 
     def __init__(self, calibration: Iterable[Any], *, seed: int = 0, sequential: bool = False) -> None:
@@ -85,7 +84,7 @@ class ReconstructionProblems:
     def each(
         self, context: PruningContext, kept: dict[str, BoolArray]
     ) -> Iterator[tuple[PruningUnit, ReconstructionProblem]]:
-        """Yield every unit and its problem; before the next one the caller puts what it keeps of a unit into `kept`."""
+        """Yield every unit and its problem; before the next one the caller puts the unit's kept blocks into `kept`."""
         if context.units and all(unit.name in self._measured for unit in context.units):
             for unit in context.units:
                 yield unit, self._measured[unit.name]
@@ -164,7 +163,7 @@ class ReconstructionProblems:
         cure = f"fewer samples than columns (calibration) take less, or {leaving_out()}"
         for name, reader in wide:
             columns, outputs = column_count(reader), output_channels(reader.module) or 0
-            # Few samples are kept as they are, and not multiplied with each other.
+            # Few samples are stored themselves, instead of their products.
             samples = images * position_count(reader.module, shapes[names[id(reader.module)]][0][1])
             rows = min(samples, columns)
             what = f"least squares of {columns} columns from {samples} samples"
@@ -173,9 +172,9 @@ class ReconstructionProblems:
     def measure(
         self, readers: dict[str, list[ChannelReader]], original: nn.Module, network: nn.Module
     ) -> dict[str, ReconstructionProblem]:
-        """Return the problems of some units by their readers, whose modules are the original's, the network to be met.
+        """Return the problems of some units, given the modules of ``original`` that read them; it gives the targets.
 
-        ``network`` is where the kept channels come from: the same model, or one with the same modules.
+        ``network`` gives the inputs: the same model, or one with the same modules.
         """
         samples = self.calibration.samples
         names = {id(module): name for name, module in original.named_modules()}
@@ -202,7 +201,7 @@ class ReconstructionProblems:
             waiting = sums.pop(name)
             if not all(one.equations.is_finite() for one in waiting):
                 raise DataError(f"activations must be finite, got NaN or infinity ({name})")
-            # One layer's sums after the other's are used up.
+            # Each layer's sums are freed before the next layer's are used.
             waiting.reverse()
             layers = []
             while waiting:

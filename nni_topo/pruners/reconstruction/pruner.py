@@ -47,13 +47,13 @@ class ReconstructionMetric(SelectionMetric):
 
     problems: ReconstructionProblems
     by_error: ReconstructionProblems | None = None
-    """Where blocks of all units are compared by what they take off the readers' errors; None: by death times."""
+    """Compares blocks of all units by how much they reduce the readers' errors; None: by death times."""
 
     def losses(self, context: PruningContext, clouds: Clouds) -> Losses:
-        """Return what says how much of its readers' errors each block of a unit takes off."""
+        """Return the function that says how much each block of a unit reduces its readers' errors."""
         if self.by_error is None:
             return super().losses(context, clouds)
-        # A row loses a block of every part.
+        # A row has one block of every part.
         worth = {u.name: u.parts * found.worth(u.parts) for u, found in self.by_error.each(context, {})}
         return lambda unit: worth[unit.name]
 
@@ -80,7 +80,7 @@ class ReadCollector(FunctionalCollector):
         check_read(model, modules, structure_call(model, self.calibration), WEIGHTED)
 
     def collect(self, context: PruningContext) -> Data:
-        """Return the clouds; they are computed only where layers are compared: by thresholds, groups and budgets."""
+        """Return the clouds; they are computed only if thresholds, global groups or budgets compare layers."""
         return _WhenAsked(partial(super().collect, context))
 
 
@@ -97,28 +97,28 @@ class _WhenAsked(Data):
 
 
 class ReconstructionPruner(StructuredPruner):
-    """Prune the filters and neurons that least squares can do without in the layers that read them.
+    """Prune the filters and neurons that are least needed to reconstruct the outputs of the layers that read them.
 
-    Channels are chosen one by one, each the one that reduces most the squared error of the next layers' outputs on the
-    calibration data, with their weights solved anew. All layers that read a channel count alike.
+    Kept channels are chosen one by one: each time the channel that most reduces the squared error of the next layers'
+    outputs on the calibration data, with their weights solved anew. All layers that read a channel count equally.
 
     Parameters
     ----------
     model, evaluator, existed_wrappers, example_inputs, round_to, progress
         As for :class:`~nni_topo.StructuredPruner`.
     config_list : list of dict
-        NNI's config_list; all its keys keep their meaning. The members of a ``dependency_group_id`` are chosen as one.
+        NNI's config_list; all its keys keep their meaning. A ``dependency_group_id``'s members are chosen together.
         ``sparse_threshold`` and ``global_group_id`` compare half the H0 death times of the layers' functional clouds,
         in units of the layer's mean, as in :class:`~nni_topo.TopologicalPruner`.
     calibration : iterable or None, default=None
         As for the base class.
     sequential : bool, default=False
-        Look at each layer in the network as pruned so far, the layers before it reconstructed, instead of at all
-        layers in the network as it is.
+        Choose the channels of each layer in the network as pruned and reconstructed so far, instead of choosing all
+        in the network as it is.
     budget : Budget, mapping or None, default=None
-        As for the base class; ``{"flops": 0.25, "allocation": "error"}`` for widths by the error that channels leave.
+        As for the base class; ``{"flops": 0.25, "allocation": "error"}`` finds widths by reconstruction error.
     seed : int, default=0
-        Of the positions at which large feature maps are sampled. Same seed, same masks.
+        Draws the positions at which large feature maps are sampled. Same seed, same masks.
 
     See Also
     --------

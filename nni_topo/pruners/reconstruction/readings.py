@@ -1,4 +1,4 @@
-"""What enters a layer from a unit, in the original network and in another one, summed up for least squares."""
+"""A layer's inputs from a unit, in the original network and in another one, summed up for least squares."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from nni_topo.recovery.samples import (
 _LEAST_SAMPLES = 8192
 _SAMPLES_PER_COLUMN = 4
 _RIDGE = 1e-4
-_FEW = 4  # times the samples: not more than a layer's columns, and these aren't multiplied with each other
+_FEW = 4  # if this many times the samples are at most a layer's columns, no products are formed
 
 
 class Reading:
-    """The least squares of a layer's share of its output, in the original network, by what enters its twin."""
+    """Least squares for a unit's share of a layer's output, by the inputs of its twin: the layer in another network."""
 
     # A layer with ``c`` columns is sampled at about ``max(8192, 4 * c)`` positions of all ``images``, evenly spread.
 
@@ -35,14 +35,14 @@ class Reading:
         self.module: Any = reader.module
         self.twin = twin
         self._all_columns = column_count(reader)
-        self.columns = self._all_columns // len(reader.places)  # of a channel: kernel elements times positions
+        self.columns = self._all_columns // len(reader.places)  # per channel: kernel elements times positions
         self.equations = NormalEquations()
         weight: Any = reader.module.weight
         self._inputs = torch.from_numpy(reader.places.clip(min=0)).reshape(1, -1).to(weight.device)
-        # Of a channel that enters in fewer places than others, columns that hold nothing make up the number.
+        # Channels that enter in fewer places than others are padded with empty columns.
         elements = self._all_columns // reader.places.size
         self._empty = torch.from_numpy(reader.places.reshape(-1) < 0).repeat_interleave(elements).to(weight.device)
-        # Of the unpruned network itself the outputs follow from the products of the inputs.
+        # If the twin is the layer itself, the outputs follow from the products of the inputs.
         own = self.module is twin
         self._weights = weight.new_zeros(self._all_columns, 0, dtype=torch.float64) if own else self._read_weights()
         self._wanted = max(_LEAST_SAMPLES, _SAMPLES_PER_COLUMN * self._all_columns) // images + 1  # positions per entry
@@ -52,18 +52,18 @@ class Reading:
         self._now: Tensor
 
     def met(self, entering: Tensor, output: Tensor) -> None:
-        """See a call of the layer."""
+        """Record a call of the layer."""
         self._before, self._shape = entering, tuple(output.shape)
         if has_own_forward(self.module):  # which may compute more after its convolution
             size = call_of(self.module, entering).output_size
             self._shape = (len(entering), 1, *size) if size else tuple(entering.shape)
 
     def reached(self, entering: Tensor) -> None:
-        """See a call of the twin."""
+        """Record a call of the twin."""
         self._now = entering
 
     def add(self, counted: Tensor | None) -> None:
-        """Add the batch that went through; ``(entries, places)`` tells which positions count, None: all do."""
+        """Add the recorded batch; ``counted``, ``(entries, places)``, says which positions count, None: all do."""
         before, now, shape = self._before, self._now, self._shape
         del self._before, self._now  # they may be large
         places = position_count(self.module, shape)
@@ -77,7 +77,7 @@ class Reading:
         self.equations.add(rows, outputs, outputs)
 
     def layer(self) -> Products | SampleMatrix:
-        """Return what was summed up, targets scaled such that their total variance is 1; the sums are used up."""
+        """Return the problem, targets scaled to a total variance of 1, and free the sums."""
         sums, self.equations = self.equations, NormalEquations()
         if sums.samples * _FEW <= sums.unknowns:
             root = sums.samples**0.5
@@ -103,7 +103,7 @@ class Reading:
         return Products(own.cpu().numpy(), targets, self.columns, own.device)
 
     def _read_weights(self) -> Tensor:
-        """Weights by which the layer reads the unit's columns, ``(channels * columns, outputs)``, float64."""
+        """Return the weights that read the unit's columns, ``(channels * columns, outputs)``, float64."""
         weight = by_output(weight_used(self.module).detach(), self.module)
         inputs = self._inputs[0]
         kernels = weight.flatten(2) if weight.dim() > 2 else weight[..., None]
@@ -123,6 +123,6 @@ def _inverse_root(variance: Tensor) -> float:
 
 
 def column_count(reader: ChannelReader) -> int:
-    """Columns that enter a reader from its unit."""
+    """Return the number of columns that a reader has for its unit."""
     weight: Any = reader.module.weight
     return int(reader.places.size * (weight[0, 0].numel() if weight.dim() > 2 else 1))

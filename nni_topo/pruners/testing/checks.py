@@ -1,4 +1,4 @@
-"""Conformance checks that every pruner has to pass, a third party's too: of whole channels, or of single weights.
+"""Conformance checks for every pruner of whole channels or of single weights, third parties' included.
 
 Each check takes ``create``, a function ``create(model, config_list, evaluator=None, existed_wrappers=None)`` that
 returns the pruner under test, and raises AssertionError where the pruner breaks a promise; from pytest::
@@ -29,7 +29,7 @@ _KEPT = {"stem": 4, "inner": 4, "hidden": 8}
 
 
 def check_masks(create: Create) -> None:
-    """Masks are 0 and 1, for the configured layers only, and empty none."""
+    """Masks are 0 and 1, exist for the configured layers only, and empty no layer."""
     _require_masks(_masks(create, _HALF))
 
 
@@ -51,7 +51,7 @@ def check_zero_ratio(create: Create) -> None:
 
 
 def check_half_precision(create: Create) -> None:
-    """A network in half precision loses what the same numbers in single precision lose."""
+    """A network in half precision gets the same masks as its copy in single precision."""
     for dtype in (torch.float16, torch.bfloat16):
         model = _AnyPrecision(toy_model()).to(dtype)
         half, single = (_masks(create, _HALF, each) for each in (model, copy.deepcopy(model).float()))
@@ -59,7 +59,7 @@ def check_half_precision(create: Create) -> None:
 
 
 def check_equal_channels(create: Create) -> None:
-    """Where all filters are equal or zero, masks are masks; of an only channel they are, or are refused."""
+    """Equal or zero filters give valid masks; a layer with one channel gives valid masks or a ConfigError."""
     for factor in (1.0, 0.0):
         model = toy_model()
         with torch.no_grad():
@@ -70,7 +70,7 @@ def check_equal_channels(create: Create) -> None:
 
 
 def check_scales(create: Create) -> None:
-    """Weights of 1e-30 and 1e30 have masks, or are refused by a DataError that leaves the model as it was."""
+    """Weights scaled by 1e-30 and 1e30 give valid masks, or a DataError that leaves the model as it was."""
     for factor in (1e-30, 1e30):
         model = toy_model()
         with torch.no_grad():
@@ -88,7 +88,7 @@ def check_dependency_group(create: Create) -> None:
 
 
 def check_global_group(create: Create) -> None:
-    """A global group loses about the asked share of its elements, and no layer all of its filters."""
+    """A global group loses about the requested share of its elements, and no layer loses all of its filters."""
     masks = _masks(create, [{**_HALF[0], "global_group_id": 1}])
     model: Any = toy_model()
     weights = [targets["weight"].expand_as(model.get_submodule(name).weight) for name, targets in masks.items()]
@@ -103,7 +103,7 @@ def check_repeatable(create: Create) -> None:
 
 
 def check_unwrap(create: Create) -> None:
-    """After ``compress`` and ``unwrap_model`` all of the model is as it was, and so are the global generators."""
+    """``compress`` and ``unwrap_model`` leave the model and the global generators as they were."""
     model = toy_model()
     before = snapshot(model)
     _masks(create, _HALF, model)
@@ -111,7 +111,7 @@ def check_unwrap(create: Create) -> None:
 
 
 def check_masked_forward(create: Create) -> None:
-    """In the wrapped model a pruned neuron puts out zero."""
+    """In the wrapped model the output of a pruned neuron is zero."""
     model = toy_model()
     pruner = create(model, _HALF)
     _, masks = pruner.compress()
@@ -120,7 +120,7 @@ def check_masked_forward(create: Create) -> None:
 
 
 def check_from_compressor(create: Create) -> None:
-    """A pruner built on another's wrappers prunes what the first one left out."""
+    """A pruner that inherits another's wrappers prunes its own layer and keeps the inherited mask."""
     model = toy_model()
     first = create(model, [{"op_names": ["stem"], "sparse_ratio": 0.5}])
     first.compress()
@@ -146,7 +146,7 @@ def check_scheduled(create: Create) -> None:
 
 
 def check_bad_requests(create: Create) -> None:
-    """Bad input gets a named error and leaves the model as it was."""
+    """Invalid input raises ConfigError or DataError and leaves the model as it was."""
     for config, error in (
         ([{"op_types": ["LSTM"], "sparse_ratio": 0.5}], ConfigError),
         ([{"op_types": ["Conv2d"], "sparse_ratio": 1.0}], ConfigError),
@@ -170,7 +170,7 @@ SINGLE_WEIGHT_CHECKS: tuple[Callable[[Create], None], ...] = (
     check_unwrap,
     check_bad_requests,
 )
-"""For pruners that take single weights."""
+"""Checks of pruners of single weights."""
 
 STRUCTURED_CHECKS: tuple[Callable[[Create], None], ...] = (
     check_masks,
@@ -191,7 +191,7 @@ STRUCTURED_CHECKS: tuple[Callable[[Create], None], ...] = (
 
 
 class _AnyPrecision(ToyModel):
-    """The toy network, which takes images of any precision."""
+    """The toy network, which converts images to its own precision."""
 
     def __init__(self, model: ToyModel) -> None:
         super().__init__(len(model.stem.weight))

@@ -1,4 +1,4 @@
-"""Conformance checks that every recovery method has to pass, a third party's too.
+"""Conformance checks for every recovery method, third parties' included.
 
 Each check takes a method as :func:`nni_topo.compensate` takes it, by name, by path or as an object, and raises
 AssertionError where the method breaks a promise; from pytest::
@@ -30,7 +30,7 @@ Method = str | RecoveryMethod
 
 
 def check_same_shapes(method: Method) -> None:
-    """The network has the shapes that it had, and finite weights."""
+    """The network keeps its shapes and has finite weights."""
     model = _model()
     found = _recovered(model, method).model.state_dict()
     shapes = {name: value.shape for name, value in model.state_dict().items()}
@@ -39,7 +39,7 @@ def check_same_shapes(method: Method) -> None:
 
 
 def check_nothing_else_changes(method: Method) -> None:
-    """Neither the model nor the masks change, and no generator is drawn from."""
+    """The model, the masks and the global generators stay as they were."""
     model, masks = _model(), _masks()
     before, asked = snapshot(model), copy.deepcopy(masks)
     _recovered(model, method, masks)
@@ -55,7 +55,7 @@ def check_repeatable(method: Method) -> None:
 
 
 def check_dense(method: Method) -> None:
-    """Masked or made dense, the network computes the same."""
+    """The masked and the dense network compute the same."""
     masks, images = _masks(), toy_images(8)
     found = _recovered(_model(), method, masks).model
     dense, masked = to_dense(found, images, masks), masked_model(found, images, masks)
@@ -78,7 +78,7 @@ def check_few_images(method: Method) -> None:
 
 
 def check_no_constant(method: Method) -> None:
-    """A layer that has no bias, nor a batch norm after it, gets none."""
+    """A layer without a bias, and without a batch norm after it, gets no bias."""
     model = _model()
     model.hidden.register_parameter("bias", None)
     masks = _masks()

@@ -13,16 +13,17 @@ from torch import Tensor, nn
 from nni_topo.network.runtime.arguments import MODEL
 from nni_topo.rules import checked
 
-# Tables have parts of their own. Lists of a recurrent layer's parameters are made anew when PyTorch copies the layer.
+# Parameters and buffers are parts of their own. PyTorch renews a recurrent layer's lists when it copies the layer.
 _LEFT_OUT = ("_parameters", "_buffers", "_modules", "_flat_weights", "_flat_weight_refs")
 
 
 @checked(model=MODEL)
 def snapshot(model: nn.Module) -> dict[str, Any]:
-    """Return all of a model, not wrapped, that a pruner that doesn't train has to leave as it was, by parts.
+    """Return, by part, the state of an unwrapped model that pruning without training has to leave as it was.
 
-    These are digests of parameters and buffers, which of them are one, which are trained, their gradients, modes,
-    attributes and hooks of all modules, and the states of Python's, NumPy's and PyTorch's generators.
+    The parts: digests of parameters and buffers, which of them are shared, which require gradients, their gradients,
+    the modes, classes, attributes and hooks of all modules, and the states of Python's, NumPy's and PyTorch's
+    generators.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     tensors = {
@@ -61,7 +62,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
 
 @checked()
 def require_unchanged(before: dict[str, Any], model: nn.Module) -> None:
-    """Raise AssertionError, with what it is, if a model isn't as it was when :func:`snapshot` was called."""
+    """Raise AssertionError, with the changed part, if a model isn't as it was when :func:`snapshot` was called."""
     after = snapshot(model)
     for part, value in before.items():
         if after[part] != value:
@@ -76,7 +77,7 @@ def _digest(value: Tensor) -> bytes:
 
 
 def _content(value: Any, depth: int = 3) -> Any:
-    """Write down what an attribute holds, objects so many deep."""
+    """Return a comparable form of an attribute's value, nested objects down to ``depth``."""
     if isinstance(value, Tensor):
         return value.dtype, value.shape, _digest(value)
     if isinstance(value, np.ndarray):

@@ -15,7 +15,7 @@ from nni_topo.rules import checked, whole
 
 
 class ToyModel(nn.Module):
-    """Two convolutions tied by a residual addition, then a linear layer and a head; 3x8x8 images, four classes."""
+    """Two convolutions coupled by a residual addition, then a linear layer and a head; 3x8x8 images, four classes."""
 
     def __init__(self, channels: int = 8) -> None:
         super().__init__()
@@ -49,9 +49,9 @@ def toy_images(count: int = 32, seed: int = 0) -> Tensor:
 
 @checked(model=MODEL, batch_size=whole(1))
 def toy_evaluator(model: nn.Module, *, batch_size: int = 4) -> TorchEvaluator:
-    """Return an NNI evaluator that trains a toy network, not yet wrapped, on random labels of 32 images, and evaluates.
+    """Return an NNI evaluator that trains an unwrapped toy network on 32 random images, with labels 0 to 3 in turn.
 
-    It trains where the network lies, on ``batch_size`` images a step, and evaluates on the same images.
+    It trains on the network's device, on ``batch_size`` images a step, and evaluates on the same images.
     """
     device = next(model.parameters()).device
     images = toy_images().to(device)
@@ -85,11 +85,11 @@ def toy_evaluator(model: nn.Module, *, batch_size: int = 4) -> TorchEvaluator:
 
 @checked()
 def toy_knobs(knobs: Iterable[str], needs: Iterable[str] = ()) -> dict[str, Any]:
-    """Return, for those of a pruner's knobs that depend on the model, values that fit the toy network.
+    """Return values that fit the toy network, for a pruner's knobs that depend on the model.
 
-    ``knobs`` and ``needs`` are those of its :class:`nni_topo.PrunerInfo`; data are given only where they are needed.
+    ``knobs`` and ``needs`` are those of its :class:`nni_topo.PrunerInfo`; calibration data are given only if needed.
     """
-    # One cluster to begin with and a threshold above most: the ratio, which is a cap, says what is kept.
+    # With one initial cluster and a high threshold, the ratio, which is a cap, says how many neurons are kept.
     values: dict[str, Any] = {"energy": 0.99, "growth": {"initial_ratio": 0.1}}
     values |= {"example_inputs": toy_images(2)}
     if any("calibration" in need for need in needs):
