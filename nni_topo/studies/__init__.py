@@ -1,1 +1,1 @@
-"""Studies of a model, and comparisons of pruners with tables and pictures; the core works without them."""
+"""Studies of a model, and comparisons of pruners with tables and pictures; pruning doesn't import them."""

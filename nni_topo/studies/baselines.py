@@ -1,7 +1,7 @@
-"""Torch-Pruning's pruners as rows of a comparison; they need the extra ``bench``.
+"""Torch-Pruning's pruners as baselines of a comparison; they need the extra ``bench``.
 
-Torch-Pruning changes the model itself instead of making masks. It prunes the same layers to the same numbers of
-channels as the other rows.
+Torch-Pruning changes a model instead of making masks. Here it prunes the same layers to the same numbers of channels as
+the other pruners.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _IMPORTANCES: dict[str, tuple[str, dict[str, Any]]] = {
     f"{PREFIX}-l1": ("GroupMagnitudeImportance", {"p": 1}),
     f"{PREFIX}-fpgm": ("FPGMImportance", {"p": 2}),
 }
-_ROUNDING = 1e-9  # in floating point 6 * (1 - 1 / 3) is less than 4
+_ROUNDING = 1e-9  # because 6 * (1 - 1 / 3) is less than 4 in floating point
 
 
 def is_baseline(name: str) -> bool:
-    """Return whether a name is one of Torch-Pruning's; ConfigError if it is misspelt or Torch-Pruning is missing."""
+    """Say whether a name is a Torch-Pruning baseline; ConfigError if it is misspelt or Torch-Pruning is missing."""
     if not name.startswith(PREFIX):
         return False
     if name not in _IMPORTANCES:
@@ -44,7 +44,10 @@ def is_baseline(name: str) -> bool:
 
 
 def baseline_masks(name: str, analysis: Analysis, ratios: dict[str, float]) -> tuple[Masks, float]:
-    """Prune a copy by Torch-Pruning at a ``sparse_ratio`` by layer, attention by heads; return NNI's masks, seconds."""
+    """Prune a copy by Torch-Pruning with a ``sparse_ratio`` per layer, attention by heads.
+
+    Return the pruning as NNI's masks, and its seconds.
+    """
     model = analysis.model
     heads = dict[str, int]()
     for layer, attention in analysis.flow.heads.items():
@@ -69,8 +72,8 @@ def cut(
     ratios: dict[str, float],
     heads: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Return the network pruned by Torch-Pruning and, by layer, 1 for each kept output channel and 0 for the others."""
-    # `heads` has the number of heads of the query, key and value layers, which lose whole heads.
+    """Return the network pruned by Torch-Pruning and, by layer, a mask (channels,): 1 for each kept output channel."""
+    # `heads`: the number of heads of query, key and value layers, from which whole heads are removed.
     package = _package()
     dense: nn.Module = detached_copy(model)
     layers = {n: m for n, m in dense.named_modules() if isinstance(m, KINDS)}
@@ -101,7 +104,7 @@ def cut(
 
 
 def _exact(count: int, ratio: float) -> float:
-    """Return the ratio at which Torch-Pruning, which rounds kept channels down, removes as many as NNI."""
+    """Return the ratio at which Torch-Pruning, which rounds kept channels down, removes as many channels as NNI."""
     removed = int(count * ratio + _ROUNDING)
     return (removed - 0.5) / count if removed else 0.0
 

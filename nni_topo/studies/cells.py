@@ -41,19 +41,19 @@ _RECALIBRATION_IMAGES = 1024
 
 @one_call()
 def run_cell(cell: Cell, out: Path) -> Record:
-    """Run a cell and return its record; its trained network is saved in ``checkpoints`` of the output folder."""
+    """Run a cell and return its record; the trained network is saved in ``checkpoints`` of the output folder."""
     began = time.perf_counter()
-    # latencies are measured on one thread on every machine
+    # latencies are measured with one thread on every machine
     torch.set_num_threads(1)
     start = start_of(cell, out)
     ratios = shared_ratios(cell, start, out)
-    cpu: dict[str, float] = {}  # seconds of this process by step, which other processes change less than times
+    cpu: dict[str, float] = {}  # CPU seconds by step; other processes affect them less than wall time
     with _counted(cpu, "prune"):
         pruned = pruned_cell(cell, start, ratios)
     speedup_began = time.perf_counter()
     with _counted(cpu, "speedup"):
         dense, _ = made_dense(start, pruned.masks)
-    # accuracies in [0, 1] on the test images, seconds, bytes; latencies are median milliseconds of a batch
+    # Accuracies are in [0, 1] on the test images, times in seconds, latencies median milliseconds of a batch.
     record: Record = {
         **cell_facts(cell),
         "sparse_ratios": ratios,
@@ -67,7 +67,7 @@ def run_cell(cell: Cell, out: Path) -> Record:
     }
     name = cell.pruner.name
     if cell.target.kind != "ratio":
-        # All pruners of a target share its widths.
+        # All pruners use the widths of the target; `why` explains a difference.
         why = WHOLE_CHANNELS
         if pruned.planned is not None:
             why = pruned.planned.why or "the dense network keeps other channels than were counted"
@@ -78,7 +78,7 @@ def run_cell(cell: Cell, out: Path) -> Record:
     def measure(net: nn.Module, step: str) -> None:
         record.update(start.figures(net, step))
         if len(start.data.validation) and not start.data.is_text:
-            # Tables choose the best baseline by it, so that the test images choose nothing.
+            # Tables choose the best baseline by validation, so that the test images aren't used for choosing.
             record[f"validation_{step}"] = start.validated(net)
 
     if name == SCRATCH:
@@ -105,7 +105,7 @@ def run_cell(cell: Cell, out: Path) -> Record:
             if until is not None:
                 record["until"] = until
                 goal = until * start.validation_accuracy
-                if curve[0] >= goal:  # a network that is as good before the first epoch gets none
+                if curve[0] >= goal:  # the goal is met without fine-tuning
                     recipe = replace(recipe, epochs=0)
             log = retrain(dense, start.data, recipe, seed=cell.seed, until=goal)
             record["retrain_seconds"] = log.seconds
@@ -120,7 +120,7 @@ def run_cell(cell: Cell, out: Path) -> Record:
 
 @contextmanager
 def _counted(cpu: dict[str, float], step: str) -> Iterator[None]:
-    """Note the CPU seconds that this process spends in the block."""
+    """Record the CPU seconds that this process spends in the block."""
     began = time.process_time()
     yield
     cpu[step] = time.process_time() - began
@@ -153,9 +153,9 @@ def cell_facts(cell: Cell) -> Record:
 def shared_ratios(cell: Cell, start: Start, out: Path) -> dict[str, float]:
     """Return every layer's ``sparse_ratio``; ratios that meet a budget are saved in ``ratios.json``."""
     path = out / "ratios.json"
-    # The ratios depend on the architecture only: all seeds and pruners share them.
+    # Ratios depend on the architecture only, so all seeds and pruners share them.
     key = f"{cell.model.label}, {tuple(start.example.shape[1:])}, {cell.target.label}"
-    with only_process(checkpoint(cell.training_key, out).parent):  # the comparison already locks the folder itself
+    with only_process(checkpoint(cell.training_key, out).parent):  # the lock of `out` is held by the comparison
         known = read_json(path) or {}
         if key not in known:
             example = start.timed if cell.target.kind == "latency" else start.example
@@ -165,7 +165,7 @@ def shared_ratios(cell: Cell, start: Start, out: Path) -> dict[str, float]:
 
 
 def pruned_cell(cell: Cell, start: Start, ratios: dict[str, float]) -> Pipeline:
-    """Run a cell's pruner, or one of Torch-Pruning, with a ratio for every layer."""
+    """Run a cell's pruner, ours or Torch-Pruning's, with a ratio for every layer."""
     choice = cell.pruner
     if is_baseline(choice.name):
         masks, seconds = baseline_masks(choice.name, start.analysis, ratios)

@@ -1,4 +1,4 @@
-"""Run a comparison's plan; a run that was killed resumes with the cells that have no record."""
+"""Run a comparison's plan; after an interruption, a new run continues with the cells that have no record."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def compare(
 ) -> tuple[list[Record], list[Record]]:
     """Run the cells of a plan that have no record yet; return all records, in the plan's order, and the failed cells.
 
-    The output folder gets a line per finished cell in ``results.jsonl``, all records at the end in ``results.json``,
-    cells without a record and the ``reason`` in ``failures.json``, the plan, ``report.html`` and the trained models.
+    The output folder gets a line per finished cell in ``results.jsonl``; at the end all records in ``results.json`` and
+    the failed cells with a ``reason`` in ``failures.json``; also ``plan.json``, ``report.html`` and the trained models.
     ``on_cell`` is called before each cell with the cell, its number from 1 and the number of cells.
     """
     out = Path(out)
@@ -43,7 +43,7 @@ def compare(
     with only_process(out, wait=False):
         known = read_records(out / "results.jsonl", {"key": instance(str), **COMPARED})
         done = {record["key"]: record for record in known}
-        # results.json and the tables show one comparison; a changed plan in an old folder would mix two
+        # a changed plan in an old folder would mix two comparisons in results.json and the tables
         foreign = [record for key, record in done.items() if key not in {cell.key for cell in cells}]
         if foreign:
             one = foreign[0]

@@ -58,10 +58,10 @@ def panels(
 
 
 def comparison_figures(records: Sequence[Record]) -> dict[str, Figure]:
-    """Return the pictures of at least one record: ``accuracy``, and ``convergence`` if networks were fine-tuned.
+    """Return the figures of at least one record: ``accuracy``, and ``convergence`` if networks were fine-tuned.
 
-    ``accuracy`` against MACs has a panel per model, data set and step of recovery, with 95 % intervals; ``convergence``
-    the means of validation accuracy by epoch, in bands from the lowest to the highest seed.
+    ``accuracy`` shows test accuracy against MACs with 95 % intervals, a panel per model, data set and step of recovery;
+    ``convergence`` shows mean validation accuracy by epoch, with bands from the lowest to the highest seed.
     """
     found: dict[str, list[Record]] = defaultdict(list)
     for record in records:
@@ -89,7 +89,7 @@ def comparison_figures(records: Sequence[Record]) -> dict[str, Figure]:
 
 
 def plot_distillation(verdict: Verdict) -> Figure:
-    """Draw the held-out loss during a distillation, with the loss before it, and the learning rate below."""
+    """Draw the held-out loss before and during a distillation, and below it the learning rate."""
     figure = Figure(figsize=(5.5, 4.4), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     steps = [look.step for look in verdict.curve]
@@ -105,17 +105,17 @@ def _draw_accuracy(axis: Axes, found: tuple[list[Record], str], pruners: list[st
     records, column = found
     groups = grouped(records)
     axis.axhline(100 * interval([run["accuracy_before"] for run in records]).mean, color="k", ls=":", label="unpruned")
-    for index, name in enumerate(pruners):  # of all panels: a pruner has one color
+    for index, name in enumerate(pruners):  # over all panels, so that a pruner keeps its color
         targets = [[run for run in rows.get(name, {}).values() if column in run] for rows in groups.values()]
         targets = [runs for runs in targets if runs]
         if not targets:
             continue
-        # Networks of one target have the same MACs: a small horizontal step keeps their markers apart.
+        # Networks of one target have the same MACs; a small horizontal shift separates their markers.
         step = (index - (len(pruners) - 1) / 2) * records[0]["flops_before"] / 2e8
         macs = [interval([run["flops"] for run in runs]).mean / 1e6 + step for runs in targets]
         points = [interval([100 * run[column] for run in runs]) for runs in targets]
         heights, halves = [point.mean for point in points], [np.nan_to_num(point.half) for point in points]
-        # After ten names the colors come again, with other markers.
+        # After ten pruners the colors repeat, with other markers.
         marker, color = _MARKERS[(index + index // 10) % len(_MARKERS)], f"C{index % 10}"
         axis.errorbar(macs, heights, yerr=halves, marker=marker, color=color, linestyle="", label=name)
     finish(axis, "MACs (millions)", "test accuracy %", legend=False, xlim=(0, 1.08 * axis.dataLim.x1))
@@ -128,7 +128,7 @@ def _draw_convergence(axis: Axes, rows: dict[str, dict[int, Record]]) -> None:
     axis.axhline(before, color="k", linestyle=":", label="unpruned")
     for until in sorted({run["until"] for run in runs if run.get("until", 1.0) < 1.0}):
         axis.axhline(until * before, color="0.5", linestyle=":", label=f"{100 * until:g} % of it")
-    seen: list[float] = []  # later values, which the axis shows: pruned networks often start at chance level
+    seen: list[float] = []  # values that set the axis limits; without the first, which is often at chance level
     for index, (name, each) in enumerate(rows.items()):
         curves = [run["curve"] for run in each.values()]
         longest = max(map(len, curves))

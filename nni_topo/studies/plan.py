@@ -34,23 +34,23 @@ SCRATCH = "scratch"
 class ComparisonPlan:
     """A comparison: every combination of models, data, pruners, targets and seeds is a cell.
 
-    ``retrain`` with 0 ``epochs`` is no fine-tuning. Its ``until``, a share in (0, 1], ends fine-tuning after the first
-    epoch that reaches this share of the unpruned network's accuracy on the validation images, or after ``epochs``; the
-    learning rate is then constant, unless ``schedule`` says otherwise. A ``scratch`` row is trained to the end.
+    ``retrain`` with 0 ``epochs`` means no fine-tuning. Its ``until``, a share in (0, 1], ends fine-tuning after the
+    first epoch that reaches this share of the unpruned network's validation accuracy, or after ``epochs``; the learning
+    rate is then constant, unless ``schedule`` is given. A ``scratch`` row is trained for all epochs of ``train``.
     """
 
     models: tuple[ModelChoice, ...]
     data: tuple[DataChoice, ...]
     pruners: tuple[PrunerChoice, ...]
     targets: tuple[Target, ...]
-    seeds: int = 1  # how many, at least 1, from `first_seed` on
+    seeds: int = 1  # number of seeds from `first_seed` on, at least 1
     first_seed: int = 0
-    train: Mapping[str, Any] = field(default_factory=dict)  # fields to replace in the model's recipe of training
-    retrain: Mapping[str, Any] = field(default_factory=lambda: {"epochs": 1})  # likewise of fine-tuning; and `until`
+    train: Mapping[str, Any] = field(default_factory=dict)  # fields to replace in the model's training recipe
+    retrain: Mapping[str, Any] = field(default_factory=lambda: {"epochs": 1})  # likewise for fine-tuning; also `until`
     device: str = "cpu"  # cpu, cuda or auto
-    compensate: CompensationChoice | None = None  # between pruning and fine-tuning, for every row; None: none
-    distill: DistillationChoice | None = None  # after compensation, for every row; None: none
-    n_jobs: int = 1  # cells run at a time, at least 1; -1: one per core; other than 1: each in a process
+    compensate: CompensationChoice | None = None  # weight reconstruction after pruning, for every row; None: none
+    distill: DistillationChoice | None = None  # distillation after weight reconstruction, for every row; None: none
+    n_jobs: int = 1  # cells run in parallel, at least 1; -1: one per core; other than 1: each in its own process
 
     def __post_init__(self) -> None:
         check_fields(self, "plan", seeds=whole(1), first_seed=SEED, n_jobs=JOBS)
@@ -85,7 +85,7 @@ class ComparisonPlan:
             until = changes.pop("until", None)
             retrain = train.for_retraining(int(changes.get("epochs", 1)))
             if until is not None:
-                # Nobody knows beforehand when it ends: a cosine over all epochs would still be high then.
+                # Fine-tuning may end early, when a cosine over all epochs would still be at a high learning rate.
                 retrain = replace(retrain, schedule="constant")
             retrain = changed_recipe(retrain, changes)
             for target, pruner in itertools.product(self.targets, self.pruners):
@@ -97,8 +97,8 @@ class ComparisonPlan:
 def load_plan(path: str | Path, network: str = "") -> ComparisonPlan:
     """Read a plan from a YAML file with the fields of :class:`ComparisonPlan`; an entry is a name or a mapping.
 
-    A plan of several comparisons has ``networks`` as well, by name the keys of one comparison that differ from the
-    others'; ``network`` chooses one.
+    A file with several comparisons also has ``networks``: by name, the keys that are specific to one comparison;
+    ``network`` chooses one.
     """
     content = read_yaml(path, "a plan")
     networks = content.pop("networks", {})

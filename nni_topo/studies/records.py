@@ -24,16 +24,16 @@ COMPARED: dict[str, Rule] = {
     "seed": whole(0),
     "accuracy_before": number(0.0, 1.0),
 }
-"""What every record of a comparison holds."""
-Job = Any  # with a `key` of its record and a `training_key` of its network: equal settings, equal keys
+"""Keys that every record of a comparison has, with their rules."""
+Job = Any  # its `key` identifies its record, its `training_key` its trained network; equal settings have equal keys
 _KILLED = "its process or one beside it was killed (out of memory?); the same command runs it again"
 
 
 def read_records(path: Path, rules: Mapping[str, Rule] | None = None, with_key: str | None = None) -> list[Record]:
-    """Read the records of ``results.jsonl`` and check their keys by rules; DataError names the line that breaks one.
+    """Read the records of ``results.jsonl`` and check their keys by rules; DataError names a line that breaks a rule.
 
-    Records without the key ``with_key`` are skipped.
-    A last line without a line break is ignored: a crash cut it short, or another process is writing it.
+    Records without the key ``with_key`` are skipped. A last line without a line break is ignored: it was cut short by a
+    crash, or another process is writing it.
     """
     if not path.exists():
         return []
@@ -69,7 +69,7 @@ def compared_records(path: Path) -> list[Record]:
 
 
 def append_record(path: Path, record: Record) -> None:
-    """Append a record to ``results.jsonl`` and wait until it is on the disk; replace a last line without a break."""
+    """Append a record to ``results.jsonl`` and sync the file; a last line that was cut short is replaced."""
     with disk_errors(path), output_file(path).open("ab") as stream:
         if path.stat().st_size:
             before = path.read_bytes()
@@ -89,11 +89,11 @@ def run_missing(
     n_jobs: int,
     announce: Callable[[Job, int, int], None] | None = None,
 ) -> list[tuple[Job, str]]:
-    """Run the jobs whose key isn't in ``done``; put their records there and into ``results.jsonl``.
+    """Run the jobs whose key isn't in ``done``; add their records to ``done`` and to ``results.jsonl``.
 
-    ``n_jobs`` run at a time, -1: one per core; 1: one by one in this process, otherwise each in a process, on one
-    thread. ``announce`` is called before each job with the job, its number from 1 and the number of jobs. Return the
-    jobs that have no record, and why.
+    ``n_jobs`` jobs run in parallel, each in a process with one thread; -1: one per core; 1: one after another in this
+    process. ``announce`` is called before each job with the job, its number from 1 and the number of jobs. Return the
+    jobs that failed, with the reasons.
     """
     todo = {number: job for number, job in enumerate(jobs, start=1) if job.key not in done}
     failures: dict[int, str] = {}
@@ -107,7 +107,7 @@ def run_missing(
 
     stages = [list(todo)]
     if n_jobs != 1:
-        # the first job of each network trains it, before the others that start from it
+        # first one job per network, which trains it, then all other jobs
         first = set({job.training_key: number for number, job in reversed(todo.items())}.values())
         stages = [sorted(first), [number for number in todo if number not in first]]
     for stage in stages:
@@ -128,7 +128,7 @@ def run_missing(
 def _attempt(
     number: int, run: Callable[[Job, Path], Record], job: Job, out: Path, threads: int
 ) -> tuple[int, Record | str]:
-    """Return a job's number with its record, or with the reason why there is none."""
+    """Run a job; return its number with its record, or with the reason of its failure."""
     torch.set_num_threads(threads)
     try:
         return number, run(job, out)

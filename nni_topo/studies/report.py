@@ -1,4 +1,4 @@
-"""``report.html``: the contents of a run's folder in one file that loads nothing else."""
+"""``report.html``: the contents of a run's folder in one self-contained file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nni_topo.studies.records import compared_records
 from nni_topo.studies.tables import STEPS, grouped, in_short, tables_of, title_of, widths_of
 
 _SOURCES = ("versions", "hardware", "revision")
-_LONG = 40  # rows of a table from which on it is folded
+_LONG = 40  # tables with more rows are folded
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Part:
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write ``report.html`` from the files of a run's folder, also while it runs; DataError if there is nothing."""
+    """Write ``report.html`` from the files of a run's folder, also during the run; DataError if it has no files."""
     folder = Path(folder)
     parts = list(_parts(folder))
     if not parts:
@@ -54,7 +54,7 @@ def write_report(folder: str | Path) -> Path:
 
 
 def prune_costs(record: Record) -> list[tuple[str, str, str]]:
-    """Return a pruning's costs and accuracies as rows: what, before, after."""
+    """Return a pruning's costs and accuracies as rows: name, before, after."""
     shown = [("MACs (M)", "flops", 1e-6, 2), ("parameters (k)", "params", 1e-3, 1)]
     if record["weights_left"] < record["params"]:
         shown.append(("nonzero weights (k)", "weights_left", 1e-3, 1))
@@ -77,7 +77,7 @@ def prune_costs(record: Record) -> list[tuple[str, str, str]]:
 
 
 def _parts(folder: Path) -> Iterator[Part]:
-    # A study's own records have no target; its findings are in a file beside them.
+    # Records of studies, which have no target, are skipped: the study's JSON file has its findings.
     records = [
         {**record, **{key: without_folders(record[key]) for key in ("model", "data", "pruner")}}
         for record in compared_records(folder / "results.jsonl")
@@ -119,7 +119,7 @@ def _picture(name: str, content: bytes) -> Part:
 
 
 def _of_document(title: str, document: Any) -> Iterator[Part]:
-    """Yield the parts of any JSON document: like entries as a table; long tables and nested values are folded."""
+    """Yield the parts of any JSON document: lists of mappings as tables; long tables and nested values are folded."""
     if not isinstance(document, Mapping):
         document = {title: document}
     single = [(str(key), _shown(value)) for key, value in document.items() if _is_single(value)]
@@ -140,7 +140,7 @@ def _of_document(title: str, document: Any) -> Iterator[Part]:
 
 
 def _table(title: str, entries: Sequence[Mapping[str, Any]]) -> Part:
-    """Return entries as a table, columns of text first; columns with nested values aren't shown."""
+    """Return entries as a table, with columns of text first and without columns of nested values."""
     names = dict.fromkeys(name for entry in entries for name in entry)
     shown = [name for name in names if all(_is_single(entry.get(name)) for entry in entries)]
     words = [name for name in shown if any(isinstance(entry.get(name), str) for entry in entries)]
@@ -169,7 +169,7 @@ def _shown(value: Any) -> str:
 
 
 def _sources(records: Sequence[Record]) -> Iterator[Part]:
-    """Yield the versions and hardware that the records come from, each value once."""
+    """Yield a part with the versions and the hardware of all records, each value once."""
     found: dict[str, dict[str, None]] = defaultdict(dict)
     for record in records:
         for name in _SOURCES:

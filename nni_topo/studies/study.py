@@ -1,4 +1,4 @@
-"""Base classes of the verbs and the studies: fields are flags, and a study's findings write their own files."""
+"""Base classes of the command line's verbs, whose fields are flags, and of the studies and their findings."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ Names = Annotated[
 class Verb:
     """A verb of ``nni-topo``. Its fields are its flags; ``--help`` shows the comment after each field.
 
-    The first line of the class's docstring says what the verb does.
+    The first line of a subclass's docstring says what the verb does.
     """
 
     json: bool = False  # print one JSON document to standard output
-    seed: int = 0  # seed of the run; of several seeds the first
+    seed: int = 0  # seed of the run; the first seed if there are several
     device: str = "cpu"  # cpu, cuda, cuda:1, auto or another device of PyTorch
 
     def run(self, console: Console) -> int:
-        """Run the verb, print everything but JSON to the console, and return the exit status."""
+        """Run the verb and return the exit status; everything except JSON is printed to the console."""
         raise NotImplementedError
 
     def put_out(self, console: Console, document: Any, parts: Iterable[RenderableType]) -> None:
@@ -62,7 +62,7 @@ class Verb:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelVerb(Verb):
-    """A verb for a model by name."""
+    """A verb for a model, given by name."""
 
     model: str  # a listed name, torchvision/NAME, timm/NAME or package.module:factory
     width: float = 1.0  # factor on the layers' widths, above 0
@@ -79,8 +79,8 @@ class DataVerb(ModelVerb):
 
     data: str = "digits"  # a listed name, an .npz file or a folder
     data_dir: Path | None = None  # folder with the data set's files
-    limit: int | None = None  # training images used, and of a folder validation images, at least 1; None: all
-    image_size: int | None = None  # pixels a side that a folder's images are scaled to; None: as they are
+    limit: int | None = None  # training images used, for a folder also validation images, at least 1; None: all
+    image_size: int | None = None  # side in pixels to which a folder's images are scaled; None: not scaled
     workers: int | None = None  # processes that read a folder's images, at least 0; None: one per core, at most 8
     download: bool = False  # let torchvision download CIFAR
     out: Path  # output folder
@@ -109,21 +109,21 @@ class TrainedVerb(DataVerb):
 
 
 class Findings:
-    """What a study found, a frozen dataclass: written as ``STEM.json`` and pictures."""
+    """Results of a study, a frozen dataclass that is saved as ``STEM.json`` and pictures."""
 
     stem: ClassVar[str]
     unwritten: ClassVar[tuple[str, ...]] = ()
-    """Fields that the document leaves out."""
+    """Fields that aren't in the JSON document."""
 
     def __init_subclass__(cls, **knobs: Any) -> None:
         super().__init_subclass__(**knobs)
-        cls.__repr__ = Findings.__repr__  # type: ignore[method-assign]  # a dataclass would put its own there
+        cls.__repr__ = Findings.__repr__  # type: ignore[method-assign]  # dataclass would set its own
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}\n{self.to_frame().to_string(index=False, max_colwidth=60)}"
 
     def to_frame(self) -> pandas.DataFrame:
-        """Return the document's first table; the whole document in one row if it has no table."""
+        """Return the document's first table, or the whole document as one row if it has no table."""
         import pandas
 
         document = self.to_dict()
@@ -131,19 +131,19 @@ class Findings:
         return pandas.json_normalize(next(tables, [document]))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what was found as numbers, lists and strings."""
+        """Return the findings as a dict that JSON can hold."""
         return plain({name: value for name, value in vars(self).items() if name not in self.unwritten})  # type: ignore[no-any-return]
 
     def figures(self) -> dict[str, Figure]:
-        """Return the pictures by the names of their files without suffix."""
+        """Return the pictures by file name without suffix."""
         return {}
 
     def texts(self) -> dict[str, str]:
-        """Return the contents of further text files by their names."""
+        """Return the contents of further text files by file name."""
         return {}
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Write the JSON document, the pictures and further files into a folder, made if missing; return the files."""
+        """Write the JSON document, pictures and text files into a folder, created if missing; return their paths."""
         pictures = save_figures(folder, self.figures())
         document = Path(folder, f"{self.stem}.json")
         write_text(document, json.dumps(self.to_dict(), indent=1) + "\n")
@@ -154,7 +154,7 @@ class Findings:
 
 
 def plain(value: Any) -> Any:
-    """Return a value as JSON can hold it: dataclasses as mappings, keys as strings, arrays as lists."""
+    """Convert a value for JSON: dataclasses to mappings, keys to strings, arrays to lists."""
     if is_dataclass(value) and not isinstance(value, type):
         return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, Mapping):
@@ -165,7 +165,7 @@ def plain(value: Any) -> Any:
 
 
 def finite(value: Any) -> Any:
-    """Return a document with None in place of NaN and infinite numbers, which JSON doesn't have."""
+    """Replace NaN and infinite numbers, which JSON doesn't have, by None."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -174,7 +174,7 @@ def finite(value: Any) -> Any:
 
 
 def save_figures(folder: str | Path, figures: Mapping[str, Figure]) -> list[Path]:
-    """Write figures as PNG files into a folder, made if missing; return the files."""
+    """Write figures as PNG files into a folder, created if missing; return their paths."""
     folder = output_folder(Path(folder))
     files = {name: folder / f"{name}.png" for name in figures}
     for name, figure in figures.items():
@@ -187,23 +187,23 @@ Found = TypeVar("Found", bound=Findings)
 
 @dataclass(frozen=True, kw_only=True)
 class Study(Verb, Generic[Found]):
-    """A verb of ``nni-topo analyze``: :meth:`find` computes, :meth:`show` says how it is printed.
+    """A verb of ``nni-topo analyze``: :meth:`find` computes the findings, :meth:`show` formats them for printing.
 
-    The verb is the name of the study's file or folder in ``nni_topo/studies/analysis``; it needs no entry elsewhere.
+    The verb's name is the name of the study's file or folder in ``nni_topo/studies/analysis``; no table lists it.
     """
 
     out: Path | None = None  # output folder; None: nothing is written
 
     @property
     def place(self) -> str:
-        """The study's command, named in error messages."""
+        """The study's command, for error messages."""
         return f"analyze {type(self).__module__.split('.')[3]}"
 
     def check(self) -> None:
         """Check the fields before anything is loaded or trained; ConfigError if one is out of its range."""
 
     def find(self, tell: Tell) -> Found:
-        """Compute the findings; ``tell`` prints a line of progress."""
+        """Compute the findings; ``tell`` prints a line about progress."""
         raise NotImplementedError
 
     def show(self, found: Found) -> Iterator[RenderableType]:
@@ -211,7 +211,7 @@ class Study(Verb, Generic[Found]):
         raise NotImplementedError
 
     def run(self, console: Console) -> int:
-        """Run the study, write its files, and print one JSON document, or tables and the names of the files."""
+        """Run the study, write its files, and print one JSON document, or tables and the paths of the files."""
         if self.out is not None:
             check_free_disk(self.out)
         self.check()

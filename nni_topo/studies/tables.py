@@ -1,7 +1,7 @@
-"""Tables: how their cells are worded and shown, and those of a comparison's records.
+"""Tables of numbers, and the tables of a comparison's records.
 
-Baselines are NNI's own pruners, Torch-Pruning's, and random selection. Pruners of the package, and those of users and
-third parties, are compared with them.
+Baselines are NNI's pruners, Torch-Pruning's pruners and random selection. All other pruners, of this package, of users
+and of third parties, are compared with the best baseline.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from nni_topo.studies.plan import SCRATCH
 
 Group = tuple[str, str, str]
 Rows = Mapping[str, dict[int, Record]]
-"""The records of one group, by row, i.e. by label of the pruner, and by seed."""
+"""The records of one group, by row (label of the pruner) and seed."""
 _BORDER = 3  # characters between two columns of a table
 STEPS = {
     "oneshot": "no recovery",
@@ -36,28 +36,28 @@ STEPS = {
     "distilled": "distilled",
     "retrained": "fine-tuned",
 }
-"""The steps after which accuracy is measured, named as in the records, in the words of figures and tables."""
+"""Steps after which accuracy is measured: the name in records, and the name in figures and tables."""
 SHARES = (0.95, 0.98, 0.99, 1.0)
-"""Tables of convergence have columns of these shares of the unpruned validation accuracy, if runs got so far."""
-_SHORT = 2  # so many epochs of fine-tuning say nothing of convergence
+"""Shares of the unpruned validation accuracy that are columns of convergence tables, up to the runs' ``until``."""
+_SHORT = 2  # runs with at most this many epochs of fine-tuning don't show convergence
 _NEAREST = 1e-3  # accuracies are kept this far from 0 and 1 before the log-odds are taken
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and half the width of its 95 % interval (Student's t); ``nan`` with one value."""
+    """A mean and half the width of its 95 % interval (Student's t), which is NaN for a single value."""
 
     mean: float
     half: float
 
     def show(self, scale: float = 1.0, digits: int = 1, *, sign: bool = False) -> str:
-        """Return ``mean ± half``, or the mean of a single value."""
+        """Return ``mean ± half``, or only the mean for a single value."""
         mean = f"{scale * self.mean:{'+' if sign else ''}.{digits}f}"
         return mean if np.isnan(self.half) else f"{mean} ± {scale * self.half:.{digits}f}"
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Return the mean of at least one value, and half its 95 % interval.
+    """Return the mean of at least one value, and half the width of its 95 % interval.
 
     >>> interval([1.0, 2.0, 3.0]).show(digits=2)
     '2.00 ± 2.48'
@@ -70,7 +70,7 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def show_range(values: Sequence[float], scale: float = 1.0, digits: int = 1) -> str:
-    """Return the mean of at least one value, and the lowest and the highest where they differ from it as shown.
+    """Return ``mean [lowest, highest]`` of at least one value, or only the mean if rounding makes both ends equal.
 
     >>> show_range([0.5, 0.625, 0.75], 100), show_range([0.5, 0.5])
     ('62.5 [50.0, 75.0]', '0.5')
@@ -83,8 +83,8 @@ def show_range(values: Sequence[float], scale: float = 1.0, digits: int = 1) -> 
 def show_accuracies(values: Sequence[float]) -> str:
     """Return the mean of accuracies in [0, 1] and its 95 % interval, in percent and within 0 and 100.
 
-    If Student's interval leaves that range, the interval of the log-odds is shown instead, by its ends; for it, values
-    are clipped to [0.001, 0.999].
+    If Student's interval leaves that range, both ends of the interval of the log-odds are shown instead; it is computed
+    on values clipped to [0.001, 0.999].
 
     >>> show_accuracies([0.5, 0.6, 0.7]), show_accuracies([0.1, 0.2, 0.9])
     ('60.0 ± 24.8', '40.0 (0.2 to 99.5)')
@@ -99,18 +99,18 @@ def show_accuracies(values: Sequence[float]) -> str:
 
 @dataclass
 class NumberTable:
-    """A table whose numbers are never cut in a terminal: columns that don't fit are in another table below."""
+    """A table whose numbers are never cut off in a terminal: columns that don't fit form another table below."""
 
     title: str | None  # stands above the first part
     head: Sequence[str]  # names of the columns, broken between words
     rows: Sequence[Sequence[str]]
-    totals: Sequence[Sequence[str]] = ()  # lines that are set apart below the others
-    text_columns: int = 1  # this many columns hold text, which may be broken, and begin every part
-    unpruned_first: bool = False  # whether the first line is set apart
+    totals: Sequence[Sequence[str]] = ()  # lines below the others, after a rule
+    text_columns: int = 1  # number of leading columns with text, which may be wrapped; every part repeats them
+    unpruned_first: bool = False  # whether a rule follows the first line
     foot: str = ""  # stands below the last part
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Yield as many tables as the width asks for, with heads on one line or broken to the width of their column."""
+        """Yield as many tables as the width requires; heads that don't fit on one line are wrapped."""
         lines = [*self.rows, *self.totals]
         widths = [
             max(1, *map(len, name.split()), *(len(line[index]) for line in lines))
@@ -157,9 +157,9 @@ def table_of(
     *,
     text_columns: int = 1,
 ) -> NumberTable:
-    """Return a table of records, with a format of a record's entries for each column, such as ``"{accuracy:.1%}"``.
+    """Return a table of records; ``columns`` maps names to formats of a record's entries, e.g. ``"{accuracy:.1%}"``.
 
-    Signs of per cent are left out, because they stand in the columns' names.
+    Percent signs are removed from cells, because the columns' names have them.
 
     >>> print(table_of(None, [{"name": "l1", "accuracy": 0.5}], {"": "{name}", "%": "{accuracy:.1%}"}).to_markdown())
     |  | % |
@@ -174,7 +174,7 @@ def table_of(
 
 
 def as_markdown(parts: Iterable[NumberTable | str]) -> str:
-    """Return tables, with their titles and feet, and lines in Markdown."""
+    """Return tables, with their titles and feet, and lines of text as Markdown."""
     lines = []
     for part in parts:
         if isinstance(part, str):
@@ -189,7 +189,7 @@ def as_markdown(parts: Iterable[NumberTable | str]) -> str:
 
 
 def grouped(records: Iterable[Record]) -> dict[Group, dict[str, dict[int, Record]]]:
-    """Sort records by model, data and target, then by pruner, then by seed."""
+    """Group records by model, data and target, then by pruner, then by seed."""
     groups: dict[Group, dict[str, dict[int, Record]]] = defaultdict(lambda: defaultdict(dict))
     for record in records:
         groups[record["model"], record["data"], record["target"]][record["pruner"]][record["seed"]] = record
@@ -197,9 +197,9 @@ def grouped(records: Iterable[Record]) -> dict[Group, dict[str, dict[int, Record
 
 
 def tables_of(records: Iterable[Record], *, widths: bool = False) -> Iterator[NumberTable]:
-    """Yield one table of records per model, data set and target, and a table of convergence after it.
+    """Yield one table per model, data set and target, each followed by a table of convergence if runs are long enough.
 
-    With ``widths``, tables of the mean number of output channels of every layer follow.
+    With ``widths``, tables of every layer's mean number of output channels follow.
     """
     groups = grouped(records)
     for group, rows in groups.items():
@@ -221,14 +221,17 @@ def title_of(group: Group, rows: Rows) -> str:
 
 
 def _is_baseline(runs: dict[int, Record]) -> bool:
-    """Return whether a row is a baseline: NNI's own pruners, Torch-Pruning's, and random selection."""
+    """Say whether a row is a baseline: a pruner of NNI or Torch-Pruning, or random selection."""
     name = next(iter(runs.values()))["pruner_name"]
     is_nnis = name.startswith("nni.compression.") or (name in list_pruners() and pruner_info(name).origin == "nni")
     return name == "random" or name.startswith(PREFIX) or is_nnis
 
 
 def _best_of(rows: Rows, column: str) -> tuple[str | None, str]:
-    """Return the row with the highest mean accuracy, and on which images: validation, or test if records lack those."""
+    """Return the row with the highest mean accuracy on validation images, or on test images if records lack those.
+
+    The second result is ``"validation"`` or ``"test"``.
+    """
     held = {row: [run for run in runs.values() if column in run] for row, runs in rows.items()}
     held = {row: runs for row, runs in held.items() if runs}
     validation = column.replace("accuracy_", "validation_")
@@ -243,7 +246,7 @@ def _baselines(rows: Rows) -> Rows:
 
 
 def best_baseline(rows: Rows, column: str) -> str | None:
-    """Return the row of the baseline that is best on the images that :func:`_best_of` takes, None if there is none."""
+    """Return the row of the best baseline, as :func:`_best_of` chooses it; None without baselines."""
     return _best_of(_baselines(rows), column)[0]
 
 
@@ -254,9 +257,9 @@ def paired_difference(ours: dict[int, Record], theirs: dict[int, Record], column
 
 
 def in_short(rows: Rows) -> tuple[list[str], list[list[str]]]:
-    """Return the head and the lines of a short table: how much smaller networks are, and what the best method loses.
+    """Return the head and lines of a short table: the best method, the accuracy it loses, and how much smaller it is.
 
-    One line is of the last step without labels, another of fine-tuning if networks were fine-tuned.
+    The first line is for the last step that needs no labels, the second for fine-tuning if networks were fine-tuned.
     """
     pruned = {row: runs for row, runs in rows.items() if next(iter(runs.values()))["pruner_name"] != SCRATCH}
     lines, on = [], "validation"
@@ -298,18 +301,18 @@ _MEASURED = {
     "latency ms": ("latency_ms", "latency_before_ms", 1.0, 2, True),
     "prune s": ("prune_seconds", "", 1.0, 2, False),
 }
-"""By column: a record's entry, that of the unpruned network, a factor, digits, and whether the interval is shown."""
+"""By column: a record's entry, the unpruned network's entry, a factor, digits, and whether the interval is shown."""
 
 
 def cells_of(rows: Rows) -> tuple[list[str], list[list[str]]]:
-    """Return a table's head and lines: the unpruned network, then a line per pruner; empty columns are omitted."""
+    """Return a table's head and lines: the unpruned network, then a line per row; empty columns are omitted."""
     timed = _with_equal_times(rows)
     lines = [{"method": "unpruned"}, *({"method": row} for row in timed)]
     for name, (entry, before, scale, digits, spread) in _MEASURED.items():
         lines[0][name] = _shown(next(iter(timed.values())), before, scale, digits, spread)
         baseline = best_baseline(rows, entry) if name.startswith("vs") else None
         for line, (row, runs) in zip(lines[1:], timed.items(), strict=True):
-            # single weights were pruned if a share of the weights is zero
+            # whether single weights were pruned, so that some weights are zero
             has_zeros = any(run.get("weights_left", run["params"]) < 0.999 * run["params"] for run in runs.values())
             if not name.startswith("vs"):
                 line[name] = _shown(runs, entry, scale, digits, spread) if has_zeros or entry != "weights_left" else ""
@@ -322,7 +325,7 @@ def cells_of(rows: Rows) -> tuple[list[str], list[list[str]]]:
 
 
 def _with_equal_times(rows: Rows) -> dict[str, dict[int, Record]]:
-    """Return rows in which networks of one seed and equal widths have one latency, the median: the rest is noise."""
+    """Return rows in which networks of one seed and equal widths get the median of their latencies, to reduce noise."""
     measured: dict[tuple[str, int, str], list[float]] = defaultdict(list)
     places = []
     for row, runs in rows.items():
@@ -349,7 +352,7 @@ def _shown(runs: dict[int, Record], name: str, scale: float, digits: int, spread
 
 
 def foot_of(rows: Rows) -> str:
-    """Return what stands below a group's table: on which images best baselines are chosen; empty without baselines."""
+    """Return the text below a group's table: on which images best baselines are chosen; empty without baselines."""
     columns = ("accuracy_compensated", "accuracy_distilled", "accuracy_retrained")
     chosen = [_best_of(_baselines(rows), column) for column in columns]
     images = {on for baseline, on in chosen if baseline is not None}
@@ -364,7 +367,7 @@ def foot_of(rows: Rows) -> str:
 
 
 def widths_of(rows: Rows) -> tuple[list[str], list[list[str]]]:
-    """Return the head and the lines of a group's widths: by layer the unpruned width and each row's mean width."""
+    """Return the head and lines of a group's widths: for each layer the unpruned width and each row's mean width."""
     first = next(iter(next(iter(rows.values())).values()))
     before, reasons = first.get("widths_before"), first.get("whole")  # why a layer wasn't pruned, by layer
     head = ["layer", *(["before"] if before else []), *rows, *(["not pruned, because"] if reasons else [])]
@@ -377,7 +380,7 @@ def widths_of(rows: Rows) -> tuple[list[str], list[list[str]]]:
 
 
 def epochs_taken(record: Record, share: float = 1.0) -> tuple[int, bool]:
-    """Return the epochs until a share of the unpruned validation accuracy is back, else all, and whether it is."""
+    """Return the epochs until a share of the unpruned validation accuracy is reached, or all epochs; and if it is."""
     for epoch, accuracy in enumerate(record["curve"]):
         if accuracy >= share * record["validation_before"]:
             return epoch, True
@@ -385,36 +388,36 @@ def epochs_taken(record: Record, share: float = 1.0) -> tuple[int, bool]:
 
 
 def convergence_of(rows: Rows) -> tuple[list[str], list[list[str]]] | None:
-    """Return the head and the lines of a table: fine-tuning until shares of the unpruned accuracy are back.
+    """Return the head and lines of a table: epochs of fine-tuning until shares of the unpruned accuracy are reached.
 
     Accuracy is measured on the validation images. Epochs and seconds are the median [lowest, highest] over seeds;
-    ``> 40`` is more than the 40 epochs that were run. The last column is the difference in epochs to the largest share
-    that any run reaches from the baseline with the fewest, paired by seed; a run that doesn't get there counts as all
-    of its epochs. None if no network was fine-tuned for more than two epochs.
+    ``> 40``: not reached in the 40 epochs that were run. The last column compares epochs with the best baseline, which
+    needs the fewest, paired by seed, for the largest share that any run reaches; a run that doesn't reach it counts
+    with all its epochs. None if no network was fine-tuned for more than two epochs.
     """
     long: dict[str, dict[int, Record]] = defaultdict(dict)
     seconds: dict[str, list[float]] = defaultdict(list)
     for row, runs in rows.items():
         for seed, record in runs.items():
-            # A fine-tuning that may stop early is long, however soon it stopped.
+            # Runs with `until` always count, even if they ended after few epochs.
             if "until" in record or len(record.get("curve", ())) > _SHORT + 1:
                 long[row][seed] = record
                 seconds[_widths(record)] += record.get("epoch_seconds") or []
     if not long:
         return None
-    # Runs that stop at 99 % say nothing of 100 %.
+    # Runs that end at 99 % don't show when 100 % would be reached.
     last = min(record.get("until", 1.0) for runs in long.values() for record in runs.values())
     shares = [*(share for share in SHARES if share < last), last]
     taken = {
         share: {row: {seed: epochs_taken(run, share) for seed, run in runs.items()} for row, runs in long.items()}
         for share in shares
     }
-    # Where no run gets to a share, a difference of zero would say nothing.
+    # A share that no run reaches can't be compared.
     reached = [
         share for share in shares if any(is_back for runs in taken[share].values() for _, is_back in runs.values())
     ]
     compared = reached[-1] if reached else shares[0]
-    # The baseline with the fewest mean epochs to this share; of equal ones, to the share before it.
+    # The best baseline has the fewest mean epochs to this share; ties are broken by the next lower share.
     fewer = [share for share in reversed(shares) if share <= compared]
     means = {
         row: [float(np.mean([epochs for epochs, _ in taken[share][row].values()])) for share in fewer]
@@ -451,9 +454,9 @@ def _widths(record: Record) -> str:
 
 
 def _median_of(values: Iterable[tuple[float, bool]]) -> str:
-    """Return median [lowest, highest] of numbers, or the one that they share; of an even number the lower middle one.
+    """Return ``median [lowest, highest]`` of numbers (the lower median), or one number if all are equal.
 
-    A number whose second entry is False is a lower bound, shown by ``>`` and larger than all others.
+    A number whose second entry is False is a lower bound: it is shown with ``>`` and ranks above all others.
     """
     ranked = sorted(values, key=lambda value: (not value[1], value[0]))
     names = [f"{number:.0f}" if is_exact else f"> {number:.0f}" for number, is_exact in ranked]

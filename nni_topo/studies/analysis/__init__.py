@@ -1,1 +1,1 @@
-"""Studies of a model, a file or folder for each verb; :mod:`nni_topo.analysis` hands on what is public."""
+"""Studies of a model, one file or folder per verb; :mod:`nni_topo.analysis` is their public interface."""

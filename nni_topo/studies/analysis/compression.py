@@ -1,4 +1,4 @@
-"""The topologically critical compression ratio: how far a layer can be pruned with its spanning tree kept.
+"""The topologically critical compression ratio: how far a layer can be pruned if its spanning tree is kept.
 
 Source: Zeroth-Order Topological Insights into Iterative Magnitude Pruning, definition 3.1, theorem 3.2, appendices E
 and F.
@@ -35,19 +35,19 @@ class LayerCount:
     """The numbers that give a layer's critical ratio."""
 
     kind: str  # dense, recurrent or conv
-    edges: int  # of its graph; for a convolution, between one input plane and one output plane
-    tree_edges: int  # number of nodes of that graph minus one
+    edges: int  # edges of the layer's graph; for a convolution, between one input plane and one output plane
+    tree_edges: int  # number of nodes of this graph minus one
     weights: int
-    channel_tree: int  # weights that keep all its channels connected, see `nni_topo.topology.channel_tree`
+    channel_tree: int  # number of weights that connect all channels, see `nni_topo.topology.channel_tree`
 
     @property
     def ratio(self) -> float:
-        """Edges over tree edges; below 1 if the planes of a convolution aren't connected, as for a 1x1 kernel."""
+        """Edges over tree edges; below 1 if a convolution's planes aren't connected, as with a 1x1 kernel."""
         return self.edges / self.tree_edges
 
     @property
     def weight_ratio(self) -> float:
-        """Weights over weights of the channel tree: the largest compression by a mask that keeps the tree."""
+        """Weights over weights of the channel tree: the largest compression of a mask that keeps the tree."""
         return self.weights / self.channel_tree
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class CriticalCompression(Findings):
     stem = "compression"
     convention: Convention  # how edges of convolutions were counted
     counts: dict[str, LayerCount]  # by layer, in the model's order
-    skipped: dict[str, str]  # modules with weights that aren't counted, and why: their type, or "1x1"
+    skipped: dict[str, str]  # modules whose weights aren't counted, with the reason: type, "1x1" or "never run"
 
     @property
     def layers(self) -> dict[str, float]:
@@ -86,9 +86,9 @@ class CriticalCompression(Findings):
 
 @dataclass(frozen=True, kw_only=True)
 class AnalyzeCompression(ModelVerb, Study[CriticalCompression]):
-    """Compute how far layers can be pruned with their spanning trees kept."""
+    """Compute how far layers can be pruned if their spanning trees are kept."""
 
-    input_size: tuple[int, ...]  # shape of one input without the batch: for images channels, height and width in pixels
+    input_size: tuple[int, ...]  # shape of one input without the batch; for images channels, height and width in pixels
     classes: int = 10  # number of outputs
     convention: str = "theorem"  # theorem or tables
 
@@ -96,7 +96,7 @@ class AnalyzeCompression(ModelVerb, Study[CriticalCompression]):
         size = self.input_size
         if not size or min(size) < 1:
             raise ConfigError(f"input_size must be one or more numbers of at least 1, got {size}")
-        # a model from elsewhere may take inputs of any shape
+        # models that aren't in the list may take inputs of any shape
         if self.model in list_models() and (len(size) != 3 or size[1] != size[2]):
             raise ConfigError(f"input_size must be channels, height and width of a square, got {size}")
         shape = {"num_classes": self.classes, "in_channels": size[0], "image_size": size[-1]}
@@ -129,7 +129,7 @@ class AnalyzeCompression(ModelVerb, Study[CriticalCompression]):
 def critical_compression_ratio(
     model: nn.Module, example_inputs: Any, convention: Convention = "theorem"
 ) -> CriticalCompression:
-    """Compute how far each layer, and the model, can be pruned with maximum spanning trees kept.
+    """Compute how far each layer, and the model, can be pruned if maximum spanning trees are kept.
 
     Parameters
     ----------
@@ -139,8 +139,8 @@ def critical_compression_ratio(
         Its inputs; the first dimension is the batch.
     convention : {"theorem", "tables"}, default="theorem"
         How edges of a convolution are counted, between one input plane and one output plane.
-        ``"theorem"``: at the true input size with padding, stride and dilation. ``"tables"``: as the paper's tables
-        do, at stride 1 on an input of the size of the output; 1x1 convolutions aren't counted.
+        ``"theorem"``: at the true input size with padding, stride and dilation. ``"tables"``: as in the paper's tables,
+        at stride 1 on an input of the output's size; 1x1 convolutions aren't counted.
 
     Returns
     -------
@@ -154,10 +154,10 @@ def critical_compression_ratio(
 
     Notes
     -----
-    A linear layer, and each gate of a recurrent one, has ``out * in`` edges and a tree of ``out + in - 1``. A
-    convolution has ``kernel * positions`` edges and, by the theorem, a tree of one edge less than padded input
-    positions plus output positions. These are ratios of *edges*: the positions of a convolution share weights, so the
-    ratio of weights differs, see :attr:`LayerCount.weight_ratio`.
+    A linear layer, and each gate of a recurrent layer, has ``out * in`` edges and a tree of ``out + in - 1`` edges. A
+    convolution has ``kernel * positions`` edges and, by the theorem, a tree with one edge less than padded input
+    positions plus output positions. The ratios are ratios of *edges*: the positions of a convolution share weights, so
+    the ratio of weights differs, see :attr:`LayerCount.weight_ratio`.
 
     Examples
     --------
@@ -199,13 +199,13 @@ def critical_compression_ratio(
 def critical_config_list(model: nn.Module, sparse_ratio: float) -> list[dict[str, Any]]:
     """Return a config_list by which every layer keeps at least as many weights as its spanning tree has.
 
-    For pruners of single weights, such as NNI's ``LevelPruner``. The kept weights are as many as join all channels of
-    the layer, but need not join them; :class:`~nni_topo.TopologicalMagnitudePruner` keeps weights that do.
+    For pruners of single weights, such as NNI's ``LevelPruner``. Only the number of kept weights is ensured, not that
+    they connect all channels; :class:`~nni_topo.TopologicalMagnitudePruner` keeps weights that do.
 
     Parameters
     ----------
     model : torch.nn.Module
-        The model; its linear layers and convolutions are pruned, not those of types that NNI doesn't know.
+        The model; its linear layers and convolutions are pruned, except types that NNI doesn't know.
     sparse_ratio : float
         Share of each layer's weights to remove, in (0, 1); less where the channel tree has more weights than remain.
 
@@ -225,7 +225,7 @@ def critical_config_list(model: nn.Module, sparse_ratio: float) -> list[dict[str
     [{'op_names': ['0'], 'sparse_ratio': 0.9, 'max_sparse_ratio': 0.815}]
     """
     number(0, 1, "neither").check("sparse_ratio", sparse_ratio, "critical_config_list")
-    # Types that NNI doesn't know, such as subclasses, can't be in a config_list.
+    # Types that NNI doesn't know, such as unregistered subclasses, can't be in a config_list.
     found = [layer for layer in weight_layers(model)[0] if layer.kind != "recurrent"]
     layers = [layer for layer in found if type(layer.module).__name__ in PruningSetting.registry]
     if not layers:

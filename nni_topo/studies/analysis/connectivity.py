@@ -1,4 +1,4 @@
-"""Find the outputs and channels that no path of kept weights reaches under masks of single weights."""
+"""Find outputs and channels that no path of kept weights reaches, for masks of single weights."""
 
 from __future__ import annotations
 
@@ -65,16 +65,16 @@ def connectivity(model: nn.Module, example_inputs: Any, masks: Mapping[str, Mapp
     Raises
     ------
     ConfigError
-        If the masks name a layer that isn't there, the model doesn't run on the inputs, or its output for zeros isn't
-        zero, for example because of a sigmoid: then a reached output can't be told from others.
+        If the masks name a layer that doesn't exist, the model doesn't run on the inputs, or the output for zeros isn't
+        zero, for example because of a sigmoid: then reached outputs can't be distinguished.
     DataError
-        If a mask isn't of its weight's shape.
+        If a mask doesn't have its weight's shape.
 
     Notes
     -----
-    A copy of the model runs on ones. In the copy every kept weight is a positive constant, every bias is zero, every
-    other vector is one, and norms and shrinking activations are removed. With activations like ReLU, a value is
-    then positive if a path of kept weights reaches it, and zero otherwise.
+    A copy of the model runs on ones. In the copy every kept weight is a positive constant, biases are zero, other
+    vectors are one, and norms and shrinking activations are removed. With activations like ReLU, a value is then
+    positive if a path of kept weights reaches it, and zero otherwise.
 
     Examples
     --------
@@ -116,7 +116,7 @@ def connectivity(model: nn.Module, example_inputs: Any, masks: Mapping[str, Mapp
 
 @dataclass(frozen=True)
 class ConnectivityStudy(PointsStudy):
-    """All points, with shares in [0, 1]; channels are those of the layer with the fewest."""
+    """All points, with shares in [0, 1]; shares of channels are the lowest share of a layer."""
 
     stem = "connectivity"
 
@@ -164,7 +164,7 @@ def _flow_model(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor]]) -> 
         if isinstance(module, (*NORMALIZING, *_SHRINKING)):
             flow.set_submodule(name, nn.Identity())
             continue
-        fold(module)  # a parametrized weight would not be the constant that is set below
+        fold(module)  # a parametrized weight can't be set to the constant below
         for parameter, values in module.named_parameters(recurse=False):
             mask = masks.get(name, {}).get(parameter)
             if mask is not None and mask.shape != values.shape:

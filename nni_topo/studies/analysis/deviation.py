@@ -1,4 +1,4 @@
-"""Net Deviation: the difference of a pruned network's error and the bound of that error."""
+"""Net Deviation: the difference between a pruned network's error and its bound."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class NetDeviation:
     """The Net Deviation of a pruned network; its norms are Euclidean, over the batch."""
 
     dev: float  # ||delta Y|| - bound, equation (3.12)
-    sign: float  # dev / ||dev||, equation (3.13) as printed: for a number, only its sign, -1, 0 or 1
-    # dev / bound, a *normalised* difference of error and bound, as the text describes (3.13). -1: no error; 0: the
-    # error equals the bound; above 0: the error exceeds the bound, which holds to first order only. Infinite for an
-    # error with bound 0; 0 if both are 0.
+    sign: float  # dev / ||dev||, equation (3.13) as printed, which is the sign of dev: -1, 0 or 1
+    # dev / bound, the *normalised* difference that the text of (3.13) describes. -1: no error; 0: the error equals the
+    # bound; above 0: the error exceeds the bound, which holds to first order only. Infinite if only the bound is 0; 0
+    # if both are 0.
     relative: float
     error: float
     bound: float
@@ -56,7 +56,7 @@ def net_deviation(
     form : {"first_order", "directional", "lipschitz"}, default="first_order"
         The bound: (3.9) as printed, its tighter form (B.5), or the Lipschitz bound for changes of any size.
     iterations : int, default=100
-        Most steps of each power iteration.
+        Maximum number of steps of each power iteration.
 
     Returns
     -------
@@ -65,12 +65,12 @@ def net_deviation(
     Raises
     ------
     ConfigError, DataError, SpeedupError
-        As :func:`~nni_topo.analysis.error_bound` does; ConfigError for an unknown form.
+        As in :func:`~nni_topo.analysis.error_bound`; ConfigError for an unknown form.
 
     Notes
     -----
-    ``dev`` falls as the bound rises: of two prunings with the same error, the one with the larger bound has the smaller
-    deviation. Read it together with ``error``.
+    ``dev`` falls as the bound rises: of two pruned networks with the same error, the network with the larger bound has
+    the smaller deviation. Read it together with ``error``.
 
     References
     ----------
@@ -81,7 +81,7 @@ def net_deviation(
 
 
 def _of_bound(found: ErrorBound, form: Form) -> NetDeviation:
-    """Return the Net Deviation of an error whose bounds are known."""
+    """Return the Net Deviation of an error with known bounds."""
     bound = float(getattr(found, form))
     dev = found.error - bound
     sign = 0.0 if dev == 0.0 else dev / abs(dev)
@@ -94,13 +94,13 @@ _ITERATIONS = 50
 
 @dataclass(frozen=True)
 class DeviationStudy(PointsStudy):
-    """All points: the removed share, a :class:`NetDeviation` with (3.9), the Lipschitz bound and the test accuracy."""
+    """All points: removed share, the fields of :class:`NetDeviation` with (3.9), Lipschitz bound, test accuracy."""
 
     stem = "deviation"
     images: int
 
     def figures(self) -> dict[str, Figure]:
-        """Return ``deviation`` and ``accuracy``: both against the share of removed weights."""
+        """Return ``deviation`` and ``accuracy``, both against the share of removed weights."""
         means = self.means()
         columns = {"deviation (3.12)": "dev", "deviation / bound": "relative", "norm of the output's change": "error"}
         accuracy = _curves(means.assign(accuracy=100 * means["accuracy"]), {"test accuracy %": "accuracy"})
@@ -151,7 +151,7 @@ class AnalyzeDeviation(PrunersStudy[DeviationStudy]):
 
 
 def _curves(means: pd.DataFrame, columns: dict[str, str]) -> Figure:
-    """Draw columns, by their labels, against the share of removed weights, a line per pruner."""
+    """Draw columns (label to name) against the share of removed weights, a panel per column and a line per pruner."""
 
     def draw(axis: Axes, column: str) -> None:
         for name, rows in means.groupby("pruner", sort=False):

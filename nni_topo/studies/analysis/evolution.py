@@ -1,4 +1,4 @@
-"""Figures of genetic searches for weights to prune: over generations, and of several searches side by side.
+"""Figures of genetic searches for weights to prune: over generations, and for several searches side by side.
 
 Source: Janjic, "Exploring Redundancy in Neural Networks: Pruning by Genetic Algorithm & Filter Energy", MSc thesis,
 University of Manitoba, 2018, figures 5.1 to 5.14 and A.1 to A.6, tables 5.1 and 5.2.
@@ -38,11 +38,11 @@ class EvolutionTrial:
     """One genetic search."""
 
     history: pd.DataFrame  # as `nni_topo.GeneticWeightPruner.history`
-    weights: NDArray[np.float32]  # at the start, (genes,)
-    kept: NDArray[np.bool_]  # (genes,): the weights that the fittest individual keeps
-    start_accuracy: float  # of the unpruned network, in [0, 1]
+    weights: NDArray[np.float32]  # weights before the search, (genes,)
+    kept: NDArray[np.bool_]  # weights that the fittest individual keeps, (genes,)
+    start_accuracy: float  # accuracy of the unpruned network, in [0, 1]
     alpha: float  # coefficient of accuracy in the fitness
-    beta: float  # coefficient of compression
+    beta: float  # coefficient of compression in the fitness
 
     @classmethod
     def of(cls, pruner: GeneticWeightPruner) -> EvolutionTrial:
@@ -53,7 +53,7 @@ class EvolutionTrial:
         return cls(pruner.history, pruner.start_weights, kept, search.start_accuracy, knobs.alpha, knobs.beta)
 
     def summary(self) -> pd.DataFrame:
-        """Return lowest, mean and highest values of the first and last generation, ``(2, 9)``: tables 5.1, 5.2."""
+        """Return lowest, mean and highest values of the first and last generation, (2, 9), as in tables 5.1 and 5.2."""
         columns, ends = ["fitness", "accuracy", "compression"], [0, self.history.generation.max()]
         found = self.history.groupby("generation")[columns].agg(["min", "mean", "max"]).loc[ends]
         return found.set_axis(["initial", "final"])
@@ -63,14 +63,14 @@ class EvolutionTrial:
         return facts | {"kept": float(self.kept.mean()), "history": self.history.to_dict("list")}
 
     def line(self, by: str) -> pd.DataFrame:
-        """Return the line of descent whose last individual is highest in a column, a row per generation."""
+        """Return the line of descent, a row per generation, whose last individual is highest in column ``by``."""
         last = self.history[self.history.generation == self.history.generation.max()]
         return self.history[self.history.individual == last.individual[last[by].idxmax()]]
 
 
 @dataclass(frozen=True)
 class EvolutionStudy(Findings):
-    """Searches by label, e.g. the damage rate; at least one."""
+    """Searches by label, e.g. by damage rate; at least one."""
 
     stem = "evolution"
     trials: Mapping[str, EvolutionTrial]
@@ -81,9 +81,9 @@ class EvolutionStudy(Findings):
     def figures(self) -> dict[str, Figure]:
         """Return the figures of the thesis.
 
-        ``distributions`` of fitness per generation, ``fitness`` over the generations with the lines of the fittest and
-        the most accurate, ``progress`` of accuracy and compression, ``heatmap`` of the kept weights, ``weights`` at the
-        start of the first search with their kurtosis, ``histograms`` of weights before and after, ``solutions`` in the
+        ``distributions`` of fitness per generation, ``fitness`` over the generations with the fittest and the most
+        accurate line of descent, ``progress`` of accuracy and compression, ``heatmap`` of the kept weights, ``weights``
+        before the first search with their kurtosis, ``histograms`` of weights before and after, ``solutions`` in the
         plane of compression and accuracy.
         """
         trials, first = self.trials, next(iter(self.trials.values()))
@@ -103,12 +103,12 @@ class EvolutionStudy(Findings):
 
 @dataclass(frozen=True, kw_only=True)
 class AnalyzeEvolution(TrainedStudy[EvolutionStudy]):
-    """Search for weights of a layer that can be removed, once per damage rate, and draw the searches."""
+    """Search for removable weights of a layer, once per damage rate, and draw the searches."""
 
     layers: Names = ()  # names of layers to search together; none: the layer with the most weights
-    damage_rates: tuple[float, ...] = (0.1,)  # share of the weights removed at random in generation 0, in [0, 1]
+    damage_rates: tuple[float, ...] = (0.1,)  # shares of the weights removed at random in generation 0, in [0, 1]
     population_size: int = WeightSearch.population_size  # individuals, at least 2
-    generations: int = WeightSearch.generations  # after generation 0, at least 1
+    generations: int = WeightSearch.generations  # number of generations after generation 0, at least 1
     max_sparse_ratio: float | None = None  # largest share of the weights that may be removed, in (0, 1); None: all
 
     def check(self) -> None:
@@ -161,7 +161,7 @@ def _distributions(axis: Axes, trial: EvolutionTrial) -> None:
 
 
 def _course(axis: Axes, measured: tuple[EvolutionTrial, str]) -> None:
-    """Draw range and mean of a column over the generations, and the best lines of descent."""
+    """Draw range and mean of a column over the generations, and the fittest and most accurate lines of descent."""
     trial, column = measured
     groups = trial.history.groupby("generation")[column]
     axis.fill_between(groups.min().index, groups.min(), groups.max(), alpha=0.2, label="range")
@@ -173,7 +173,7 @@ def _course(axis: Axes, measured: tuple[EvolutionTrial, str]) -> None:
 
 
 def _heatmap(trials: Mapping[str, EvolutionTrial]) -> Figure:
-    """Draw a column per trial; each row is the mean magnitude of the kept weights in one section of the layer."""
+    """Draw a column per trial; each cell is the mean magnitude in one section of the layer, removed weights as 0."""
     columns = []
     for trial in trials.values():
         kept = np.where(trial.kept, np.abs(trial.weights), 0.0)

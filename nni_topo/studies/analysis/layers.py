@@ -1,4 +1,4 @@
-"""The weights of a model's layers, and the graphs of inputs and outputs that they join."""
+"""The weights of a model's layers, and the graphs in which they connect inputs and outputs."""
 
 from __future__ import annotations
 
@@ -27,37 +27,37 @@ _SUPPORTED: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS, *_RECURRENT
 
 @dataclass(frozen=True, eq=False)
 class WeightLayer:
-    """One weight matrix or kernel of a model, which joins inputs to outputs."""
+    """One weight matrix or kernel of a model, which connects inputs to outputs."""
 
-    name: str  # the module's; for a recurrent layer with parameter and gate, e.g. "lstm.weight_hh_l0[forget]"
+    name: str  # the module's name; for a recurrent layer also parameter and gate, e.g. "lstm.weight_hh_l0[forget]"
     kind: str  # dense, recurrent or conv
     weight: NDArray[np.float64]  # (out, in) or (out, in / groups, *kernel), zero where NNI masks it
     module: nn.Module
 
     @property
     def groups(self) -> int:
-        """Groups of a convolution, else 1."""
+        """Number of groups of a convolution, else 1."""
         return int(getattr(self.module, "groups", 1))
 
     @property
     def channel_tree(self) -> int:
-        """Number of weights in its channel tree, see :func:`nni_topo.topology.channel_tree`."""
+        """Number of weights in the channel tree, see :func:`nni_topo.topology.channel_tree`."""
         outputs, inputs = self.weight.shape[:2]
         return int(self.groups * (outputs // self.groups + inputs - 1))
 
     def graph(self, input_size: tuple[int, ...] | None) -> LayerGraph:
-        """Return the layer's graph; a convolution needs its input's size in pixels, without padding."""
+        """Return the layer's graph; a convolution needs the input's size in pixels, without padding."""
         if self.kind != "conv" or input_size is None:
             return linear_graph(*self.weight.shape[:2])
         return graph_of_convolution(self.module, input_size)
 
 
 def weight_layers(model: nn.Module) -> tuple[list[WeightLayer], dict[str, str]]:
-    """Return a model's weights in its order, and the types of modules with weights that aren't supported, by name."""
+    """Return a model's weights in order, and unsupported modules with weights, as a mapping of name to type."""
     layers: list[WeightLayer] = []
     skipped: dict[str, str] = {}
     for name, module in model.named_modules():
-        # NNI's wrapper is a child of the module that it wraps, which is listed itself
+        # NNI's wrapper is a child of the wrapped module, which is listed itself
         if name.rpartition(".")[2] == "_nni_wrapper":
             continue
         gates = next((names for kind, names in _RECURRENT.items() if isinstance(module, kind)), None)
@@ -83,7 +83,7 @@ def weight_layers(model: nn.Module) -> tuple[list[WeightLayer], dict[str, str]]:
 
 
 def _values(module: nn.Module, parameter: str) -> NDArray[np.float64]:
-    """Return a weight as the forward uses it: under NNI's wrapper, the wrapper's values times its mask."""
+    """Return a weight as the forward uses it: if NNI has wrapped the module, the wrapper's values times its mask."""
     wrapper = getattr(module, "_nni_wrapper", None)
     owner = wrapper if wrapper is not None and hasattr(wrapper, parameter) else module
     values: Tensor = getattr(owner, parameter).detach().to("cpu", torch.float64)

@@ -1,4 +1,4 @@
-"""The magnitude study: direct and iterative pruning of some or all layers, and the bytes and time that zeros save.
+"""The magnitude study: direct and iterative pruning of some or all layers, with the bytes and time that zeros save.
 
 Source: "Network Structure Pruning", AVLSI final project report, sections V and VI, figures 11 to 20.
 """
@@ -45,22 +45,22 @@ _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "dense": (nn.Linear,),
 }
 WORDS = {"direct": "direct", "direct, retrained": "direct, fine-tuned", "iterative": "iterative"}
-"""The ways, named as in the records, in the words of figures and tables."""
+"""Ways of pruning: the name in records, and the name in figures and tables."""
 _STYLES = {
     "direct": "-", "direct, fine-tuned": "--", "iterative": ":",
     "dense": "-", "gzip": "--", "coo": ":", "csr": "-.", "csr32": ".-", "zeros": "--", "unpruned": ":",
 }  # fmt: skip
 _COLORS = {("level", "all"): "C0", ("level", "conv"): "C1", ("level", "dense"): "C2", ("matrix", "all"): "C3"}
-_AGAIN = "unpruned"  # the copy of the unpruned network among the timed ones
+_AGAIN = "unpruned"  # name of the unpruned network's copy among the timed networks
 _SHARE = "time / unpruned network's time"
 
 PerSeed = Mapping[float, Sequence[float]]
-"""By ratio the values of all seeds."""
+"""The values of all seeds, by ratio."""
 
 
 @dataclass(frozen=True)
 class MagnitudeStudy(Findings):
-    """Records of every way of pruning, and, a record per seed, of the unpruned networks and of each layer alone."""
+    """Records of every way of pruning; also, one record per seed, of the unpruned network and of each layer alone."""
 
     stem = "magnitude"
     rows: list[Record]
@@ -68,7 +68,7 @@ class MagnitudeStudy(Findings):
     sensitivities: list[Record]
 
     def series(self) -> dict[str, dict[tuple[str, ...], PerSeed]]:
-        """Return by quantity and by name the values of all seeds, by rising ratio."""
+        """Return the values of all seeds by quantity, then by name, then by rising ratio."""
         found: Any = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
         for row in sorted(self.rows, key=lambda row: row["ratio"]):
             pruner, ratio = row["pruner"], row["ratio"]
@@ -116,16 +116,16 @@ class MagnitudeStudy(Findings):
 class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
     """Prune by magnitude directly and iteratively, and measure the bytes and time that zeros save.
 
-    Direct pruning has all epochs of fine-tuning after its only round, iterative pruning shares them among its rounds.
+    Direct pruning uses all epochs of fine-tuning after its only round, iterative pruning shares them among its rounds.
     """
 
     ratios: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)  # sparse_ratio of the pruned layers, in (0, 1)
     rounds: int = 3  # rounds of iterative pruning, in [1, epochs]
-    epochs: int = 3  # epochs of fine-tuning in all, at least 0; 0: direct pruning alone
-    seeds: int = 1  # runs, each with a seed of its own, at least 1
+    epochs: int = 3  # total number of epochs of fine-tuning, at least 0; 0: direct pruning only
+    seeds: int = 1  # number of seeds, at least 1
     images: int | None = None  # test images used, at least 1; None: all
     batch: int = 256  # test images of a timed pass, at least 1
-    seconds: float = 10.0  # after so many seconds of timing one pruned network no further round starts, above 0
+    seconds: float = 10.0  # seconds after which timing of a pruned network starts no further round, above 0
 
     def check(self) -> None:
         rules = {
@@ -208,7 +208,7 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
     def _measured(
         self, start: Start, pruner: str, layers: list[str], way: str, ratio: float, *, with_costs: bool
     ) -> Record:
-        """Prune some layers of a copy; return its accuracy, after direct pruning with its costs if these are asked."""
+        """Prune some layers of a copy; return its accuracy, and its costs if it is pruned directly ``with_costs``."""
         pruned = copy.deepcopy(start.net)
         config: list[dict[str, Any]] = [{"op_names": layers, "sparse_ratio": ratio}]
         if pruner_info(pruner).structured:
@@ -232,7 +232,7 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
         accuracy = start.tested(masked)
         if not with_costs:
             return {"accuracy": accuracy}
-        # A copy of the unpruned network is timed like the others: how far its share is from 1 is noise.
+        # A copy of the unpruned network is timed too: the difference of its share from 1 is noise.
         nets = {_AGAIN: detached_copy(start.net), "zeros": masked}
         if pruner == "matrix":
             stored = nets["dense"] = made_dense(start, masks)[0]
@@ -247,10 +247,10 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
 
 
 def stored_bytes(model: nn.Module) -> dict[str, int]:
-    """Return the bytes of a model's state on disk, by format; masked weights must be zeros."""
+    """Return the bytes of a model's state dict on disk, by format; pruned weights must be zeros."""
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     dense = _saved(state)
-    # Weights of two and more dimensions become matrices (out, rest), with 64-bit indices except for csr32.
+    # Weights with two or more dimensions become matrices (out, rest), with 64-bit indices except in csr32.
     matrices = {name: value.flatten(1) for name, value in state.items() if value.dim() > 1}
     coordinates = {name: matrix.to_sparse_coo().coalesce() for name, matrix in matrices.items()}
     rows = {name: _csr(matrix) for name, matrix in matrices.items()}
@@ -267,7 +267,7 @@ def stored_bytes(model: nn.Module) -> dict[str, int]:
 
 
 class SparseLinear(nn.Module):
-    """A linear layer that multiplies by a sparse matrix in row format, without the given layer's zeros."""
+    """A linear layer whose weight is a sparse matrix in CSR format."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -281,7 +281,7 @@ class SparseLinear(nn.Module):
 
 
 def with_sparse_linears(model: nn.Module) -> nn.Module:
-    """Return a copy whose linear layers multiply by sparse matrices; convolutions have no such kernel in PyTorch."""
+    """Return a copy with :class:`SparseLinear` layers; PyTorch has no such kernel for convolutions."""
     model = detached_copy(model)
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear:

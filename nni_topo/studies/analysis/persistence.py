@@ -1,4 +1,4 @@
-"""Neural persistence: the zeroth homology of a layer's weights as one number, and its course during training.
+"""Neural persistence: the zeroth homology of a layer's weights as one number, also during training.
 
 References
 ----------
@@ -37,10 +37,10 @@ Scale = Literal["layer", "model"]
 class NeuralPersistence:
     """Neural persistence of a model."""
 
-    layers: dict[str, float]  # by layer, in the model's order
-    deaths: dict[str, NDArray[np.float64]]  # values w' in [0, 1], descending: the diagram has a point (1, w') for each
+    layers: dict[str, float]  # neural persistence by layer, in the model's order
+    deaths: dict[str, NDArray[np.float64]]  # by layer, w' in [0, 1], descending: each is a point (1, w') of the diagram
     normalized: bool  # whether the layers' values are divided by their upper bounds
-    skipped: dict[str, str]  # modules with weights that aren't supported, with their type, or with why
+    skipped: dict[str, str]  # skipped modules with weights, with the reason: type or "never run"
 
     @property
     def total(self) -> float:
@@ -69,8 +69,8 @@ def neural_persistence(
 ) -> NeuralPersistence:
     """Compute the neural persistence of every layer of a model.
 
-    Edges are added by descending ``w' = |w| / max |w|``. Every node is born at 1, and each edge of the maximum spanning
-    tree merges two components, so that the diagram has a point ``(1, w')`` for each edge of the tree.
+    Edges are added in descending order of ``w' = |w| / max |w|``. Every node is born at 1, and each edge of the maximum
+    spanning tree merges two components, so that the diagram has a point ``(1, w')`` for each edge of the tree.
 
     Parameters
     ----------
@@ -102,8 +102,8 @@ def neural_persistence(
 
     Notes
     -----
-    The upper bound of theorem 1 of [1]_ is ``(1 - min w') * edges ** (1 / p)``, as no persistence is larger than
-    ``1 - min w'``; edges are those of the tree, ``m + n - 1`` for a linear layer.
+    The upper bound of theorem 1 of [1]_ is ``(1 - min w') * edges ** (1 / p)``, because no persistence is larger than
+    ``1 - min w'``; ``edges`` is the number of edges of the tree, ``m + n - 1`` for a linear layer.
 
     Examples
     --------
@@ -146,7 +146,7 @@ def neural_persistence(
         top = largest[layer.name] if scale == "layer" else max(largest.values())
         deaths[layer.name] = lengths / top
         bound = (1.0 - least / top) * len(lengths) ** (1.0 / p) if normalized else 1.0
-        # the p-norm of the persistences, scaled such that a large p doesn't underflow
+        # the p-norm of the persistences, scaled so that a large p doesn't underflow
         persistences = 1.0 - deaths[layer.name]
         longest = float(persistences.max())
         norm = longest * float(np.linalg.norm(persistences / longest, ord=p)) if longest > 0 else 0.0

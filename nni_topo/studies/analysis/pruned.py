@@ -20,13 +20,13 @@ from nni_topo.runs.run import Start, prune
 from nni_topo.runs.widths import inner_layers
 from nni_topo.studies.study import Findings, Found, Names, Tell, TrainedStudy
 
-# used like a pruner's name: masks of random single weights
+# name in place of a pruner's: masks of random single weights
 CONNECTIONS = "connections"
 
 
 @dataclass(frozen=True)
 class PointsStudy(Findings):
-    """A record per pruned network, and the unpruned network's test accuracy in [0, 1]."""
+    """One record (point) per pruned network, and the unpruned network's test accuracy in [0, 1]."""
 
     points: list[Record]
     accuracy: float
@@ -43,7 +43,7 @@ class PrunersStudy(TrainedStudy[Found]):
 
     pruners: Names = (CONNECTIONS, "level", "random", "cluster", "subcluster")  # connections: random single weights
     ratios: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)  # of every layer, in [0, 1)
-    seeds: int = 1  # runs of each pruner, at least 1
+    seeds: int = 1  # number of seeds of each pruner, at least 1
     calibration: int = 512  # training images for pruners that need calibration data, at least 1
 
     def check(self) -> None:
@@ -57,7 +57,7 @@ class PrunersStudy(TrainedStudy[Found]):
         check_knobs(self.place, vars(self), {"seeds": whole(1), "calibration": whole(1)})
 
     def points(self, start: Start, tell: Tell) -> list[Record]:
-        """Return the point of every run."""
+        """Return one point per pruner, ratio and seed."""
         known = replace(start, known_accuracy=start.accuracy)  # measured once, not in every run
         found = []
         for name in self.pruners:
@@ -76,7 +76,7 @@ class PrunersStudy(TrainedStudy[Found]):
 
 
 def study_masks(name: str, start: Start, ratio: float, calibration: int) -> Masks:
-    """Return masks at a ratio in [0, 1) of every layer but the output, by a registered pruner or ``"connections"``."""
+    """Return masks by a registered pruner or ``"connections"``, at a ratio in [0, 1) of every layer but the output."""
     layers = inner_layers(start.net, start.example)
     if name == CONNECTIONS:
         generator = torch.Generator().manual_seed(start.seed)
@@ -88,7 +88,7 @@ def study_masks(name: str, start: Start, ratio: float, calibration: int) -> Mask
             masks[layer] = {"weight": mask.reshape(weight.shape).to(weight.device)}
         return masks
     info, knobs, entry = pruner_info(name), {}, {"op_names": layers, "sparse_ratio": ratio}
-    if name == "subcluster":  # it finds the number of neurons itself and starts from the share 1 - ratio
+    if name == "subcluster":  # it chooses the number of neurons itself, starting from the share 1 - ratio
         knobs = {"growth": {"initial_ratio": max(1.0 - ratio, 1e-9)}}
         del entry["sparse_ratio"]
     config_list = dependency_groups(start.net, start.example, [entry]) if info.structured else [entry]
@@ -97,7 +97,7 @@ def study_masks(name: str, start: Start, ratio: float, calibration: int) -> Mask
 
 
 def share_kept(masks: Masks) -> float:
-    """Return the share of the masked layers' weights that is kept, in [0, 1]."""
+    """Return the kept share of the masked layers' weights, in [0, 1]."""
     weights = [targets["weight"] for targets in masks.values() if targets.get("weight") is not None]
     if not weights:
         raise DataError("a pruner must mask weights to be studied, got no mask (masks)")

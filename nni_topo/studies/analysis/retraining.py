@@ -1,4 +1,4 @@
-"""Epochs of fine-tuning ("retraining" in the text) that restore a pruned network, and their lower bound: theorem 1."""
+"""Epochs of fine-tuning ("retraining" in the source) that restore a pruned network, and a lower bound (theorem 1)."""
 
 from __future__ import annotations
 
@@ -40,25 +40,25 @@ _POSITIVE = number(0.0, closed="neither")
 class RetrainingBound:
     """Theorem 1 for one pruned network."""
 
-    epochs: float  # lower bound of the epochs of fine-tuning, equation (3.1) as printed
-    # The same with the ratio of gradients inverted, which is what (A.2) to (A.5) give: with equality there, epochs are
-    # proportional to ||gradient||^2 / mu. In the node form it is gamma times the ratio of the two differences in loss,
-    # after pruning and before training, times the epochs of training.
+    epochs: float  # lower bound on the epochs of fine-tuning, equation (3.1) as printed
+    # The same with the ratio of gradients inverted, as (A.2) to (A.5) imply: with equality there, epochs are
+    # proportional to ||gradient||^2 / mu. In the node form it is the epochs of training times gamma times the loss gap
+    # after pruning divided by the loss gap before training.
     derived_epochs: float
-    mu_initial: float  # constants of (3.2) and (3.3), or (3.4) and (3.5), with equality
+    mu_initial: float  # constants of (3.2) and (3.3), or of (3.4) and (3.5), with equality
     mu_sparse: float
     gradient_initial: float  # squared norms of the gradients, all layers together (3.6)
     gradient_sparse: float
     loss_initial: float  # mean losses
     loss_trained: float
     loss_sparse: float
-    gamma: float  # the text's free constant, as given
+    gamma: float  # the source's free constant, as given
 
     def __float__(self) -> float:
         return self.epochs
 
     def fitted_gamma(self, epochs: float) -> float:
-        """Return the constant for which (3.1) gives so many epochs; infinite if the bound is 0 for every constant."""
+        """Return the gamma for which (3.1) equals ``epochs``; infinite if the bound is 0 for every gamma."""
         return epochs * self.gamma / self.epochs if self.epochs > 0 else math.inf
 
 
@@ -73,33 +73,34 @@ def retraining_bound(
     gamma: float = 1.0,
     kind: BoundKind = "node",
 ) -> RetrainingBound:
-    """Bound the epochs of retraining from below by theorem 1.
+    """Compute a lower bound on the epochs of fine-tuning after pruning, by theorem 1.
 
     Parameters
     ----------
     initial : torch.nn.Module
         The network before training.
     trained : torch.nn.Module
-        After training.
+        The network after training.
     sparse : torch.nn.Module
-        After pruning, not wrapped. For ``"connection"`` it must have the parameters' full shapes; for ``"node"`` it may
-        be dense or of full size with zeros, whose gradients don't count.
+        The network after pruning, not wrapped. For ``"connection"`` its parameters must have full shapes; for
+        ``"node"`` it may be dense, or of full size with zeros, whose gradients don't count.
     loss : callable
         ``loss(outputs, targets)``, the mean over a batch, e.g. ``torch.nn.functional.cross_entropy``.
     batches : iterable of (inputs, targets)
-        Data to take losses and gradients on. Inputs: a tensor, a tuple of arguments or a mapping of keyword arguments.
+        Data for losses and gradients. Inputs: a tensor, a tuple of arguments or a mapping of keyword arguments.
     epochs : float
-        Epochs of the training, positive.
+        Number of epochs of the training, positive.
     gamma : float, default=1.0
-        The text's free constant, positive. The text fits it to each case, between 1e-6 and 100; see ``fitted_gamma``.
+        The source's free constant, positive. The source fits it to each case, between 1e-6 and 100; see
+        ``fitted_gamma``.
     kind : {"node", "connection"}, default="node"
-        Where the constants come from: losses and gradients, (3.4) and (3.5), which suits both kinds of pruning;
-        or distances of gradients and weights, (3.2) and (3.3).
+        Source of the constants. ``"node"``: losses and gradients, (3.4) and (3.5), for both kinds of pruning;
+        ``"connection"``: distances of gradients and weights, (3.2) and (3.3).
 
     Returns
     -------
     RetrainingBound
-        ``float()`` of it is the bound.
+        ``float(result)`` is the bound.
 
     Raises
     ------
@@ -109,13 +110,13 @@ def retraining_bound(
     SpeedupError
         If a model is wrapped by a pruner.
     DataError
-        If there is no batch; or training or pruning changed nothing, or a gradient is zero, so that there is no bound.
+        If there is no batch; or if no bound exists because training or pruning changed nothing or a gradient is zero.
 
     Notes
     -----
-    The theorem assumes a strictly convex loss, which a network's isn't, and that epochs are proportional to the
-    difference in loss: with a fitted constant it describes epochs, it doesn't predict them. Everything is computed in
-    evaluation mode; the models aren't changed.
+    The theorem assumes that the loss is strictly convex, which isn't true for networks, and that epochs are
+    proportional to the difference in loss: with a fitted constant it describes epochs, it doesn't predict them.
+    Everything is computed in evaluation mode; the models aren't changed.
 
     References
     ----------
@@ -132,7 +133,7 @@ def retraining_bound(
     for model in (initial, trained, sparse):
         check_model(model)
     start, end, pruned = (_state(model, loss, data) for model in (initial, trained, sparse))
-    # (3.6): squared norms over all layers; pruned nodes are no longer in the network: their gradients don't count
+    # (3.6): squared norms over all layers; gradients of pruned nodes, which aren't in the network, don't count
     kept = pruned.weights != 0 if kind == "node" else 1.0
     initial_norm, sparse_norm = (float(each.square().sum()) for each in (start.gradients, pruned.gradients * kept))
     if min(initial_norm, sparse_norm) == 0.0:
@@ -191,7 +192,7 @@ def _state(model: nn.Module, loss: Callable[[Any, Any], Tensor], batches: list[t
         if not isinstance(found, Tensor) or found.dim():
             got = f"one of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
             raise ConfigError(f"a loss must be the mean over a batch, got {got} (loss)")
-        # the mean over all samples, whatever the sizes of the batches
+        # weighted, so that the sum is the mean over all samples
         mean = found * (len(targets) / samples)
         torch.autograd.backward(mean)
         total += mean.item()
@@ -206,7 +207,7 @@ def _state(model: nn.Module, loss: Callable[[Any, Any], Tensor], batches: list[t
 
 @dataclass(frozen=True)
 class RetrainingStudy(PointsStudy):
-    """All points: the bound in epochs, also as derived, and the epochs after which the accuracy recovered or None."""
+    """All points: the bound in epochs as printed and as derived, and the epochs until recovery, or None."""
 
     stem = "retraining"
     trained_epochs: int
@@ -216,13 +217,13 @@ class RetrainingStudy(PointsStudy):
     def means(self) -> pd.DataFrame:
         """Return means over seeds by ``pruner``, ``kind`` and ``ratio``, in the order of the points."""
         frame = pd.DataFrame(self.points).drop(columns="seed")
-        # a run that didn't recover counts with the most epochs; `back` is the number of runs that did
+        # a run that didn't recover counts with `most_epochs`; `back` is the number of runs that recovered
         frame = frame.assign(
             back=frame["epochs"].notna(), epochs=frame["epochs"].fillna(self.most_epochs).astype(float)
         )
         grouped = frame.groupby(["pruner", "kind", "ratio"], sort=False, as_index=False)
         means = grouped.mean()
-        # the constant for which (3.1) gives the epochs: the bound is proportional to it
+        # `fitted`: the gamma for which (3.1) gives the epochs, because the bound is proportional to gamma
         return means.assign(back=grouped["back"].sum()["back"], fitted=self.gamma * means["epochs"] / means["bound"])
 
     def figures(self) -> dict[str, Figure]:
@@ -233,15 +234,15 @@ class RetrainingStudy(PointsStudy):
 
 @dataclass(frozen=True, kw_only=True)
 class AnalyzeRetraining(PrunersStudy[RetrainingStudy]):
-    """Compare the epochs that fine-tuning takes to restore the accuracy with their lower bound.
+    """Compare the epochs that fine-tuning takes to restore the accuracy with a lower bound.
 
-    A checkpoint must come from the model's own recipe and this seed, because the bound needs the untrained network.
+    A checkpoint must come from the model's default recipe and this seed, because the bound needs the untrained network.
     """
 
     pruners: Names = (CONNECTIONS, "random")  # registered names; connections: random single weights
     ratios: tuple[float, ...] = (0.1, 0.5, 0.9)  # of every layer, in [0, 1)
     images: int = 2048  # training images for losses and gradients, at least 1
-    epochs: int = 10  # most epochs of fine-tuning, at least 1
+    epochs: int = 10  # maximum number of epochs of fine-tuning, at least 1
     gamma: float = 1.0  # the theorem's free constant, positive
     tolerance: float = 0.0  # loss of accuracy that counts as recovered, in [0, 1]
 
@@ -269,7 +270,7 @@ class AnalyzeRetraining(PrunersStudy[RetrainingStudy]):
         found = retraining_bound(initial, start.net, sparse, cross_entropy, batches, trained, self.gamma, kind)
         bounds = {"kind": kind, "bound": found.epochs, "derived": found.derived_epochs}
         before = start.tested(sparse)
-        # the learning rate falls over the most epochs, even if the accuracy recovers earlier
+        # the learning rate falls over all epochs, even if the accuracy recovers earlier
         recipe, wanted = start.recipe.for_retraining(self.epochs), start.accuracy - self.tolerance
         taken, after = epochs_to_recover(sparse, start.data, recipe, wanted, seed=start.seed)
         return {**bounds, "epochs": taken, "accuracy_pruned": before, "accuracy_retrained": after}
@@ -295,11 +296,11 @@ class AnalyzeRetraining(PrunersStudy[RetrainingStudy]):
 def epochs_to_recover(
     model: nn.Module, data: zoo.DataBundle, recipe: zoo.Recipe, wanted: float, *, seed: int
 ) -> tuple[int | None, float]:
-    """Fine-tune in place until the test accuracy is ``wanted``, at most 1; return epochs (None: never) and accuracy."""
+    """Fine-tune in place until the test accuracy reaches ``wanted``; return epochs (None: never) and accuracy."""
     before = zoo.evaluate(model, data.test)
     if before >= wanted:
         return 0, before
-    # training watches the test images in place of validation images
+    # the test images take the place of validation images
     log = retrain(model, replace(data, validation=data.test), recipe, seed=seed, until=wanted)
     reached = log.epochs[-1].validation_accuracy or 0.0
     return (len(log.epochs) if reached >= wanted else None), reached

@@ -1,4 +1,4 @@
-"""Iterative magnitude pruning with and without the spanning trees, by method and seed, measured after each round."""
+"""Iterative magnitude pruning (IMP) that keeps spanning trees or not, by method and seed, measured after each round."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ METHODS = {
     "T-IMP": PrunerChoice("topological_magnitude", "T-IMP", {"on_subcritical": "clip"}),
     "IMP capped": PrunerChoice("level", "IMP capped"),
 }
-"""NNI's magnitude pruner; T-IMP, which keeps the trees and stops at the critical ratio; and as many weights by IMP."""
+"""IMP: NNI's magnitude pruner. T-IMP: keeps the trees and stops at the critical ratio. IMP capped: IMP that keeps at
+least as many weights of each layer as its tree has."""
 _COLORS = {"IMP": "C1", "T-IMP": "C0", "IMP capped": "C2"}
 _TYPES = ["Linear", "Conv2d"]
 SPARSITIES = (0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
@@ -53,13 +54,14 @@ SPARSITIES = (0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 class RoundsCell:
     """One run of the study: a method and a seed."""
 
-    # its pruner is one of METHODS, its target the last sparsity, its recipes those of training and of each round
+    # its pruner is one of METHODS, its target the last sparsity; `train` and `retrain` are the recipes of training and
+    # of fine-tuning after each round
     cell: Cell
     sparsities: tuple[float, ...] = SPARSITIES
 
     @property
     def training_key(self) -> str:
-        """Key of the trained network that the run starts from."""
+        """Key of the trained network from which the run starts."""
         return self.cell.training_key
 
     @property
@@ -76,7 +78,7 @@ class RoundsStudy(Findings):
     records: list[Record]
 
     def figures(self) -> dict[str, Figure]:
-        """Return ``rounds``: accuracy and connectivity by target."""
+        """Return ``rounds``: accuracy and connectivity against target compression, two panels per model."""
         models = _by_model(self.records)
         figure = Figure(figsize=(4.2 * len(models), 6.4), layout="constrained")
         axes = figure.subplots(2, len(models), squeeze=False, sharex="col")
@@ -104,18 +106,18 @@ class RoundsStudy(Findings):
 
 @dataclass(frozen=True, kw_only=True)
 class AnalyzeRounds(DataVerb, Study[RoundsStudy]):
-    """Prune by magnitude round by round, with and without the spanning trees.
+    """Prune by magnitude in rounds, with methods that keep spanning trees or don't.
 
     "IMP capped" prunes by magnitude only, but keeps as many weights of each layer as T-IMP.
     """
 
-    methods: Names = ("IMP", "T-IMP", "IMP capped")  # any of these
+    methods: Names = ("IMP", "T-IMP", "IMP capped")  # one or more of these
     sparsities: tuple[float, ...] = SPARSITIES  # sparsity of each layer after each round, rising, in (0, 1)
     seeds: int = 1  # number of seeds, at least 1
-    train_epochs: int | None = None  # epochs of training; None: those of the model's recipe
+    train_epochs: int | None = None  # epochs of training; None: as in the model's recipe
     retrain_epochs: int = 2  # epochs of fine-tuning after each round, at least 0
     images: int | None = None  # test images used, at least 1; None: all
-    n_jobs: int = 1  # runs at a time, at least 1; -1: one per core; other than 1: each in a process
+    n_jobs: int = 1  # runs in parallel, at least 1; -1: one per core; other than 1: each in its own process
 
     def find(self, tell: Tell) -> RoundsStudy:
         whole(1).check("seeds", self.seeds, self.place)
@@ -150,8 +152,8 @@ class AnalyzeRounds(DataVerb, Study[RoundsStudy]):
 def run_rounds(cells: Sequence[RoundsCell], out: str | Path, *, n_jobs: int = 1, announce: Any = None) -> list[Record]:
     """Run the cells that have no record in ``results.jsonl`` yet, and return all records in order.
 
-    ``n_jobs`` cells run at a time, -1: one per core. Once all have ended, DataError names those without a record; the
-    same call runs them again.
+    ``n_jobs`` cells run in parallel, -1: one per core. At the end a DataError names failed cells, if any; the same call
+    runs them again.
     """
     JOBS.check("n_jobs", n_jobs, "rounds")
     out = Path(out)
@@ -169,7 +171,7 @@ def run_rounds_cell(study: RoundsCell, out: Path) -> Record:
     began = time.perf_counter()
     cell = study.cell
     start = start_of(cell, out)
-    # without validation images no time goes into evaluating epochs
+    # without validation images, which saves the evaluation after each epoch
     no_images = subset(start.data.validation, slice(0))
     start = replace(start, data=replace(start.data, validation=no_images))
     net, data = start.net, start.data
@@ -197,7 +199,7 @@ def run_rounds_cell(study: RoundsCell, out: Path) -> Record:
 
     def note(done: Round) -> None:
         masks: Masks = pruner.get_masks()
-        # the network itself is wrapped by NNI
+        # on the untrained network, because NNI has wrapped `net`; the values of weights don't matter
         found = connectivity(initial, start.example, masks)
         rounds.append(
             {
@@ -215,7 +217,7 @@ def run_rounds_cell(study: RoundsCell, out: Path) -> Record:
 
 
 def overlaps(net: nn.Module) -> dict[str, dict[str, float]]:
-    """Return each linear layer's share of tree weights among its largest weights, and its lower bound."""
+    """Return, by linear layer, the measured share of tree weights among its largest weights, and the lower bound."""
     return {
         layer.name: {"measured": tree_overlap(layer.weight), "bound": overlap_bound(*layer.weight.shape)}
         for layer in weight_layers(net)[0]
@@ -224,7 +226,7 @@ def overlaps(net: nn.Module) -> dict[str, dict[str, float]]:
 
 
 def steps_to(sparsities: Sequence[float]) -> list[float]:
-    """Return the steps of :func:`~nni_topo.pruners.rounds.prune_in_rounds` through rising sparsities in (0, 1)."""
+    """Return the steps for :func:`~nni_topo.pruners.rounds.prune_in_rounds` that give rising sparsities in (0, 1)."""
     inside = all(0.0 < level < 1.0 for level in sparsities)
     if not sparsities or not inside or sorted(set(sparsities)) != list(sparsities):
         raise ConfigError(f"sparsities must be rising numbers in (0, 1), got {list(sparsities)} (study)")
@@ -234,7 +236,7 @@ def steps_to(sparsities: Sequence[float]) -> list[float]:
 
 
 def rounds_tables(records: Iterable[Record]) -> Iterator[NumberTable]:
-    """Yield a table per model, with differences to T-IMP paired by seed, then the overlap of each linear layer."""
+    """Yield a table per model, with differences to T-IMP paired by seed, then a table of linear layers' overlaps."""
     shown = {"kept": "{}: kept %", "accuracy": "accuracy %"}
     shown |= {"channels_connected": "channels connected %", "outputs_reached": "outputs reached %"}
     for model, methods in _by_model(records).items():

@@ -1,6 +1,6 @@
-"""Sensitivity: accuracy by ratio with one layer, or one group of coupled layers, pruned at a time.
+"""Sensitivity: accuracy by ratio if one layer, or one group of coupled layers, is pruned at a time.
 
-NNI 2 had such a tool; NNI 3 dropped it. Coupled layers can only be pruned together, so they share a curve.
+NNI 2 had such a tool, NNI 3 doesn't. Coupled layers can only be pruned together, so they share a curve.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from nni_topo.studies.tables import NumberTable
 from nni_topo.zoo.labelled import subset
 
 _CALIBRATION = 512
-_ROUNDING = 1e-12  # of differences of accuracies
+_ROUNDING = 1e-12  # tolerance for rounding errors in differences of accuracies
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 Evaluate = Callable[[nn.Module], float]
 Progress = Callable[[str, float, float], None]
@@ -42,13 +42,13 @@ Knobs = Mapping[str, Any] | Callable[[nn.Module], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class SensitivityCurve:
-    """One layer, or layers that lose the same channels."""
+    """Scores of the network by ratio, with one layer or one group of coupled layers pruned."""
 
-    layers: tuple[str, ...]  # their names
-    accuracy: dict[float, float]  # score of the network with only these layers pruned, by ratio
+    layers: tuple[str, ...]  # names of the pruned layers
+    accuracy: dict[float, float]  # score by ratio
 
     def highest_ratio(self, least: float) -> float:
-        """Return the highest measured ratio up to which no score is below ``least``; 0 if there is none."""
+        """Return the highest measured ratio up to which all scores are at least ``least``; 0 if none is."""
         highest = 0.0
         for ratio, accuracy in sorted(self.accuracy.items()):
             if accuracy < least:
@@ -63,12 +63,12 @@ class Sensitivity(Findings):
 
     stem, unwritten = "sensitivity", ("knobs",)
     pruner: str  # registered name
-    knobs: dict[str, Any]  # the pruner's
+    knobs: dict[str, Any]  # the pruner's arguments
     baseline: float  # score of the unpruned network
     curves: list[SensitivityCurve]  # in network order
-    budget: float  # score that the suggestion may cost
-    suggested: list[dict[str, Any]]  # a config_list with one ratio for each curve that the budget allows to prune
-    suggested_accuracy: float  # score of the network pruned by it, all layers at once, without fine-tuning
+    budget: float  # largest drop of the score that the suggestion may cause
+    suggested: list[dict[str, Any]]  # config_list with a ratio for each curve whose layers the budget allows to prune
+    suggested_accuracy: float  # score of the network pruned by `suggested`, without fine-tuning
 
     def figures(self) -> dict[str, Figure]:
         """Return ``sensitivity``: a curve per layer, with the unpruned score and the budget."""
@@ -108,7 +108,7 @@ def sensitivity(
     budget: float = 0.01,
     on_progress: Progress | None = None,
 ) -> Sensitivity:
-    """Prune one layer or dependency group at a time and measure; suggest a ratio for each.
+    """Prune one layer or dependency group at a time, measure the score, and suggest a ratio for each.
 
     Parameters
     ----------
@@ -117,21 +117,22 @@ def sensitivity(
     example_inputs : Tensor, tuple, list or mapping of str to Any
         Inputs of the model.
     evaluate : callable
-        Returns a model's score, larger = better; an accuracy in [0, 1] on validation data.
+        Maps a model to its score, where larger is better, e.g. the accuracy in [0, 1] on validation data.
     ratios : sequence of float, default=(0.1, 0.2, ..., 0.9)
-        In (0, 1); measured in rising order.
+        Ratios in (0, 1); measured in rising order.
     pruner : str, default="l1"
         Any registered pruner that takes a ``sparse_ratio``.
     layers : sequence of str or None, default=None
-        Names. None: all convolutions and linear layers; for pruners of channels, without those that compute the
-        model's output.
+        Names of layers. None: all convolutions and linear layers; for pruners of channels, except layers that compute
+        the model's output.
     knobs : mapping, callable or None, default=None
-        The pruner's own arguments, or a function that returns them for each copy of the model before it is pruned, for
-        arguments made for one model, such as NNI's evaluators. ``example_inputs`` is added where the pruner takes it.
+        The pruner's arguments. A function gets each copy of the model before it is pruned and returns the arguments,
+        which arguments that belong to one model need, such as NNI's evaluators. ``example_inputs`` is added if the
+        pruner takes it.
     budget : float, default=0.01
-        Score that the suggestion may cost, all layers pruned at once, at least 0.
+        Largest drop of the score that the suggestion may cause with all layers pruned at once, at least 0.
     on_progress : callable or None, default=None
-        Called with the layers' names (joined by ``+``), the ratio and the score of each measurement, curve by curve.
+        Called after each measurement with the layers' names (joined by ``+``), the ratio and the score.
 
     Returns
     -------
@@ -146,11 +147,11 @@ def sensitivity(
 
     Notes
     -----
-    The suggestion starts with one tolerance for all layers: each layer gets the highest ratio that costs at most the
-    tolerance alone. Bisection finds the largest tolerance whose measured *joint* cost is within the budget. Then single
-    layers are pruned further, one ratio at a time, the step that costs least alone first, as long as the joint cost,
-    measured again, stays within the budget. Cost: one pruning and one evaluation per curve and ratio, about six for
-    the bisection, and one per further step and per curve.
+    The suggestion starts with one tolerance for all layers: each layer gets the highest ratio at which pruning it alone
+    lowers the score by at most the tolerance. Bisection finds the largest tolerance whose measured *joint* drop is
+    within the budget. Then single layers are pruned further, one ratio at a time, in the order of their drops alone, as
+    long as the joint drop, measured again, stays within the budget. Cost: one pruning and one evaluation per curve and
+    ratio, about six for the bisection, and one per further step and per curve.
     """
     ratios = sorted(set(map(float, ratios)))
     _check_knobs(ratios, budget)
@@ -169,7 +170,7 @@ def sensitivity(
         return found
 
     def pruned(chosen: Mapping[tuple[str, ...], float]) -> float:
-        """Return the score of a copy with these layers pruned."""
+        """Return the score of a copy in which layers are pruned at the chosen ratios."""
         config: list[dict[str, Any]] = [{"op_names": list(n), "sparse_ratio": ratio} for n, ratio in chosen.items()]
         if info.structured:
             config = groups_of(analysis, config)
@@ -201,7 +202,7 @@ def sensitivity(
 
 
 def _groups(analysis: Analysis, structured: bool, layers: Sequence[str] | None) -> list[tuple[str, ...]]:
-    """Return the layers, coupled ones in one tuple."""
+    """Return tuples of layer names; coupled layers are in one tuple."""
     model, flow = analysis.model, analysis.flow
     if layers is None:
         layers = [
@@ -227,8 +228,8 @@ def _suggestion(
     baseline: float,
     budget: float,
 ) -> tuple[dict[tuple[str, ...], float], float]:
-    """Return ratios that together are within the budget, and their joint score."""
-    # First the largest tolerance, the same for all layers, that is within the budget.
+    """Return ratios whose joint drop of the score is within the budget, and their joint score."""
+    # First find the largest common tolerance whose joint drop is within the budget.
     drops = {baseline - accuracy for curve in curves for accuracy in curve.accuracy.values()}
     tolerances = sorted(drop for drop in {0.0, *drops} if drop <= budget)
     best, joint = dict[tuple[str, ...], float](), baseline
@@ -242,9 +243,9 @@ def _suggestion(
             best, joint, low = ratios, score, middle + 1
         else:
             high = middle
-    # Then single layers take their next measured ratio, the one that costs least alone first; a layer whose step
-    # exceeds the joint budget takes no more.
-    steps: dict[tuple[str, ...], list[tuple[float, float]]] = {}  # ratio and what it costs alone, ascending
+    # Then raise single layers to their next measured ratio, the smallest drop alone first; a layer whose step exceeds
+    # the joint budget isn't raised again.
+    steps: dict[tuple[str, ...], list[tuple[float, float]]] = {}  # by layers, ratio and drop alone, by rising ratio
     for curve in curves:
         higher = [ratio for ratio in sorted(curve.accuracy) if ratio > best.get(curve.layers, 0.0)]
         steps[curve.layers] = [(ratio, baseline - curve.accuracy[ratio]) for ratio in higher]
@@ -261,7 +262,7 @@ def _suggestion(
 
 
 def _check_knobs(ratios: Sequence[float], budget: float) -> None:
-    """Raise ConfigError unless curves can be measured."""
+    """Raise ConfigError if a ratio or the budget is out of its range."""
     all_of(number(0, 1, "neither"), Sequence, least=1).check("ratios", ratios, "sensitivity")
     number(0.0).check("budget", budget, "sensitivity")
 
@@ -273,8 +274,8 @@ class AnalyzeSensitivity(TrainedStudy[Sensitivity]):
     pruner: str = "l1"  # any registered pruner
     ratios: tuple[float, ...] = RATIOS  # of each layer, in (0, 1)
     layers: Names = ()  # names of layers; none: all layers that can be pruned
-    budget: float = 0.01  # accuracy that the suggestion may cost, at least 0
-    calibration: int | None = None  # training images for the pruner; None: 512 where it needs them
+    budget: float = 0.01  # largest drop of accuracy that the suggestion may cause, at least 0
+    calibration: int | None = None  # training images for the pruner; None: 512 if it needs them
     images: int | None = None  # validation images used; None: all
 
     def check(self) -> None:

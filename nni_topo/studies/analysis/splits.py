@@ -1,4 +1,4 @@
-"""A figure of the splits that sub-clustering made of a layer's clusters."""
+"""A figure of how sub-clustering split a layer's clusters."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from nni_topo.studies.pictures import finish, panels
 
 @checked()
 def draw_splits(trees: Mapping[str, SplitTree]) -> list[Axes]:
-    """Draw the trees of splits of :attr:`nni_topo.SubclusterPruner.trees`.
+    """Draw trees of splits, such as :attr:`nni_topo.SubclusterPruner.trees`.
 
     Parameters
     ----------
     trees : mapping of str to SplitTree
-        By name, at least one.
+        Trees by name, at least one.
 
     Returns
     -------
@@ -61,7 +61,7 @@ def _draw(axis: Axes, tree: SplitTree) -> None:
 
 
 def leaf_places(tree: SplitTree) -> dict[int, float]:
-    """Return a horizontal position per cluster: leaves side by side, a split cluster between its halves."""
+    """Return a horizontal position per cluster: leaves side by side, a split cluster midway between its two parts."""
     places: dict[int, float] = {}
     drawn = 0
     waiting = list(reversed(tree.initial))

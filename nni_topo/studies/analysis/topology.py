@@ -1,4 +1,4 @@
-"""The topology of each layer before and after pruning: diagrams, death times, and the progress of the search."""
+"""The topology of each layer before and after pruning: persistence diagrams, death times, progress of the search."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ _DEGREE_COLORS = ("C0", "C1", "C2", "C3")
 class LayerTopology:
     """Topology of one unit (a layer, or a dependency group as one joint cloud) before and after pruning."""
 
-    name: str  # the unit's targets
-    points: int  # blocks before
-    kept: int  # blocks after
-    share: float  # of the blocks that are kept, in (0, 1]
+    name: str  # names of the unit's targets
+    points: int  # number of blocks before pruning
+    kept: int  # number of blocks after pruning
+    share: float  # share of the blocks that are kept, in (0, 1]
     deaths: FloatArray  # (points,): H0 death times of the cloud with the origin, descending, in units of their mean
     # Half the longest death time of the removed blocks, in units of the mean; a `sparse_threshold` just above it keeps
     # as many blocks. 0 if no block is removed. A topological allocation gives all layers nearly the same tolerance.
     tolerance: float
-    diagrams_before: dict[int, FloatArray]  # by degree finite bars, births and deaths: (bars, 2)
+    diagrams_before: dict[int, FloatArray]  # by degree, births and deaths of the finite bars, (bars, 2)
     diagrams_after: dict[int, FloatArray]
-    bottleneck: dict[int, float]  # distance of the two diagrams by degree, without infinite bars
-    hausdorff: float  # largest distance of a point to the nearest kept one; the origin counts as kept
+    bottleneck: dict[int, float]  # by degree, bottleneck distance between both diagrams, without infinite bars
+    hausdorff: float  # largest distance from a point to the nearest kept point; the origin counts as kept
     trace: list[Generation]  # the genetic algorithm's progress; empty for the greedy solver
 
 
@@ -67,7 +67,7 @@ class TopologyStudy(Findings):
         """Return the pictures ``deaths``, ``allocation``, ``diagrams``, ``barcodes`` and ``search``.
 
         ``deaths`` shows the death times of all layers, ``allocation`` how many blocks they keep. The others show the
-        layers with the most points, twelve at most. ``search``, the genetic algorithm's progress, needs such a search.
+        layers with the most points, at most twelve. ``search`` shows the progress of the genetic algorithm, if it ran.
         """
         most = sorted(self.layers, key=lambda layer: -layer.points)[:_MOST_PANELS]
         titled = [(f"{_short(row.name)}: {row.points} to {row.kept}", row) for row in self.layers if row in most]
@@ -84,10 +84,10 @@ class TopologyStudy(Findings):
 
 @dataclass(frozen=True, kw_only=True)
 class AnalyzeTopology(TrainedStudy[TopologyStudy]):
-    """Compare the clouds of a model's layers before and after topological pruning: diagrams, death curves, search."""
+    """Compare layers' point clouds before and after topological pruning: diagrams, death times, search."""
 
     ratio: float = 0.5  # sparse_ratio of every layer, in [0, 1)
-    flops: float | None = None  # instead of ratio: share of the MACs to keep, in (0, 1], by death times
+    flops: float | None = None  # instead of ratio: share of the MACs to keep, in (0, 1], allocated by death times
     degrees: tuple[int, ...] = (0, 1)  # degrees of homology, each at least 0
     calibration: int = 0  # training images for the functional cloud; 0: the weight cloud
 
@@ -121,7 +121,7 @@ class AnalyzeTopology(TrainedStudy[TopologyStudy]):
 def study_topology(
     model: nn.Module, config_list: list[dict[str, Any]], *, degrees: tuple[int, ...] = (0, 1), **knobs: Any
 ) -> TopologyStudy:
-    """Prune a copy of a model by :class:`~nni_topo.TopologicalPruner` and compare the layers' clouds.
+    """Prune a copy of a model by :class:`~nni_topo.TopologicalPruner` and compare the layers' point clouds.
 
     Parameters
     ----------
@@ -141,7 +141,7 @@ def study_topology(
     Raises
     ------
     ConfigError, DataError
-        As the pruner does; also if ``degrees`` is empty or negative.
+        As in the pruner; also if ``degrees`` is empty or a degree is negative.
     """
     pruner = TopologicalPruner(detached_copy(model), config_list, **knobs)
     data = pruner._collect_data()
@@ -234,7 +234,7 @@ def _draw_trace(axis: Axes, layer: LayerTopology) -> None:
 
 
 def _short(name: str) -> str:
-    """Return the first target of a unit, and how many more there are."""
+    """Return the first target's name of a unit, and the number of others."""
     first, *others = name.split("+")
     first = first.removesuffix(".weight")
     return f"{first} +{len(others)}" if others else first

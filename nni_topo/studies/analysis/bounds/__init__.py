@@ -1,1 +1,1 @@
-"""Bounds of the error that pruning causes: to first order, and for changes of any size."""
+"""Bounds on the error that pruning causes: to first order, and for changes of any size."""

@@ -1,4 +1,4 @@
-"""Lipschitz constants of layers, valid for all inputs, and the bound that they give for a pruned network.
+"""Lipschitz constants of layers, valid for all inputs, and the bound on a pruned network's error from them.
 
 References
 ----------
@@ -25,7 +25,7 @@ from nni_topo.network.graph.nodes import tensor_shape
 from nni_topo.network.layers.derived import has_own_forward
 from nni_topo.network.layers.kinds import CONVOLUTIONS, TRANSPOSED, norm_scale
 
-# Upper bounds of the slopes; a parameter can make a leaky or exponential unit steeper.
+# Upper bounds on slopes; negative_slope or alpha can make LeakyReLU and ELU steeper.
 _SLOPES = {
     "relu": 1.0, "relu6": 1.0, "leakyrelu": 1.0, "elu": 1.0, "celu": 1.0, "tanh": 1.0, "hardtanh": 1.0, "softplus": 1.0,
     "softsign": 1.0, "logsigmoid": 1.0, "sigmoid": 0.25, "hardsigmoid": 1.0 / 6.0, "softmax": 1.0, "gelu": 1.13,
@@ -39,10 +39,10 @@ _SUMS = {"add", "iadd", "sub"}
 
 
 def largest_changes(graph: GraphModule, other: GraphModule, inputs: Tensor) -> dict[str, float]:
-    """Bound the Euclidean distance of two networks' outputs; return by module what its change adds to the bound."""
+    """Bound the Euclidean distance between two networks' outputs; return each changed module's term of the bound."""
     runner = _Changes(graph, other)
     called = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
-    # A parameter that the model itself uses belongs to no module that is called: the bound would miss its change.
+    # A parameter that the model uses outside of called modules would be missing in the bound.
     uncalled = sorted(runner._changed - called)
     if uncalled:
         raise ConfigError(
@@ -60,7 +60,10 @@ def norm(value: Any) -> float:
 
 
 def operator_constant(graph_module: GraphModule, node: Node) -> float:
-    """Return a Lipschitz constant, in the Euclidean norm, of a node with shapes; ConfigError if none is known."""
+    """Return a Lipschitz constant of a node in the Euclidean norm; ConfigError if none is known.
+
+    The graph must hold shapes.
+    """
     module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
     if module is not None and has_own_forward(module):
         raise ConfigError(f"a global error bound needs PyTorch's own layers, got {type(module).__name__} ({node})")
@@ -77,36 +80,39 @@ def operator_constant(graph_module: GraphModule, node: Node) -> float:
         return pooling_constant(pool, _shape(node.all_input_nodes[0])[2:], _shape(node)[2:])
     name = _operation_name(module, node)
     if name in _SLOPES:
-        # A leaky or exponential unit may be steeper on its negative side.
+        # LeakyReLU and ELU may be steeper on the negative side.
         knob = {"leakyrelu": "negative_slope", "elu": "alpha"}.get(name)
         if knob is None:
             return _SLOPES[name]
         given: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get(knob, 0.0)
         return max(_SLOPES[name], abs(float(given if module is None else getattr(module, knob))))
     if name == "mean":
-        # A mean of m entries has the norm 1 / sqrt(m), and each entry is in one mean only.
+        # A mean of m entries has norm 1 / sqrt(m), and each entry belongs to one mean only.
         return math.sqrt(math.prod(_shape(node)) / math.prod(_shape(node.all_input_nodes[0])))
     repeats = False  # whether an index may read an entry more than once
     if name == "getitem":
         index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
         repeats = not all(part is None or part is Ellipsis or isinstance(part, (int, slice)) for part in index)
-    # A sum: 1 for each operand of the sum's shape; the copies of a broadcast operand are counted by the caller.
+    # A sum has the constant 1 for each operand of the sum's shape; the caller accounts for broadcast operands.
     if name in _MOVES | _SUMS and not node.kwargs.get("alpha") and not repeats:
         return 1.0
     raise ConfigError(f"a global error bound needs an operation of a known Lipschitz constant, got {name!r} ({node})")
 
 
 def convolution_constant(module: Any, sides: Sequence[int], most: int = 2 * 10**8) -> float:
-    """Bound a zero-padded convolution's operator norm on images of given sides; from sums above `most` values."""
+    """Bound the operator norm of a zero-padded convolution on images of the given sides, in pixels.
+
+    The bound is coarser if the convolution's spectrum has more than ``most`` values.
+    """
     if module.padding_mode != "zeros":
         raise ConfigError(f"a global error bound needs convolutions padded by zeros, got {module.padding_mode!r}")
     kernels = module.weight.detach().double().unflatten(0, (module.groups, -1))
     reach = [(k - 1) * d for k, d in zip(module.kernel_size, module.dilation, strict=True)]
     if isinstance(module, TRANSPOSED):
-        # its images are spread out by the stride first
+        # a transposed convolution first spreads its images by the stride
         sides = [(side - 1) * step + 1 for side, step in zip(sides, module.stride, strict=True)]
-    # On a torus as large as image and kernel together nothing wraps around: the layer computes a part of the
-    # convolution on the torus, whose norm is the largest of its frequencies' norms [1].
+    # On a torus as large as image plus kernel nothing wraps around: the layer's output is a part of the convolution on
+    # the torus, whose norm is the largest norm over its frequencies [1].
     torus = [side + more for side, more in zip(sides, reach, strict=True)]
     dims = tuple(range(3, kernels.dim()))
     if kernels.shape[:3].numel() * math.prod(torus) > most:
@@ -136,7 +142,7 @@ def _shape(node: Node) -> tuple[int, ...]:
 
 
 class _Changes(Interpreter):
-    """Runs the unpruned network and bounds, at every node and by layer, how much the pruned network can differ."""
+    """Runs the unpruned network and bounds the pruned network's difference at every node, by layer that causes it."""
 
     def __init__(self, graph: GraphModule, other: GraphModule) -> None:
         super().__init__(graph)
@@ -148,13 +154,13 @@ class _Changes(Interpreter):
         }
 
     def run_node(self, n: Node) -> Any:
-        """Run a node of the unpruned network and bound the difference of its value."""
+        """Run a node of the unpruned network and bound the pruned network's difference there."""
         value = super().run_node(n)
         if n.op in ("call_module", "call_function", "call_method"):
-            # Of the node's inputs, by the layers that their differences come from.
+            # The node's bound, by the layer that causes the difference.
             found: dict[str, float] = {}
             operands: list[Node] = []
-            map_arg((n.args, n.kwargs), operands.append)  # a node that is read twice counts twice
+            map_arg((n.args, n.kwargs), operands.append)  # a node that is an operand twice counts twice
             differing = [operand for operand in operands if self.known.get(operand)]
             constant = operator_constant(self.other, n) if differing else 0.0
             broadcasts = n.op != "call_module" and _operation_name(None, n) in _SUMS
@@ -187,7 +193,7 @@ _FUNCTIONS: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
 
 
 def pooling_of(module: nn.Module | None, node: Node) -> nn.Module | None:
-    """Return the pooling module of a node, for a function the module of equal settings; None if it doesn't pool."""
+    """Return a node's pooling module, for a pooling function an equivalent module; None if it doesn't pool."""
     if module is None and node.op == "call_function" and node.target in _FUNCTIONS:
         kind, knobs = _FUNCTIONS[node.target]
         given: dict[str, Any] = dict(zip(knobs, node.args[1:], strict=False))
@@ -197,10 +203,10 @@ def pooling_of(module: nn.Module | None, node: Node) -> nn.Module | None:
 
 
 def pooling_constant(pool: Any, entering: Sequence[int], leaving: Sequence[int]) -> float:
-    """Return a pooling's Lipschitz constant in the Euclidean norm, from the images' sides before and after it."""
-    sides = []  # along each side the weight of each position in each window, (leaving, entering)
+    """Return a pooling's Lipschitz constant in the Euclidean norm, from the image sides before and after it."""
+    sides = []  # per side, the weight of each position in each window, (leaving, entering)
     for axis, (before, after) in enumerate(zip(entering, leaving, strict=True)):
-        ones = torch.eye(before, dtype=torch.float64).unsqueeze(1)  # an image for each position, with a one there alone
+        ones = torch.eye(before, dtype=torch.float64).unsqueeze(1)  # one image per position, 1 there and 0 elsewhere
         if isinstance(pool, pooling._AdaptiveAvgPoolNd):
             pooled = functional.adaptive_avg_pool1d(ones, after)
         else:
@@ -214,7 +220,7 @@ def pooling_constant(pool: Any, entering: Sequence[int], leaving: Sequence[int])
                 pooled = functional.max_pool1d(ones, **knobs)
         sides.append(pooled.squeeze(1).T)
     if isinstance(pool, _AVERAGES):
-        # An average is the Kronecker product of the averages along the sides; their norms multiply.
+        # Average pooling is the Kronecker product of the averages along the sides, so the norms multiply.
         return math.prod(float(torch.linalg.matrix_norm(side, 2)) for side in sides)
-    # No output changes by more than the entries in its window; an entry counts once per window that contains it.
+    # A maximum changes by at most the norm of the changes in its window; an entry counts once per window.
     return math.sqrt(math.prod(float(side.sum(0).max()) for side in sides))

@@ -1,9 +1,9 @@
-"""Bounds of the error of a pruned network's output, as sums over its layers.
+"""Bounds on the error of a pruned network's output, as sums over its layers.
 
 Theorem 2 of [1]_ bounds the error by a sum over layers: how much a layer's weights changed, times how strongly its
 output depends on them, times how strongly the network's output depends on the layer's output. As printed it holds to
-first order only: its derivatives are taken at the unpruned weights, and miss a ReLU that a pruned weight switches on.
-So there are two forms here: the printed one, and one with Lipschitz constants that holds for changes of any size.
+first order only: its derivatives are taken at the unpruned weights, and miss ReLUs that become active by the pruning.
+This module has two forms: the printed one, and one with Lipschitz constants that holds for changes of any size.
 
 References
 ----------
@@ -41,7 +41,7 @@ _CONVERGED = 1e-5
 
 @dataclass(frozen=True)
 class LayerErrorBound:
-    """The error due to one segment of the network: a layer, or a block that a branch bypasses.
+    """The error due to one segment of the network: a layer, or a block with a branch around it.
 
     All norms are Euclidean, over the whole batch.
     """
@@ -57,24 +57,24 @@ class LayerErrorBound:
 
 @dataclass(frozen=True)
 class ErrorBound:
-    """The error of a pruned network's output, and its bounds."""
+    """The error of a pruned network's output, and bounds on it."""
 
     layers: tuple[LayerErrorBound, ...]  # in network order
     error: float  # ||delta Y|| over the batch
 
     @property
     def first_order(self) -> float:
-        """The sum of (3.9), a bound of the error in the limit of small changes only."""
+        """The sum of (3.9), a bound on the error only in the limit of small changes."""
         return sum(layer.first_order for layer in self.layers)
 
     @property
     def directional(self) -> float:
-        """The sum of (B.5), tighter than (3.9), and a bound for small changes only as well."""
+        """The sum of (B.5), tighter than (3.9); also a bound only in the limit of small changes."""
         return sum(layer.directional for layer in self.layers)
 
     @property
     def lipschitz(self) -> float:
-        """The Lipschitz bound of the error, which holds for changes of any size."""
+        """The Lipschitz bound on the error, which holds for changes of any size."""
         return sum(layer.lipschitz for layer in self.layers)
 
     def to_frame(self) -> pd.DataFrame:
@@ -82,11 +82,11 @@ class ErrorBound:
         return pd.DataFrame([asdict(layer) for layer in self.layers])
 
     def budgets(self, total: float | None = None) -> pd.DataFrame:
-        """Split an allowed error ``total``, at least 0, over the layers, equation (3.10); None: the sum of (3.9).
+        """Split an allowed error ``total``, at least 0, over the layers by equation (3.10); None: the sum of (3.9).
 
-        The columns are ``layer``; ``share`` of the sum of (3.9), equal shares if nothing changed; ``epsilon``, the
-        error that the layer may add; ``largest_change``, the ``||delta W||`` that (3.9) allows for it; ``change``, its
-        ``||delta W||``.
+        The columns are ``layer``; ``share``, the layer's share of the sum of (3.9), equal if nothing changed;
+        ``epsilon``, the error that the layer may add; ``largest_change``, the ``||delta W||`` that (3.9) allows for
+        ``epsilon``; ``change``, the layer's ``||delta W||``.
         """
         total = self.first_order if total is None else total
         if not is_finite(total) or total < 0.0:
@@ -113,7 +113,7 @@ def error_bound(original: nn.Module, pruned: nn.Module, inputs: Tensor, *, itera
     inputs : torch.Tensor
         A batch, shape ``(n, ...)``.
     iterations : int, default=100
-        Most steps of each power iteration for a Jacobian's norm, at least 1; it ends earlier once it has converged.
+        Maximum number of steps of each power iteration for a Jacobian's norm, at least 1; it ends at convergence.
 
     Returns
     -------
@@ -122,8 +122,8 @@ def error_bound(original: nn.Module, pruned: nn.Module, inputs: Tensor, *, itera
     Raises
     ------
     ConfigError
-        If the networks differ in more than the values of parameters, have several inputs or outputs, or hold an
-        operation whose Lipschitz constant isn't known.
+        If the networks differ in more than the values of parameters, have several inputs or outputs, or contain an
+        operation without a known Lipschitz constant.
     DataError
         If the inputs aren't a finite batch.
     SpeedupError
@@ -132,23 +132,24 @@ def error_bound(original: nn.Module, pruned: nn.Module, inputs: Tensor, *, itera
     Notes
     -----
     Norms of Jacobians are largest singular values, approached from below by power iteration with forward and reverse
-    derivatives; no Jacobian is stored. An unchanged segment has the Jacobian of all its parameters. Samples don't mix
-    in evaluation mode, so the norm of ``dY(i) / dY(i-1)`` over a batch is the worst sample's norm.
+    derivatives; no Jacobian is stored. Jacobians are taken by a segment's changed parameters, or by all its parameters
+    if none changed. Samples don't mix in evaluation mode, so the norm of ``dY(i) / dY(i-1)`` over a batch is the
+    largest norm of a sample.
 
-    The Lipschitz bound sums, over layers, the exact change of the layer's output at the unpruned network's activations,
-    times the Lipschitz constants, with pruned weights, of everything after it.
+    The Lipschitz bound sums over layers the exact change of the layer's output at the unpruned network's activations,
+    times the Lipschitz constants, with pruned weights, of all later operations.
     """
     whole(1).check("iterations", iterations, "error_bound")
     graph, other = traced(original, inputs), traced(pruned, inputs)
     changes = _changes(graph, other)
     segments = chain(graph)
     always = largest_changes(graph, other, inputs)
-    values = [inputs]  # what enters each segment
+    values = [inputs]  # input of each segment, then the output
     with torch.no_grad():
         error = norm(other(inputs) - graph(inputs))
         for segment in segments:
             values.append(segment(values[-1], {}))
-    # Of each segment but the first; samples don't mix in evaluation mode: the norm over a batch is the worst sample's.
+    # Norms dY(i) / dY(i-1) of all segments except the first: the largest norm of a sample, because samples don't mix.
     forwards = [
         jacobian_norm(partial(segment, parameters={}), value, per_sample=True, iterations=iterations)
         for segment, value in list(zip(segments, values, strict=False))[1:]
@@ -158,7 +159,7 @@ def error_bound(original: nn.Module, pruned: nn.Module, inputs: Tensor, *, itera
         own = {name: p.detach() for name, p in segment.module.named_parameters()}
         changed = {name: changes[name] for name in own if bool(changes[name].any())}
         change = math.sqrt(sum(norm(each) ** 2 for each in changed.values()))
-        # a segment that nothing changed has the Jacobian of all of its parameters
+        # changed parameters, or all if none changed
         at = {name: own[name] for name in changed or own}
         forward = partial(segment, value)
         jacobian = jacobian_norm(forward, at, per_sample=False, iterations=iterations)
@@ -171,7 +172,7 @@ def error_bound(original: nn.Module, pruned: nn.Module, inputs: Tensor, *, itera
 
 
 def traced(model: nn.Module, inputs: Tensor) -> GraphModule:
-    """Trace a copy of a model of one input in evaluation mode; DataError unless ``inputs`` are a finite batch."""
+    """Trace a copy of a model with one input in evaluation mode; DataError unless ``inputs`` are a finite batch."""
     if not isinstance(inputs, Tensor) or not inputs.numel():
         shape = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
         raise DataError(f"inputs must be a batch of at least one sample, got {shape} (inputs)")
@@ -191,7 +192,7 @@ def traced(model: nn.Module, inputs: Tensor) -> GraphModule:
 class ChainSegment:
     """A part of a network with one input and one output; its module's parameters are named as in the network."""
 
-    # convolutions and linear layers; several if a branch bypasses them, as in a residual block
+    # names of convolutions and linear layers; several if a branch goes around them, as in a residual block
     layers: tuple[str, ...]
     module: GraphModule
 
@@ -202,11 +203,11 @@ class ChainSegment:
 
 
 def chain(graph_module: GraphModule) -> list[ChainSegment]:
-    """Cut a traced network with one output before each layer whose input is all that the rest depends on."""
+    """Cut a traced network with one output before each layer whose input determines all that follows."""
     order = {node: rank for rank, node in enumerate(graph_module.graph.nodes)}
-    alive: set[Node] = set()  # those that depend on the input and that later nodes read
-    dependent: set[Node] = set()
-    starts: list[Node] = []  # what enters each segment
+    alive: set[Node] = set()  # nodes that depend on the input and that later nodes use
+    dependent: set[Node] = set()  # nodes that depend on the input
+    starts: list[Node] = []  # input of each segment
     parts: list[list[Node]] = []
     named: list[list[str]] = []
     for node in graph_module.graph.nodes:
@@ -218,7 +219,7 @@ def chain(graph_module: GraphModule) -> list[ChainSegment]:
             raise ConfigError(f"the propagation of errors needs a tensor as output, got a {kind} (model)")
         elif node.op != "output" and not dependent.isdisjoint(entering):
             is_layer = node.op == "call_module" and isinstance(graph_module.get_submodule(str(node.target)), WEIGHTED)
-            # only where all later nodes depend on a single value: a block with a branch isn't cut
+            # cut only where later nodes use a single value, so that a block with a branch isn't cut
             if not parts or (is_layer and named[-1] and len(alive) == 1 and entering == [*alive]):
                 starts.append(entering[0])
                 parts.append([])
@@ -248,9 +249,9 @@ def chain(graph_module: GraphModule) -> list[ChainSegment]:
 def jacobian_norm(
     forward: Callable[[Any], Tensor], at: Any, *, per_sample: bool, iterations: int = 100, seed: int = 0
 ) -> float:
-    """Return the largest singular value, from below, of a Jacobian by power iteration; 0 for a constant function."""
-    # With per_sample the function maps each entry of the first dimension separately: each entry has its own vector,
-    # and the largest of their values is returned.
+    """Approach a Jacobian's largest singular value from below by power iteration; 0 for a constant function."""
+    # With per_sample the function maps each entry of the first dimension separately: each entry gets its own vector,
+    # and the largest of the entries' singular values is returned.
     value, pull = vjp(forward, at)[:2]
     vector = torch.randn(value.shape, generator=torch.Generator().manual_seed(seed)).to(value)
     found = 0.0
@@ -258,7 +259,7 @@ def jacobian_norm(
         vector, _ = _unit(vector, per_sample)
         (tangent,) = pull(vector)
         vector = _tangent(forward, at, tangent)
-        # vector is J J^T of a unit vector: its length tends to the square of the singular value.
+        # vector is J J^T times a unit vector: its length tends to the square of the singular value.
         _, lengths = _unit(vector, per_sample)
         last, found = found, math.sqrt(float(lengths.max()))
         if found == 0.0 or abs(found - last) <= _CONVERGED * found:
@@ -267,7 +268,7 @@ def jacobian_norm(
 
 
 def _unit(vector: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
-    """Return vectors scaled to length 1 and their lengths before; zeros stay zeros."""
+    """Return vectors scaled to length 1, and their original lengths; zero vectors stay zero."""
     rows = vector.reshape(len(vector), -1) if per_sample else vector.reshape(1, -1)
     lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     return (rows / lengths.clamp(min=torch.finfo(rows.dtype).tiny)).reshape(vector.shape), lengths
@@ -287,7 +288,7 @@ def _changes(graph: GraphModule, other: GraphModule) -> dict[str, Tensor]:
     differing += [name for name in buffers if name not in own]
     if differing:
         raise ConfigError(f"original and pruned must share their buffers, got others ({', '.join(differing[:3])})")
-    # a traced network's text has its modules with their settings, then its code
+    # the text of a traced network lists its modules with their settings, then its code
     steps, others = str(graph).splitlines(), str(other).splitlines()
     if steps != others:
         step = next((step for step, same in zip(steps, others, strict=False) if step != same), steps[-1])
@@ -300,7 +301,7 @@ def _changes(graph: GraphModule, other: GraphModule) -> dict[str, Tensor]:
 def _tangent(forward: Callable[[Any], Tensor], at: Any, direction: Any) -> Tensor:
     """Return the derivative of a function in a direction."""
     with warnings.catch_warnings():
-        # PyTorch compiles its own rules for forward derivatives with it.
+        # PyTorch uses torch.jit.script for its own rules of forward derivatives.
         warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
         tangent: Tensor = jvp(forward, (at,), (direction,))[1]
     return tangent

@@ -1,4 +1,4 @@
-"""The energy study: filters removed at each threshold, the accuracy that costs, and alternatives."""
+"""The energy study: filters removed at each energy threshold, the accuracy lost, and alternatives to removal."""
 
 from nni_topo.studies.analysis.energy.study import AnalyzeEnergy
 

@@ -1,7 +1,7 @@
-"""What could be done with a layer's filters of little energy: replace them, or select others.
+"""Alternatives to removing a layer's filters of low energy: replace them, or select filters by other criteria.
 
-Energy is a sum over filters: sorting finds the best subset of a size, and a search can only find it again. The joint
-effect of several filters on the loss isn't such a sum, so a search may find a better subset than sorting.
+Energy is a sum over filters, so sorting finds the best subset of a given size and a search can't find a better one. The
+joint effect of several filters on the loss isn't such a sum, so a search may find a better subset than sorting.
 
 References
 ----------
@@ -44,7 +44,7 @@ from nni_topo.studies.analysis.energy.study import EvaluateQuality, Quality, qua
 _logger = logging.getLogger(__name__)
 
 _TOURNAMENT, _POPULATION, _GENERATIONS = 3, 12, 8
-_MUTATION = 0.2  # standard deviation, as a share of that of the layer's weights
+_MUTATION = 0.2  # standard deviation of mutations, as a share of the standard deviation of the layer's weights
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Replacement:
 
     quality: Quality
     repaired: Quality | None  # after ``repair``; None without it
-    energy: float  # share of the layer's energy that the replaced filters have now, in [0, 1]
+    energy: float  # share of the layer's energy in the replaced filters after replacement, in [0, 1]
     similarity: float  # mean absolute cosine between a filter and its replacement, in [0, 1]
 
 
@@ -85,21 +85,23 @@ def study_replacement(
     threshold : float, default=0.1
         Energy share of the replaced filters, in (0, 1).
     fitness : callable or None, default=None
-        Evolution minimises its loss; usually ``evaluate`` on a subset of other images. None: ``evaluate``.
+        Like ``evaluate``; evolution minimises the loss that it returns. Usually it uses fewer and other images. None:
+        ``evaluate``.
     repair : callable or None, default=None
-        Applied to every network before a second evaluation, such as a re-calibration of batch norms, whose statistics
-        don't fit new filters. Evolution doesn't use it.
+        Maps every network to a repaired network for a second evaluation, e.g. by recalibrating batch norms, whose
+        statistics don't fit new filters. Evolution doesn't use it.
     seed : int, default=0
-        Of all random draws.
+        Seed of all random draws.
     **knobs
-        Of :class:`~nni_topo.EnergyFilterPruner`.
+        Arguments of :class:`~nni_topo.EnergyFilterPruner`.
 
     Returns
     -------
     dict of str to Replacement
-        By kind: ``"kept"``, unchanged; ``"removed"``, set to zero, batch norm included; ``"random"``, drawn from a
-        normal distribution with the standard deviation of the layer's weights; ``"copied"`` from random other filters
-        of the layer, with their biases; ``"evolved"`` from random ones.
+        By kind of replacement: ``"kept"``, filters unchanged; ``"removed"``, set to zero, batch norm included;
+        ``"random"``, drawn from a normal distribution with the standard deviation of the layer's weights;
+        ``"copied"``, copies of random other filters of the layer, with their biases; ``"evolved"``, found by evolution
+        from random filters.
 
     Raises
     ------
@@ -180,13 +182,14 @@ def _evolved(drawn: Callable[[], Tensor], loss_of: Callable[[Tensor], float], ge
 
 @dataclass(frozen=True)
 class Selection:
-    """The filters that a method keeps, ascending, and the quality of the network with the others removed."""
+    """The filters that a method keeps, and the quality of the network with the others removed."""
 
-    kept: tuple[int, ...]
+    kept: tuple[int, ...]  # indices of the kept filters, ascending
     energy: float  # share of the layer's energy that is removed, in [0, 1]
-    taylor: float  # mean over images of the first-order change of the loss by removing the filters together, in nats
+    # Mean over images of the absolute first-order change of the loss, in nats, by removing the filters together.
+    taylor: float
     quality: Quality
-    seconds: float  # that the selection took
+    seconds: float  # duration of the selection
 
 
 @public(model=MODEL, example_inputs=INPUTS, batches=BATCHES)
@@ -221,16 +224,16 @@ def study_selection(
     evolution : GeneticSearch or None, default=None
         Settings of the search. None: the defaults.
     seed : int, default=0
-        Of random selection and search.
+        Seed of random selection and search.
     **knobs
-        Of :class:`~nni_topo.EnergyFilterPruner`.
+        Arguments of :class:`~nni_topo.EnergyFilterPruner`.
 
     Returns
     -------
     dict of str to Selection
-        By method. ``"random"``; ``"energy"`` and ``"taylor"`` sort the filters, each by its own energy or mean absolute
-        first-order effect; the genetic ones search for a subset: least energy lost, least first-order effect of all
-        removed filters together, least loss.
+        By method. ``"random"``; ``"energy"`` and ``"taylor"`` sort the filters by energy or by mean absolute
+        first-order effect; the genetic methods search for a subset: with the least energy lost, the least first-order
+        effect of all removed filters together, or the least loss.
 
     Raises
     ------
@@ -260,7 +263,7 @@ def study_selection(
             return joint
 
         def loss(population: BoolArray) -> FloatArray:
-            """Return the mean loss of each subset, with the output channels of all others set to zero."""
+            """Return the mean loss of each subset, with the output channels of all other filters set to zero."""
             means = []
             for kept in torch.from_numpy(population):
 
@@ -272,7 +275,7 @@ def study_selection(
                 means.append(float(torch.stack(losses).sum()) / sum(len(labels) for _, labels in labelled))
             return np.array(means)
 
-        # by method a score of each filter, or what a search minimises
+        # by method, a score per filter, or the function that a search minimises
         methods: dict[str, FloatArray | Callable[[BoolArray], FloatArray]] = {
             "random": np.random.default_rng(seed).random(filters),
             "energy": shares,
@@ -307,7 +310,7 @@ def study_selection(
 
 
 def taylor_terms(model: nn.Module, place: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return the first-order change of each image's loss by removing a channel, up to its sign: (images, channels)."""
+    """Return the first-order change, up to its sign, of each image's loss by removing a channel: (images, channels)."""
     outputs: list[Tensor] = []
 
     def watch(_: Tensor, output: Tensor) -> Tensor:
@@ -318,10 +321,10 @@ def taylor_terms(model: nn.Module, place: nn.Module, batches: Iterable[tuple[Ten
     with watched(leaving=[(place, watch)]), torch.enable_grad():
         for index, (images, labels) in enumerate(batches):
             outputs.clear()
-            # a sum: each image's gradient is then the gradient of its own loss
+            # a sum, so that each image's gradient is the gradient of its own loss
             with fitting(index, "batches"):
                 loss = cross_entropy(model(images), labels, reduction="sum")
             (gradient,) = torch.autograd.grad(loss, outputs[-1])
-            # the output times the gradient by it, over all positions [2]
+            # output times gradient, summed over all positions [2]
             terms.append((outputs[-1].detach() * gradient).flatten(2).sum(2).double())
     return torch.cat(terms)

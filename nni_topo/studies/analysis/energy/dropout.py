@@ -1,4 +1,4 @@
-"""Dropout at test time: how accuracy depends on its rate."""
+"""Dropout at test time: how accuracy depends on the dropout rate."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class ActiveDropout(nn.Module):
         self._generator = torch.Generator().manual_seed(seed)
 
     def forward(self, values: Tensor) -> Tensor:
-        """Set single values of a tensor of any shape to zero."""
+        """Set random values of a tensor of any shape to zero."""
         kept = torch.rand(values.shape, generator=self._generator).to(values.device) >= self.rate
         return values * kept / (1.0 - self.rate)
 
 
 def with_dropout(model: nn.Module, rate: float, seed: int) -> nn.Module:
-    """Return a copy whose dropout layers are active at test time, all at one rate; ConfigError if it has none."""
+    """Return a copy whose dropout layers are active at test time, all with one rate; ConfigError if it has none."""
     model = copy.deepcopy(model)
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout)]
     if not names:
@@ -63,7 +63,7 @@ def study_dropout(
     rates : sequence of float, default=(0.0, 0.1, ..., 0.9)
         Each in [0, 1).
     seed : int, default=0
-        Of the dropped values, the same for every model.
+        Seed of the dropped values, the same for every model.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""The energy study: the filters each threshold removes from each layer, and the accuracy that costs.
+"""The energy study: the filters that each threshold removes from each layer, and the accuracy lost.
 
 Source: Janjic, MSc thesis, University of Manitoba, 2018, sections 4.2 and 5.2.
 """
@@ -41,14 +41,14 @@ from nni_topo.zoo.labelled import LabelledImages, subset
 _CHIRP = Chirp()
 THRESHOLDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 MANY = 0.2
-"""Share of a layer's filters; removing at least this share counts as many."""
+"""Removing at least this share of a layer's filters counts as many."""
 LITTLE = 0.02
-"""Loss of accuracy, a fraction, that counts as little: the two points of the thesis."""
+"""Loss of accuracy, as a fraction, that counts as little: two percentage points in the thesis."""
 
 
 @dataclass(frozen=True)
 class Quality:
-    """How good a classifier is."""
+    """Loss and accuracy of a classifier."""
 
     loss: float  # mean cross entropy in nats
     accuracy: float  # in [0, 1]
@@ -58,7 +58,7 @@ EvaluateQuality = Callable[[nn.Module], Quality]
 
 
 def quality_of(evaluate: EvaluateQuality, model: nn.Module) -> Quality:
-    """Evaluate a model; ConfigError if the result is no Quality."""
+    """Evaluate a model; ConfigError if the result isn't a Quality."""
     found = evaluate(model)
     instance(Quality).check("what evaluate returns", found, "evaluate")
     return found
@@ -70,17 +70,17 @@ class LayerEnergy:
 
     layers: tuple[str, ...]  # module names
     filters: int
-    shares: tuple[float, ...]  # cumulative energy shares, ascending, the last one 1
+    shares: tuple[float, ...]  # cumulative energy shares, ascending; the last is 1
     removed: dict[float, int]  # number of removed filters, by threshold
-    alone: dict[float, Quality]  # the network with this layer alone pruned, by threshold; empty without evaluation
+    alone: dict[float, Quality]  # of the network with only this layer pruned, by threshold; empty without evaluation
 
     @property
     def name(self) -> str:
-        """The first layer's name, and how many more there are."""
+        """The first layer's name, and the number of other layers."""
         return short_name(self.layers)
 
     def compression(self, threshold: float) -> float:
-        """Return the share of the filters that are removed, in [0, 1)."""
+        """Return the share of removed filters, in [0, 1)."""
         return self.removed[threshold] / self.filters
 
 
@@ -88,7 +88,7 @@ class LayerEnergy:
 class WholeNetwork:
     """The dense network with all layers pruned."""
 
-    removed: int  # filters
+    removed: int  # number of removed filters
     macs: float  # share of the MACs kept, in (0, 1]
     quality: Quality | None  # None if nothing was evaluated
 
@@ -103,8 +103,8 @@ class EnergyStudy(Findings):
     layers: list[LayerEnergy]  # in the network's order
     together: dict[float, WholeNetwork]  # all layers at once, by threshold
     masks: dict[float, Masks]  # of all layers, by threshold
-    more: Record = field(default_factory=dict)  # of the command: what was studied, the suggestion on test images
-    file: str = ""  # text of suggested.yaml; empty: none
+    more: Record = field(default_factory=dict)  # the command's facts: model, data, seed, suggestion on test images
+    file: str = ""  # text of suggested.yaml; empty: no suggestion
 
     def to_dict(self) -> Record:
         """Return the study's numbers, with a verdict on each layer."""
@@ -116,8 +116,8 @@ class EnergyStudy(Findings):
     def figures(self) -> dict[str, Figure]:
         """Return the pictures ``compression`` and, with an evaluation, ``accuracy``, ``loss`` and ``fitness``.
 
-        They have a line per threshold. The fitness, of figures A.7 and A.8, is 100 times the change of accuracy plus
-        the share removed.
+        They have a line per threshold. The fitness, as in figures A.7 and A.8, is 100 times the change of accuracy plus
+        the share of removed filters.
         """
         drawn: list[tuple[str, str, Callable[[LayerEnergy, float], float], float | None]] = [
             ("compression", "filters removed %", lambda layer, t: 100.0 * layer.compression(t), None)
@@ -142,18 +142,18 @@ class EnergyStudy(Findings):
         return {"suggested.yaml": self.file} if self.file else {}
 
     def lost(self, layer: LayerEnergy, threshold: float) -> float:
-        """Return the accuracy lost by pruning a layer alone, a fraction to nine decimals; negative if it rose."""
+        """Return the accuracy lost by pruning a layer alone, as a fraction with nine decimals; negative if it rose."""
         if self.baseline is None:
             raise ConfigError("losses need an evaluation, got none (study_energy)")
-        # Without rounding, five images of 500 would be more than 1 %.
+        # Without rounding, a loss of 5 of 500 images could exceed 1 %.
         return round(self.baseline.accuracy - layer.alone[threshold].accuracy, 9)
 
     def verdict(self, layer: LayerEnergy) -> str:
         """Return ``"redundant"``, ``"saturated"`` or ``""``.
 
         The lowest threshold that removes many filters (20 %) decides: if little accuracy is lost there (0.02), the
-        layer is redundant, else it is saturated: its filters' energies lie close together and all are needed. A layer
-        that loses many filters under no threshold is neither.
+        layer is redundant, else saturated: its filters' energies are similar and all filters are needed. A layer that
+        loses many filters at no threshold is neither.
         """
         deep = next((t for t in self.thresholds if layer.compression(t) >= MANY), None)
         if deep is None or self.baseline is None:
@@ -163,8 +163,8 @@ class EnergyStudy(Findings):
     def suggestion(self, max_drop: float = 0.01) -> dict[str, float]:
         """Return, by layer, the highest threshold up to which pruning it alone loses at most ``max_drop``.
 
-        ``max_drop`` is an accuracy as a fraction, at least 0. Layers that lose no filter are left out. ConfigError if
-        nothing was evaluated.
+        ``max_drop`` is an accuracy as a fraction, at least 0. Layers that lose no filter are omitted. ConfigError
+        without an evaluation.
         """
         number(0.0).check("max_drop", max_drop, "suggestion")
         found: dict[str, float] = {}
@@ -178,7 +178,7 @@ class EnergyStudy(Findings):
 
 
 def check_thresholds(thresholds: tuple[float, ...]) -> None:
-    """Check that the shares of the energy are in (0, 1) and ascend."""
+    """Check that the thresholds are in (0, 1) and ascend."""
     if not thresholds or any(low >= high for low, high in pairwise((0.0, *thresholds, 1.0))):
         raise ConfigError(f"thresholds must be one or more in (0, 1) that ascend, got {thresholds} (study_energy)")
 
@@ -201,7 +201,7 @@ def study_energy(
     model : torch.nn.Module
         The trained model; it isn't changed.
     layers : sequence of str
-        Convolutions to prune; those of a dependency group are pruned together.
+        Convolutions to prune; the layers of a dependency group are pruned together.
     example_inputs : Any
         Inputs of the model.
     evaluate : callable or None, default=None
@@ -209,9 +209,9 @@ def study_energy(
     thresholds : sequence of float, default=(0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
         Energy shares in (0, 1), ascending.
     together : bool, default=True
-        Whether all layers at once are made dense, which traces the network once per threshold.
+        Whether to also prune all layers at once and make the network dense, once per threshold.
     **knobs
-        Of :class:`~nni_topo.EnergyFilterPruner`.
+        Arguments of :class:`~nni_topo.EnergyFilterPruner`.
 
     Returns
     -------
@@ -220,11 +220,11 @@ def study_energy(
     Raises
     ------
     ConfigError, DataError
-        As the pruner does; also if the thresholds aren't in (0, 1) or don't ascend.
+        As in the pruner; also if the thresholds aren't in (0, 1) or don't ascend.
 
     Notes
     -----
-    A layer pruned alone is masked in a copy of the model, batch norm included; the dense model would compute the same.
+    A layer pruned alone is masked in a copy of the model, batch norm included, which gives the dense model's outputs.
     Equal masks are evaluated once.
     """
     thresholds = tuple(thresholds)
@@ -271,7 +271,7 @@ def study_energy(
 
 @dataclass(frozen=True)
 class Step:
-    """One step: the layers pruned in it, the number of filters removed, and the network's quality after it."""
+    """One step: the pruned layers, the number of removed filters, and the network's quality afterwards."""
 
     layers: tuple[str, ...]
     removed: int
@@ -289,7 +289,7 @@ def accumulate_energy(
     retrain: Callable[[nn.Module], object] | None = None,
     **knobs: Any,
 ) -> list[Step]:
-    """Prune one layer after the other by energy and measure the network after each.
+    """Prune layers one after another by energy and measure the network after each.
 
     Source: Janjic, section 6.1 and the chapter on future work.
 
@@ -304,12 +304,11 @@ def accumulate_energy(
     evaluate : callable
         Maps a model to its :class:`~nni_topo.analysis.Quality`.
     threshold : float, default=0.01
-        Energy share, in (0, 1).
+        Energy share of the removed filters, in (0, 1).
     retrain : callable or None, default=None
-        Trains the dense network in place after each layer, before it is measured and its next layer pruned. None:
-        nothing is trained.
+        Fine-tunes the dense network in place after each pruned layer, before it is measured. None: no fine-tuning.
     **knobs
-        Of :class:`~nni_topo.EnergyFilterPruner`.
+        Arguments of :class:`~nni_topo.EnergyFilterPruner`.
 
     Returns
     -------
@@ -338,12 +337,12 @@ def quality_on(net: nn.Module, images: LabelledImages) -> Quality:
 
 
 def short_name(layers: Sequence[str]) -> str:
-    """Return the first name, and how many more there are."""
+    """Return the first name, and the number of others."""
     return f"{layers[0]} +{len(layers) - 1}" if len(layers) > 1 else layers[0]
 
 
 def masks_of(layers: Sequence[str], masks: Masks) -> Masks:
-    """Return the masks of some layers only."""
+    """Return the masks of some layers."""
     return {name: masks[name] for name in layers}
 
 
@@ -363,7 +362,7 @@ def layer_plot(layers: Sequence[LayerEnergy], lines: Mapping[str, Sequence[float
 
 @dataclass(frozen=True, kw_only=True)
 class AnalyzeEnergy(TrainedStudy[EnergyStudy]):
-    """Prune filters at several energy thresholds, measure the accuracy of each, and suggest a threshold per layer.
+    """Prune filters at several energy thresholds, measure the accuracy, and suggest a threshold per layer.
 
     Everything is measured on validation images; the suggestion is then measured on the test images.
     """
@@ -371,13 +370,13 @@ class AnalyzeEnergy(TrainedStudy[EnergyStudy]):
     thresholds: tuple[float, ...] = THRESHOLDS  # energy shares in (0, 1), ascending
     images: int | None = None  # number of validation images, and of test images, at least 1; None: all
     max_drop: float = 0.01  # accuracy that each suggested threshold may cost alone, at least 0
-    sweep: str = _CHIRP.sweep  # of the chirp: nyquist or thesis
-    direction: str = _CHIRP.direction  # of the chirp: mean, radial or diagonal
+    sweep: str = _CHIRP.sweep  # sweep of the chirp: nyquist or thesis
+    direction: str = _CHIRP.direction  # direction of the chirp: mean, radial or diagonal
 
     def check(self) -> None:
         check_thresholds(self.thresholds)
         chirp: dict[str, Any] = {"sweep": self.sweep, "direction": self.direction}
-        replace(_CHIRP, **chirp)  # which checks its fields
+        replace(_CHIRP, **chirp)  # the constructor checks the fields
         number(0.0).check("max_drop", self.max_drop, self.place)
 
     def find(self, tell: Tell) -> EnergyStudy:
