@@ -323,8 +323,10 @@ class Prepared:
     def outcome(self, share: float, made: Pipeline) -> BudgetOutcome:
         """Return whether a network meets a budget, and warn if it isn't close to it."""
         planned = made.planned
-        if made.depth is not None:
-            why = "of the networks that were tried it loses least, or misses the budget least"
+        if made.depth is not None and made.left < share:
+            why = "of the networks that were tried and meet the budget this one loses least"
+        elif made.depth is not None:
+            why = planned.why if planned is not None and planned.why else "no network that was tried meets it"
         elif self.settings.chooses_how_many:
             why = "the pruner chooses how many channels it keeps"
         elif planned is not None and planned.why:

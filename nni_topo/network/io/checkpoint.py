@@ -199,7 +199,8 @@ def load(path: _PathLike, model: nn.Module | Callable[[], nn.Module]) -> nn.Modu
         queries, size, width = recipe["attention"].get(name, (each.query_heads, each.head_size, each.width))
         if size != each.head_size:
             raise ConfigError(
-                f"{_OTHER}, got one whose heads have {each.head_size} channels instead of {size} ({name}, {file})"
+                f"a dense model's heads must have as many channels as the unpruned model's, got {size} in the file and "
+                f"{each.head_size} in the model ({name}, {file})"
             )
         resize(built.get_submodule(name), each, each.heads * queries // each.query_heads, width)
     known, smaller = _sizes(built), {}
