@@ -3,16 +3,15 @@
 The rule of an operator, or of several that behave alike, is one function. It says where the channel ids of the inputs
 go, which of them the operator couples and which it keeps. The decorator `rule` enters the function under the names of
 the operators, or under the classes of modules without parameters. A name has one rule, so the order of the functions
-has no meaning. Whatever else the package has to know of an operator (does it only move entries, does it pick some
-places of a dimension) is a property in the same entry, `OperatorRule`.
+has no meaning. Other facts about an operator (it only moves entries, it picks entries of a dimension) are properties
+in the same entry, `OperatorRule`.
 
-Rules only propose: a dry run checks them for every operation of a model. An operator without a rule is assumed to work
-place by place, that is, on each entry by itself.
+A dry run checks the rules for every operation of a model. An operator without a rule is assumed to be elementwise.
 
-A sum or a length is the same with and without a channel that is zero. A mean counts it, a maximum may be it, a softmax
-gives it a share, a sort puts other channels in its place: all channels are kept if such an operation works along them
-in the midst of a forward. In a module of its own that treats all channels alike, as norms do, it works along those that
-are left (`layers/norms.py`). The rule decides by what the operation does, not by what it computes for some numbers.
+A channel of zeros doesn't change a sum or a norm, but it does change a mean, maximum, softmax or sort: if such an
+operation works along channels within a forward, all of them are kept. In a module of its own that treats all channels
+alike, as norms do, it works along the remaining channels (`layers/norms.py`). Rules depend on what an operation does,
+never on the values that it gets.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ from nni_topo.rules import Rule, checked
 
 Modules = Callable[[str], Any]
 """Looks up a module of a traced model by name."""
-# What operations raise if they can't be run on channel ids, or don't have an argument.
+# Raised by operations that can't be run on channel ids, or lack an argument.
 FAILURES = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError)
 
 
@@ -70,7 +69,7 @@ class Operation:
     node : torch.fx.Node
         The call in the graph.
     args, kwargs : tuple, dict
-        Its arguments. In place of each tensor stands a tensor of channel ids: int64, of the same shape.
+        Its arguments, with each tensor replaced by a tensor of channel ids: int64, of the same shape.
     ids : list of torch.Tensor
         The tensors of channel ids among the arguments, in their order.
     shape : tuple of int or None
@@ -80,7 +79,7 @@ class Operation:
     channels : ChannelIds
         All channel ids of the model, which can be coupled or kept.
     values : dict of torch.fx.Node to Any
-        What the nodes before it give: channel ids, or plain values.
+        Outputs of the nodes before it: channel ids, or plain values.
     """
 
     def __init__(self, node: Node, values: dict[Node, Any], channels: ChannelIds, modules: Modules) -> None:
@@ -106,11 +105,11 @@ class Operation:
         return self.node.target(*args, **kwargs)  # type: ignore[operator]
 
     def couple(self, one: Tensor, other: Tensor) -> None:
-        """Couple channels, entry by entry: they are pruned together. The two tensors of ids are broadcast."""
+        """Couple channels elementwise, so that they are pruned together. The two tensors of ids are broadcast."""
         self.channels.couple(one, other)
 
     def keep(self, ids: Tensor, reason: reasons.Reason | None = None) -> None:
-        """Keep channels; without a reason, because the rule of the operation doesn't cover the call."""
+        """Keep channels. By default the reason is that no rule covers the call, or a registered rule keeps them."""
         default = reasons.no_rule
         if self.rule is not None:
             default = reasons.rule_keeps if self.rule.is_registered else reasons.call_not_covered
@@ -119,7 +118,7 @@ class Operation:
     # The methods below return the ids of the output.
 
     def all_kept(self, ids: list[Tensor] | None = None, reason: reasons.Reason | None = None) -> Any:
-        """Keep all channels that enter, those of ``ids`` if given, and so all channels of the output."""
+        """Keep all channels that enter, or those of ``ids``; return ids ``FIXED`` for the outputs."""
         found = given_shapes(self.node)
         # An operation that returns no tensor (a size, an assertion) needs no channels, unless it writes into a tensor.
         if tensors_of(found) or plain_name(self.node) == "setitem":
@@ -128,11 +127,11 @@ class Operation:
         return found
 
     def moved(self) -> Any:
-        """Run an operator that moves entries, or gives a size, on the ids themselves."""
+        """Run an operator that moves entries, or returns a size, on the ids."""
         return self.run(self.args, self.kwargs)
 
     def viewed(self) -> Any:
-        """Run a method that views a tensor on the ids; these are expanded, and an expanded tensor has no view."""
+        """Run a method that views a tensor on a contiguous copy of the ids; expanded tensors can't be viewed."""
         return self.run((self.args[0].contiguous(), *self.args[1:]), self.kwargs)
 
     def carried(
@@ -141,7 +140,7 @@ class Operation:
         carry: Callable[[Tensor, tuple[int, ...]], Tensor | None],
         reason: reasons.Reason | None = None,
     ) -> Any:
-        """Expand the ids of one tensor to the shape of each output by ``carry``; if that is None, keep all channels."""
+        """Expand the ids of one tensor to each output's shape by ``carry``; if it returns None, keep all channels."""
         found = given_shapes(self.node)
         leaves: list[Tensor] = []
         for each in tensors_of(found):
@@ -153,11 +152,11 @@ class Operation:
         return tree_map_only(Tensor, lambda _: next(rest), found)
 
     def passed(self, ids: list[Tensor] | None = None) -> Any:
-        """Leave channels where they are, if the shapes allow that, as most operators do."""
+        """Leave channels where they are, as most operators do; keep them if the shapes don't fit."""
         return self.carried(self.ids if ids is None else ids, carry)
 
     def met(self, ids: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-        """Couple operands that are combined place by place; one that is broadcast along the channels isn't coupled."""
+        """Couple operands that are combined elementwise; one that is broadcast along the channels isn't coupled."""
         full = [each.view((1,) * (len(shape) - each.dim()) + tuple(each.shape)) for each in ids]
         # The dimension of the channels isn't known, but it is one along which ids differ.
         varying = set[int]()
@@ -171,11 +170,11 @@ class Operation:
             held = _varying(each)
             if not held or any(each is other for other in coupled):
                 continue
-            # Of two that are each broadcast along the channels of the other, the output has the first one's.
+            # If two are broadcast along each other's channels, the output has the first one's; the other's are kept.
             if any(not varies(found, d) for d in held):
                 self.keep(each)
             if coupled and all(each.shape[d] == (shape[d] if d in held else 1) for d in varying):
-                # One entry for each head, say, of several channels: it goes with a head that goes as a whole.
+                # For example one entry per head: it is removed with the head, if that is removed as a whole.
                 sizes = [shape[d] if d in held else -1 for d in range(len(shape))]
                 ordered = [compressed(one).expand(sizes) for one in (each, found)]
                 entries, rows = (one.movedim(held, list(range(len(held)))) for one in ordered)
@@ -184,11 +183,11 @@ class Operation:
         return found.expand(shape)
 
     def by_place(self, ids: list[Tensor] | None = None, *, known: bool, meets: bool = False) -> Any:
-        """Assume that the operator works place by place.
+        """Treat the operator as elementwise.
 
-        ``known``: whether it certainly does; otherwise the dry run looks closer. ``meets``: whether it certainly
-        combines several tensors so. Otherwise those that fit are assumed to be, but for parameters, as of a functional
-        layer.
+        ``known``: whether it certainly is; otherwise the dry run checks more. ``meets``: whether it certainly combines
+        several tensors elementwise. Otherwise this is assumed if their shapes fit and none is a parameter, as in a
+        functional layer.
         """
         ids = self.ids if ids is None else ids
         if self.shape is None or not known:
@@ -199,7 +198,7 @@ class Operation:
         return self.passed(ids)
 
     def along(self, dims: tuple[int, ...], *, adds: bool = False, reduces: bool = False) -> Any:
-        """Follow an operator that works along dimensions, counted from 0, and needs all places unless it ``adds``.
+        """Follow an operator that works along dimensions, counted from 0, and needs all entries unless it ``adds``.
 
         ``reduces``: whether the output lacks these dimensions, or has them with length 1.
         """
@@ -210,14 +209,14 @@ class Operation:
         elif held:
             entries = compressed(first).movedim(held, list(range(len(held))))
             rows = entries.flatten(0, len(held) - 1).flatten(1) if entries.dim() > len(held) else entries.reshape(-1, 1)
-            # If all places of a dimension are coupled, they are removed together, and so is the result that needs them.
+            # If all entries along a dimension are coupled, they are removed together, with the result.
             self.channels.pin_unless_tied(rows.numpy(), reasons.result_depends(self.node))
         if len(self.ids) > 1 and self.shape is not None and meet_alike(self.ids, self.shape):
             return self.met(self.ids, self.shape)
         if len(self.ids) > 1:
             return self.passed()
         if not reduces:
-            # Where it gives fewer places than it reads, as of the largest ones, it isn't the call that is at fault.
+            # If it returns fewer entries than it reads (topk), the operation is the reason, not the way it is called.
             return self.carried(self.ids, carry, reasons.result_depends(self.node) if held and not adds else None)
         return self.carried(self.ids, lambda ids, shape: carry_reduced(ids, shape, dims))
 
@@ -233,7 +232,7 @@ def _argument(
 
 @dataclasses.dataclass(frozen=True)
 class FixedPlaces:
-    """A call on a tensor whose channels are in one dimension; a rule's ``held`` lists the places that it fixes."""
+    """A call on a tensor whose channels are in one dimension; a rule's ``held`` lists the channels that it fixes."""
 
     node: Node
     dim: int
@@ -261,9 +260,9 @@ class FixedPlaces:
 class Dims:
     """The dimensions along which an operator works, and what it does there."""
 
-    at: int | None  # position of the argument, 0 being the tensor's; None: it is given by name only
+    at: int | None  # position of the argument ``dim``, the tensor's being 0; None: by name only
     default: int | tuple[int, ...] | Callable[[int], int] | None  # without the argument; None: all dimensions
-    adds: bool = False  # zeros make no difference to the result
+    adds: bool = False  # zeros don't change the result
     reduces: bool = False  # the output lacks the dimensions, or has them with length 1
 
 
@@ -273,19 +272,19 @@ class OperatorRule:
 
     apply: Callable[[Operation], Any]  # returns the channel ids of the output
     moves: bool = False  # the output's entries are entries of its inputs, so that it can be run on ids
-    joins: bool = False  # it may join dimensions, or take one apart
-    by_index: bool = False  # a tensor may say which entries; with ids in its place it would pick wrong ones
-    meets: bool = False  # it combines several tensors place by place
-    picks: bool = False  # it picks some places of a dimension
-    picks_one: bool = False  # it may pick a single place
+    joins: bool = False  # it may flatten dimensions, or unflatten one
+    by_index: bool = False  # an argument may be an index tensor, which ids can't replace
+    meets: bool = False  # it combines several tensors elementwise
+    picks: bool = False  # it picks some entries of a dimension
+    picks_one: bool = False  # it may pick a single entry
     writes: bool = False  # it writes into a tensor
     reads_sizes: bool = False  # it reads only the shape and the type of a tensor
-    one_value: bool = False  # it makes a tensor of one value, with the shape that its arguments say
-    is_like: bool = False  # its first argument is a tensor, from which the new tensor takes its type
-    is_unset: bool = False  # the values of its output are whatever is in memory
-    dims: Dims | None = None  # the dimensions along which it works, if it works along some
+    one_value: bool = False  # it makes a tensor filled with one value, of the shape that its arguments give
+    is_like: bool = False  # its first argument is a tensor that gives the new tensor its type
+    is_unset: bool = False  # its output is uninitialized
+    dims: Dims | None = None  # the dimensions along which it works, if any
     is_registered: bool = False  # a user has registered it
-    held: Callable[[FixedPlaces], list[slice]] | None = None  # returns the places that fixed numbers need kept
+    held: Callable[[FixedPlaces], list[slice]] | None = None  # returns the channels that fixed numbers keep
     why_held: Callable[[Node], reasons.Reason] = reasons.fixed_channels
 
 
@@ -295,7 +294,7 @@ _TABLE: dict[Any, OperatorRule] = {}  # by name, by class of a module, or by a r
 def rule(
     *operators: str | type[nn.Module], **properties: Any
 ) -> Callable[[Callable[[Operation], Any]], Callable[[Operation], Any]]:
-    """Enter a function as the rule of operators: names as of `operation_name`, or classes of modules."""
+    """Enter a function as the rule of operators: names as `operation_name` returns, or classes of modules."""
 
     def enter(apply: Callable[[Operation], Any]) -> Callable[[Operation], Any]:
         for each in operators:
@@ -350,7 +349,7 @@ def _moves(op: Operation) -> Any:
 
 @rule("channel_shuffle", nn.ChannelShuffle, moves=True)
 def _shuffled(op: Operation) -> Any:
-    """Follow a channel shuffle, which takes the channels in rows: each row keeps equally many."""
+    """Follow a channel shuffle: each of its groups has to keep the same number of channels."""
     module = op.module
     rows = op.argument(1, "groups") if module is None else module.groups
     if _varying(op.ids[0]) == [1]:
@@ -368,13 +367,13 @@ def _joined(op: Operation) -> Any:
     slices = []
     for part in parts:
         if part.shape[dim]:  # a part may have no channels left
-            # If ids differ within one slice, the channels are in another dimension, where all parts must have the same.
+            # If ids differ within one slice, channels are in another dimension: all parts must keep the same ones.
             first = part.narrow(dim, 0, 1)
             if not any(varies(first, d) for d in range(1, first.dim())):
                 return moved
             slices.append(first)
     if slices and all(varies(part, dim) for part in parts):
-        # Heads of several channels, which are in both dimensions. Nothing is coupled if each is removed as a whole.
+        # Heads of several channels span both dimensions. Nothing is coupled if each head is removed as a whole.
         group_ids = torch.from_numpy(op.channels.settled()[0])
         if not any(_varying(group_ids[each]) for each in slices):
             return moved
@@ -388,7 +387,7 @@ def _joined(op: Operation) -> Any:
 
 @rule("pad")
 def _padded(op: Operation) -> Any:
-    """Follow padding: what is added along the channels stays, and of another dimension each place has the channels."""
+    """Follow padding: entries added along channels are kept; entries added along other dimensions get their ids."""
     ids, ends = op.ids[0], op.argument(1, "pad")
     mode = op.argument(2, "mode", default="constant")
     spare = list(ends)
@@ -399,7 +398,7 @@ def _padded(op: Operation) -> Any:
             spare[at : at + 2] = [0, 0]
     if any(spare) and (mode != "constant" or min(spare) < 0):
         return op.all_kept()
-    padded = torch.nn.functional.pad(ids, spare, value=FIXED)  # whatever the values are, their places stay
+    padded = torch.nn.functional.pad(ids, spare, value=FIXED)  # whatever the values are, the added channels are kept
     return padded.expand(op.shape or ())
 
 
@@ -410,7 +409,7 @@ def _kept(op: Operation) -> Any:
 
 @rule("view_as_complex")
 def _as_complex(op: Operation) -> Any:
-    """Couple real and imaginary parts, two in the last dimension, which become one number."""
+    """Couple real and imaginary parts, the two entries of the last dimension."""
     op.couple(op.ids[0][..., 0], op.ids[0][..., 1])
     return op.ids[0][..., 0]
 
@@ -424,7 +423,7 @@ rule("view_as", moves=True)(Operation.viewed)
 
 
 def _held_by_view(given: FixedPlaces) -> list[slice]:
-    # Only where all channels come out in one dimension: of heads and the channels of each, either number may be fixed.
+    # Only if all channels end up in one dimension: of heads and channels per head, either number may be fixed.
     for d, size in enumerate(_sizes_of(given.node)):
         ids = given.leaving
         if ids.shape[d] == ids.numel() == given.size and size != -1 and given.is_fixed(size):
@@ -442,14 +441,14 @@ def _viewed(op: Operation) -> Any:
 def _unflattened(op: Operation) -> Any:
     moved = op.moved()
     given: Any = op.node.kwargs.get("sizes", op.node.args[-1])
-    # Sizes given as a slice of a shape are one node; they change with the tensor's.
+    # Sizes given as a slice of a shape are one node; they change with that shape.
     parts = given if isinstance(given, (tuple, list)) else [given] * moved.dim()
     sizes = (*[None] * (_varying(moved) or [0])[0], *parts)
     return _taken_apart(op, moved, sizes)
 
 
 def _sizes_of(node: Node) -> Any:
-    """Return the sizes that a view is given, as in the graph: numbers, or nodes where they come from a shape."""
+    """Return a view's sizes as they are in the graph: numbers, or nodes if they come from a shape."""
     sizes: Any = node.args[1:] or node.kwargs.get("shape", node.kwargs.get("size", ()))
     return sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
 
@@ -472,7 +471,7 @@ def _taken_apart(op: Operation, moved: Tensor, sizes: Any) -> Tensor:
     places = _varying(moved)
     if len(places) != 2 or len(sizes) <= places[1]:
         return moved
-    # Numbers, and what is computed of numbers that attributes hold.
+    # Fixed are numbers, and numbers computed from attributes.
     count_is_fixed, length_is_fixed = (
         (isinstance(sizes[d], int) or is_computed_of_attributes(sizes[d])) and sizes[d] != -1 for d in places
     )
@@ -488,7 +487,7 @@ def _taken_apart(op: Operation, moved: Tensor, sizes: Any) -> Tensor:
 
 
 def _note_taken_width(op: Operation, size: Any, moved: Tensor) -> None:
-    """Note a size that is computed of the width of a tensor: where another's channels get it, these have to fit."""
+    """Note a size that is computed from a tensor's width, in case another tensor's channels are reshaped to it."""
     waiting = [size]
     while waiting:
         each = waiting.pop()
@@ -502,13 +501,13 @@ def _note_taken_width(op: Operation, size: Any, moved: Tensor) -> None:
         if not isinstance(ids, Tensor) or not isinstance(dim, int):
             continue
         last = ids.dim() - 1
-        # What stays may get it as well: then it has to hold channels.
+        # Kept channels may be reshaped to it, too, if that dimension holds channels.
         if dim % ids.dim() in (1, last) and (_varying(moved) or ids.shape[dim] > 1):
             of_last = dim % ids.dim() == last
             op.channels.widths.append(TakenWidth(owner_of(op.node), LAST if of_last else FIRST, ids, compressed(moved)))
 
 
-# Operators that pick some places of a dimension. Channels that a fixed number counts are kept: see `FixedPlaces`.
+# Operators that pick some entries of a dimension. Channels that a fixed number counts are kept: see `FixedPlaces`.
 
 
 _SPLIT_SIZES = ("split_size_or_sections", "split_size", "split_sizes")
@@ -546,14 +545,14 @@ def _split(op: Operation) -> Any:
             continue
         counted = _counted(size, op.channels)
         if counted is None or len(counted) != piece.shape[_varying(piece)[0]]:
-            op.keep(piece)  # a computed size that isn't the number of any channels
+            op.keep(piece)  # a computed size that counts no channels
         else:
             _count_alike(op, counted, piece)
     return pieces
 
 
 def _count_alike(op: Operation, counted: Tensor, other: Tensor, *, as_width: bool = False) -> None:
-    """Couple channels with those whose number they get, to be as many; ``as_width``: see `ChannelIds.widths`."""
+    """Couple ``counted`` with the channels of ``other``, whose number is theirs; ``as_width``: see `ChannelIds.tie`."""
     channels = op.channels.per_channel(other, _varying(other)[0])
     if not np.isin(channels, counted.numpy()).any():
         op.channels.tie(counted.numpy(), channels, as_width=as_width)
@@ -569,8 +568,8 @@ def _chunked(op: Operation) -> Any:
         if asked != len(pieces) or channels.reorders or _varying(ids) != [dim % ids.dim()]:
             op.keep(ids, reasons.fixed_channels(op.node))  # the dense model would make other pieces
             return pieces
-        # The last piece is shorter, as EdgeNeXt's may be. If each loses as many as the others, chunk makes such pieces
-        # again.
+        # The last piece is shorter, as in EdgeNeXt. If all pieces lose equally many channels, the dense model's chunk
+        # makes the same pieces.
         rows = [channels.per_channel(piece, dim % ids.dim()) for piece in pieces]
         rows[-1] = np.concatenate([rows[-1], np.full(short, FIXED)])
         channels.chunks = True
@@ -582,7 +581,7 @@ def _chunked(op: Operation) -> Any:
         held = [d for d in range(1, pieces[0].dim()) if any(varies(piece, d) for piece in pieces)]
         rows = [channels.per_channel(piece, held[0] if len(held) == 1 else 1) for piece in pieces]
         sides, channels.chunks = _by_layer(rows, channels), True
-        # Of shuffled layers one piece may have more channels than another.
+        # After a shuffle, one piece may have more channels of a layer than another.
         uneven = any(len({len(block) for block in side}) > 1 for side in sides)
         found = [rows] if uneven else sides
         channels.blocks.append(Blocks(found, may_vanish=False, moves=True, is_uneven=uneven, place=described(op.node)))
@@ -591,7 +590,7 @@ def _chunked(op: Operation) -> Any:
 
 @rule("glu", nn.GLU)
 def _gated(op: Operation) -> Any:
-    # One half times the sigmoid of the other: what chunk takes apart and a product couples, place by place.
+    # One half times the sigmoid of the other half, so the product couples the halves.
     dim = op.argument(1, "dim", default=-1) if op.module is None else op.module.dim
     first, second = op.ids[0].chunk(2, dim)
     op.couple(first, second)
@@ -599,7 +598,7 @@ def _gated(op: Operation) -> Any:
 
 
 def _by_layer(pieces: list[np.ndarray], channels: ChannelIds) -> list[list[np.ndarray]]:
-    """Group the channels of pieces by the layer that makes them, if layers were shuffled: one list of pieces each."""
+    """Split pieces by the layer that makes the channels, if layers were shuffled: for each layer, a list of pieces."""
     if not channels.reorders:
         return [pieces]
     # After a shuffle the first channels of every layer come first: each layer has to lose equally many in each piece.
@@ -647,12 +646,12 @@ def _held_by_index(given: FixedPlaces) -> list[slice]:
     if isinstance(found, slice):
         if found.step not in (None, 1):
             return [slice(None)]
-        # A boundary beyond all channels, or before them, is at the same end with fewer channels.
+        # A bound beyond all channels, or before them, stays at the same end if channels are removed.
         ends = [end for end in (found.start, found.stop) if given.is_fixed(end) and 0 < abs(end) < given.size]
         return [slice(end) if end > 0 else slice(end, None) for end in ends]
     if isinstance(found, (list, tuple)) or (isinstance(found, Node) and found.name in given.picks):
         return [slice(None)]
-    # None for the first or last place, if only its shape or type is read.
+    # The first or last channel needn't be kept if only its shape or type is read.
     if not given.is_fixed(found) or (found in (0, -1) and reads_shape_only(given.node)):
         return []
     return [slice(found + 1) if found >= 0 else slice(found, None)]
@@ -662,8 +661,8 @@ def reads_shape_only(node: Node) -> bool:
     """Tell whether only the shape, device or type of a picked channel is read."""
     for user in node.users:
         of_sizes = plain_name(user) == "getattr" and user.args[1] in ("shape", "device", "dtype")
-        # An embedding looks up integers: of features only their sizes can matter to it. Learned positions of BART are
-        # of a derived class that counts the places.
+        # An embedding looks up integers, so of floating-point features it can only read the sizes, as BART's class of
+        # position embeddings does.
         owner, dtype = user.graph.owning_module, getattr(node.meta.get("tensor_meta"), "dtype", None)
         is_embedding = False
         if owner is not None and user.op == "call_module" and dtype is not None and dtype.is_floating_point:
@@ -692,7 +691,7 @@ def _indexed(op: Operation) -> Any:
         return _picked(op)
     if not tensors_of(given_shapes(op.node)):
         return op.moved()
-    # A computed index or mask. Along dimensions without channels ids don't differ: any place stands for those it picks.
+    # A computed index or mask. Along dimensions without channels ids don't differ, so picking the first entry will do.
     states, index = op.ids[0], op.node.args[1]
     parts: list[Any] = list(index) if isinstance(index, tuple) else [index]
     if any(_varying(each) for each in op.ids[1:]):
@@ -729,7 +728,7 @@ def _index_selected(op: Operation) -> Any:
         return _picked(op)
     states, dim = op.ids[0], op.argument(1, "dim")
     if op.shape and isinstance(dim, int) and not varies(states, dim) and not varies(op.ids[-1], 0):
-        # Ids don't differ between rows, so any stands for those that the index picks.
+        # Ids don't differ between rows, so the first row stands for those that the index picks.
         return states.narrow(dim, 0, 1).expand(op.shape)
     return op.all_kept()
 
@@ -748,8 +747,8 @@ def _index_is_known(op: Operation) -> bool:
 
 
 def _picked(op: Operation) -> Any:
-    """Pick the same entries of the ids as of the values."""
-    # Constant index tensors stand for themselves, not for their ids.
+    """Apply a known index to the ids."""
+    # Constant index tensors are used with their values, not with their ids.
     values = {node: op.channels.picks.get(node.name, ids) for node, ids in op.values.items()}
     values[op.node.all_input_nodes[0]] = op.values[op.node.all_input_nodes[0]]
     args, kwargs = map_arg((op.node.args, op.node.kwargs), values.__getitem__)
@@ -758,16 +757,16 @@ def _picked(op: Operation) -> Any:
 
 @rule("put", "setitem", writes=True)
 def _written(op: Operation) -> Any:
-    # After this the tensor holds channels of two tensors. Where each place of the channels is written to, as in a loop
-    # over a text's words, these are coupled; else they aren't followed.
+    # Afterwards the tensor holds channels of two tensors. They are coupled if every write covers all channels, as in a
+    # loop over tokens; otherwise they can't be followed.
     if op.node.target is not put or not isinstance(op.args[2], Tensor):
         return op.all_kept(reason=reasons.overwritten(op.node))
     target, place, value = op.args
-    # Where tensors are among the places, their nodes say how many dimensions they take.
+    # If the index contains tensors, their nodes say how many dimensions each takes.
     index: Any = op.node.args[1] if len(op.ids) > 2 else place
     parts = list(index) if isinstance(index, tuple) else [index]
     if len(op.ids) > 2:
-        # Tensors say which rows of a tensor get others, with all channels in the last dimension of both.
+        # The tensors select rows to overwrite. All channels must be in the last dimension of both.
         takes_all = sum(map(_dimensions, parts)) < target.dim() or parts[-1] == slice(None)
         is_alike = value.numel() > 0 and target.shape[-1] == value.shape[-1]
         in_last = all(set(_varying(each)) <= {each.dim() - 1} for each in (target, value))
@@ -784,7 +783,7 @@ def _written(op: Operation) -> Any:
     return op.all_kept(reason=reasons.overwritten(op.node))
 
 
-# Operators on several tensors, place by place: they couple the channels of all.
+# Elementwise operators on several tensors, whose channels they couple.
 
 
 @rule("add", "iadd", "mul", "imul", "maximum", "minimum", meets=True)
@@ -799,7 +798,7 @@ def _meet(op: Operation) -> Any:
 
 @rule("where", meets=True)
 def _chosen(op: Operation) -> Any:
-    # With a condition alone it lists the places where that holds.
+    # With only a condition it lists the indices where that holds.
     return op.by_place(known=True, meets=True) if op.argument(1, "input") is not None else _places_listed(op)
 
 
@@ -810,11 +809,11 @@ def _places_listed(op: Operation) -> Any:
 
 @rule("max", "min", meets=True, dims=Dims(1, None, reduces=True))
 def _largest(op: Operation) -> Any:
-    # With two tensors it works place by place.
+    # With two tensors it is elementwise.
     return op.by_place(known=True, meets=True) if len(op.ids) > 1 else _works_along(op)
 
 
-# Operators on one tensor, place by place.
+# Elementwise operators on one tensor.
 
 
 @rule("empty_like", reads_sizes=True, is_unset=True)
@@ -860,9 +859,8 @@ def _made_of_one_value(op: Operation) -> Any:
 def made(node: Node, shape: tuple[int, ...], channels: ChannelIds) -> Tensor:
     """Return the ids of a tensor that is made from no traced tensor.
 
-    It is a constant, and keeps what it is combined with. But a tensor of one value whose size is that of a traced
-    tensor's channels gets their ids, and one whose size an attribute holds becomes smaller with the channels that it
-    meets.
+    As a constant, it keeps the channels that it is combined with. But a tensor filled with one value gets the ids of a
+    traced tensor's channels if it takes its size from them, and new ids if an attribute holds its size.
     """
     args = node.args[has_property(node, "is_like") :]
     # Sizes are single arguments, ``torch.zeros(2, 3)``, or one tuple, ``torch.full((2, 3), value)``.
@@ -891,13 +889,13 @@ def _counted(size: Any, channels: ChannelIds) -> Tensor | None:
 # Operators that work along dimensions.
 
 
-# Zeros make no difference to their results.
+# Zeros don't change their results.
 @rule("sum", "nansum", "any", "count_nonzero", dims=Dims(1, None, adds=True, reduces=True))
 @rule("norm", "linalg_vector_norm", "linalg_norm", dims=Dims(2, None, adds=True, reduces=True))
 @rule("linalg_matrix_norm", dims=Dims(2, (-2, -1), adds=True, reduces=True))
 @rule("normalize", dims=Dims(2, 1, adds=True))
 @rule("cumsum", dims=Dims(1, None, adds=True))
-# Zeros make a difference: these count values, select among them, or depend on their places.
+# Zeros change their results: they count values, select among them, or depend on their order.
 @rule(
     "mean", "amin", "amax", "nanmean", "std", "var", "std_mean", "var_mean", "prod", "all", "aminmax", "median",
     "nanmedian", "logsumexp", "argmax", "argmin", dims=Dims(1, None, reduces=True),
@@ -934,7 +932,7 @@ def _counted(size: Any, channels: ChannelIds) -> Tensor | None:
     nn.LPPool3d, nn.AdaptiveMaxPool3d, nn.AdaptiveAvgPool3d, dims=Dims(None, (-3, -2, -1)),
 )  # fmt: skip
 def _works_along(op: Operation) -> Any:
-    """Follow an operator for which the dimensions along which it works are all that a rule needs."""
+    """Follow an operator whose rule needs no more than the dimensions along which it works."""
     where: Dims = op.rule.dims  # type: ignore[assignment, union-attr]
     rank = op.ids[0].dim()
     given: Any = getattr(op.module, "dim", op.kwargs.get("dim", op.kwargs.get("axis")))
@@ -951,7 +949,7 @@ def _works_along(op: Operation) -> Any:
         return op.by_place(known=False)
     adds = where.adds
     if adds and "norm" in operation_name(op.node):
-        # Zeros make no difference to a norm of such an order.
+        # Zeros don't change a norm of such an order.
         order = op.argument(1, "p", "ord")
         adds = order is None or order in ("fro", "nuc") or (isinstance(order, (int, float)) and order >= 0)
     return op.along(dims, adds=adds, reduces=where.reduces)
@@ -995,7 +993,7 @@ def _product(op: Operation) -> Any:
 
 @rule("baddbmm")
 def _product_added(op: Operation) -> Any:
-    """Follow a matrix product that is added to a tensor, place by place."""
+    """Follow a matrix product that is added to a tensor."""
     if op.shape is None or len(op.ids) != 3:
         return op.all_kept()
     one, other = op.argument(1, "batch1"), op.argument(2, "batch2")
@@ -1007,7 +1005,7 @@ def _product_added(op: Operation) -> Any:
 
 
 def _multiplied(op: Operation, one: Tensor, other: Tensor, shape: tuple[int, ...], is_own: list[bool]) -> Any:
-    """Return the ids of a product of two matrices; ``is_own``: whether each is a tensor of the model's own."""
+    """Return the ids of a product of two matrices; ``is_own``: whether each is a parameter or constant of the model."""
     if min(one.dim(), other.dim()) < 2:
         return op.all_kept()
     factors = one, other
@@ -1022,12 +1020,12 @@ def _multiplied(op: Operation, one: Tensor, other: Tensor, shape: tuple[int, ...
     is_simple = (rows, columns) in (([-2], []), ([], [-1]))
     is_read_by_row = is_own == [True, False] and (rows, columns) == ([-2], [-2])
     if not (is_simple or is_read_by_row) and is_own.count(True) == 1:
-        # A tensor of the model's own stays as it is, so that the channels of the other factor can be removed.
+        # A parameter keeps its size, so that the channels of the other factor can be removed.
         op.keep(one if is_own[0] else other)
         rows, columns = ([], columns) if is_own[0] else (rows, [])
     if -2 in rows:
-        # What the rows are multiplied with is the same for all, as the keys and values that heads share, or the inputs
-        # of a weight: it stays. Rows that are heads of several channels are removed as a whole.
+        # All rows are multiplied with the same factor, such as keys and values that heads share, or the inputs of a
+        # weight: it is kept. Rows that are heads of several channels are removed as a whole.
         op.keep(other)
         op.couple(one[..., :1], one)
         return one[..., :1].expand(shape)
@@ -1040,7 +1038,7 @@ def _multiplied(op: Operation, one: Tensor, other: Tensor, shape: tuple[int, ...
 
 @rule("linear")
 def _own_linear(op: Operation) -> Any:
-    """Follow a product with a weight of the model's own, (outputs, inputs), of which rows or columns are channels."""
+    """Follow a functional linear layer with a free weight, (outputs, inputs), whose rows or columns are channels."""
     states, weight, *bias = op.ids
     node = op.argument(1, "weight") if op.module is None else None
     if node is None or op.shape is None or weight.dim() != 2:
@@ -1061,7 +1059,7 @@ def _own_linear(op: Operation) -> Any:
 
 @rule("pack_padded_sequence", "pad_packed_sequence")
 def _packed(op: Operation) -> Any:
-    """Follow rows of several lengths, packed or padded: the channels are in the last dimension of both."""
+    """Follow packing or padding of sequences: the channels are in the last dimension before and after."""
     rows, found = op.ids[0], given_shapes(op.node)
     is_padded = operation_name(op.node) == "pad_packed_sequence"
     padding = op.argument(3, "padding_value", default=0) if is_padded else 0
@@ -1072,10 +1070,10 @@ def _packed(op: Operation) -> Any:
 
 @rule("lstm", "gru", "rnn_tanh", "rnn_relu")
 def _recurrent_on_packed(op: Operation) -> Any:
-    """Follow a recurrent layer that reads packed rows: it takes fewer channels in, and keeps its units."""
+    """Follow a recurrent layer that reads packed sequences: it may lose input channels, and keeps its units."""
     rows, weights = op.ids[0], op.argument(3, "params")
     if not isinstance(weights, list) or varies(rows, 0):
-        return op.all_kept()  # not packed, as no module of PyTorch's is recorded
+        return op.all_kept()  # not packed, so no call of PyTorch's own modules
     names = [str(node.target) for node in op.node.args[3]]  # type: ignore[union-attr]
     lowest = [weight for name, weight in zip(names, weights, strict=True) if "weight_ih_l0" in name]
     for each in op.ids[1:]:
@@ -1088,7 +1086,7 @@ def _recurrent_on_packed(op: Operation) -> Any:
 
 @rule("conv1d", "conv2d", "conv3d")
 def _own_convolution(op: Operation) -> Any:
-    """Follow a convolution of each channel by itself with a weight of the model's own, (channels, 1, ...)."""
+    """Follow a functional depth-wise convolution with a free weight, (channels, 1, ...)."""
     states, weight, *bias = op.ids
     groups, node = op.argument(6, "groups", default=1), op.node
     given: Any = node.kwargs.get("groups", node.args[6] if len(node.args) > 6 else 1)
@@ -1107,7 +1105,7 @@ def _own_convolution(op: Operation) -> Any:
 
 
 def _product_by_head(op: Operation, one: Tensor, other: Tensor) -> Any:
-    """Follow a product of matrices of which there is one for each head: the head is removed as a whole."""
+    """Follow matrix products, one for each head: each head is removed as a whole."""
     heads_at = {d - each.dim() for each in (one, other) for d in range(each.dim() - 2) if varies(each, d)}
     at = heads_at.pop()
     # A factor without channels there is the same for all heads, or belongs to heads that all stay.
@@ -1124,7 +1122,7 @@ def _product_by_head(op: Operation, one: Tensor, other: Tensor) -> Any:
         op.couple(firsts[0], first)
     if len(by_head) == 1 and varies(one, -2) and varies(other, -1):
         return op.all_kept()
-    # Of channels with channels, as where a softmax weighs channels and not places, all of the product are the head's.
+    # If channels are multiplied with channels (attention over channels), the whole product belongs to the head.
     if varies(other, -1) and not varies(one, -2):
         return other[..., :1, :].expand(op.shape or ())
     if varies(one, -2) and not varies(other, -1):
@@ -1134,14 +1132,14 @@ def _product_by_head(op: Operation, one: Tensor, other: Tensor) -> Any:
 
 @rule("scaled_dot_product_attention")
 def _attention(op: Operation) -> Any:
-    """Follow attention of PyTorch's: heads are removed as a whole, with their queries, keys and values."""
+    """Follow PyTorch's attention function: heads are removed as a whole, with their queries, keys and values."""
     query, key, value = (op.argument(at, name) for at, name in enumerate(("query", "key", "value")))
     mask = op.argument(3, "attn_mask")
     if all(_varying(each) in ([], [each.dim() - 1]) for each in (query, key, value)):
         return op.all_kept(reason=reasons.one_head(op.node))  # with fewer channels it would scale by another number
     heads = []
     if isinstance(mask, Tensor) and mask.dim() > 2 and mask.shape[-3] > 1:
-        # A bias by head loses heads with the queries, if something can make it smaller.
+        # A bias per head loses heads with the queries, if its heads can be removed.
         if _varying(mask) != [mask.dim() - 3]:
             return op.all_kept()
         heads.append(compressed(mask).movedim(-3, 0).flatten(1))
@@ -1152,7 +1150,7 @@ def _attention(op: Operation) -> Any:
             return op.all_kept()
         weighs_channels |= held == [-3, -2]
         heads.append(compressed(each).movedim(-3, 0).flatten(1))
-    # By heads of keys: with `enable_gqa` several heads of queries share each, one after the other.
+    # One row for each head of keys: with `enable_gqa` several neighbouring heads of queries share it.
     shared_by = query.shape[-3] // key.shape[-3]
     sets = [each.reshape(key.shape[-3], -1) for each in heads]
     for channels in sets:
@@ -1165,10 +1163,10 @@ def _attention(op: Operation) -> Any:
 
 @rule("einsum")
 def _einstein_sum(op: Operation) -> Any:
-    """Follow channels by the letters of their dimensions, as of ``"bqc,bkc->bqk"``; heads are removed as a whole.
+    """Follow channels by the letters of their dimensions, as in ``"bqc,bkc->bqk"``; heads are removed as a whole.
 
-    Channels of one letter are coupled, and go to the dimension of the output that has it, or are summed over. A tensor
-    of the model's own that mixes places, as the adjacency of a graph in ``"nm,bmc->bnc"``, stays as it is.
+    Channels of one letter are coupled, and go to the output's dimension of that letter, or are summed over. A free
+    parameter that mixes places, such as a graph's adjacency matrix in ``"nm,bmc->bnc"``, keeps its size.
     """
     read = einsum_letters(op.args[0] if op.args else None, [tuple(each.shape) for each in op.ids])
     if read is None or op.shape is None or len(read[1]) != len(op.shape):
@@ -1183,7 +1181,7 @@ def _einstein_sum(op: Operation) -> Any:
         op.keep(entering_ids[at])
         entering_ids[at] = staying(tuple(entering_ids[at].shape))
 
-    # Channels in two dimensions, one in the output and one summed over, are those of heads: each head's are coupled.
+    # Channels in two dimensions, one in the output and one summed over, belong to heads: couple those of each head.
     summed = set[str]()
     for at, letters in enumerate(operands):
         inner = letters_of_channels(at) - set(output)
@@ -1194,18 +1192,18 @@ def _einstein_sum(op: Operation) -> Any:
             op.couple(first, entering_ids[at])
             entering_ids[at] = first.expand(entering_ids[at].shape)
             summed |= inner
-    # What holds channels only where heads are summed over stays, such as relative positions that all heads share.
+    # An operand with channels only in a summed dimension of heads, such as relative positions, is kept: heads share it.
     for at in range(len(operands)):
         if letters_of_channels(at) & summed:
             keep_operand(at)
-    # So does a tensor of the model's own that mixes places: no dimension has the letter of another operand's channels.
+    # So is a free parameter that mixes places: none of its letters is a letter of another operand's channels.
     is_own = [_is_own(ids, op.channels) for ids in entering_ids]
     of_channels = set[str]().union(*(letters_of_channels(at) for at, own in enumerate(is_own) if not own))
     for at, letters in enumerate(operands):
         if is_own[at] and of_channels and not of_channels & set(letters):
             keep_operand(at)
-    # An operand with one channel a head, beside one that holds the head's channels, as attention's shares beside the
-    # values in "bhij,bhjd->bhid", is coupled with these, and left out: the head goes as a whole.
+    # An operand with one channel per head (attention weights) is coupled with an operand that holds the head's channels
+    # (values), as in "bhij,bhjd->bhid", and needs no more checks: the head is removed as a whole.
     left = list[int]()
     for at, letters in enumerate(operands):
         mine = letters_of_channels(at)
@@ -1220,7 +1218,7 @@ def _einstein_sum(op: Operation) -> Any:
             op.couple(channels[:, :1], channels)
             op.couple(shares[:, 0], channels[:, 0])
     operands, entering_ids = [operands[at] for at in left], [entering_ids[at] for at in left]
-    # By the letters of the dimensions that hold channels, in the output's order and summed ones last: operands' ids.
+    # Operands' ids, by the letters of their channel dimensions: in the output's order, summed letters last.
     coupled: dict[str, list[Tensor]] = {}
     holding: list[str] = []
     for letters, ids in zip(operands, entering_ids, strict=True):
@@ -1255,7 +1253,7 @@ def _einstein_sum(op: Operation) -> Any:
 
 
 def _is_own(ids: Tensor, channels: ChannelIds) -> bool:
-    """Say whether all channels of a tensor are those of tensors of the model's own, which no layer makes."""
+    """Tell whether all channels of a tensor belong to free parameters."""
     held = np.unique(compressed(ids))
     held = held[held != FIXED]
     parameters = channels.free_parameters.values()
@@ -1264,14 +1262,14 @@ def _is_own(ids: Tensor, channels: ChannelIds) -> bool:
 
 
 def einsum_letters(equation: Any, shapes: list[tuple[int, ...]]) -> tuple[list[str], str] | None:
-    """Return a letter for each dimension of each operand, and of the output; None for what isn't followed."""
+    """Return a letter for each dimension of each operand, and of the output; None if the call isn't supported."""
     if not isinstance(equation, str):
         return None
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     operands = inputs.split(",")
     if len(operands) != len(shapes):
         return None
-    # Dots stand for all dimensions that have no letter, counted from the last. Here each of these gets a digit.
+    # Dots stand for the dimensions without a letter, aligned at the last. Here each of them gets a digit.
     digits, longest = "0123456789", ""
     for at, (letters, shape) in enumerate(zip(operands, shapes, strict=True)):
         missing = len(shape) - len(letters.replace("...", ""))
@@ -1292,10 +1290,10 @@ def einsum_letters(equation: Any, shapes: list[tuple[int, ...]]) -> tuple[list[s
 
 @rule("unfold", nn.Unfold)
 def _unfolded(op: Operation) -> Any:
-    """Follow unfold: each channel becomes one row for each place of a window."""
+    """Follow unfold: each channel becomes one row for each place in a window."""
     ids = op.ids[0]
     if op.node.op == "call_method" or op.node.target is Tensor.unfold:
-        # The method makes windows along one dimension, whose places are a new last dimension.
+        # The method cuts one dimension into windows, and puts their entries into a new last dimension.
         along = op.argument(1, "dimension")
         return op.all_kept() if not isinstance(along, int) or varies(ids, along % ids.dim()) else op.moved()
     at = ids.dim() - 3
@@ -1307,9 +1305,9 @@ def _unfolded(op: Operation) -> Any:
 
 @rule("grid_sample")
 def _sampled(op: Operation) -> Any:
-    """Follow sampling at places of a grid, which stays: each channel of the images is read alike.
+    """Follow sampling at the points of a grid: the grid is kept, and each channel of the images is sampled alike.
 
-    Where the first dimension of both holds heads, as in deformable attention, these are removed as a whole.
+    If the first dimension of both holds heads, as in deformable attention, each head is removed as a whole.
     """
     images, grid = op.ids[0], op.ids[1] if len(op.ids) > 1 else None
     if grid is None or op.shape is None or any(varies(images, d) for d in range(2, images.dim())):
@@ -1330,7 +1328,7 @@ def _sampled(op: Operation) -> Any:
 
 _USER_RULES = ("follow", "couple", "keep")
 _DIM = Rule("an integer from -8 to 7", lambda value: type(value) is int and -8 <= value < 8)
-_WRAPPED: set[Any] = set()  # functions that were registered, and what forwards call instead
+_WRAPPED: set[Any] = set()  # registered functions, and the wrappers that forwards call instead
 
 
 @checked(
@@ -1347,7 +1345,7 @@ def register_operator(
     *,
     dim: int = 1,
 ) -> Any:
-    """Say what an operator does with channels, where the package has no rule for it.
+    """Say what an operator does with channels, if the package has no rule for it.
 
     Parameters
     ----------
@@ -1361,16 +1359,16 @@ def register_operator(
           tensors are kept.
         - "couple": channel i of the output is computed from the channels i of all tensors, which are pruned together.
         - "keep": all channels that enter are kept.
-        - A function gets the call, a `nni_topo.network.Operation`, in which tensors of channel ids stand in place of
-          the values. It returns the channel ids of the output: an int64 tensor of the output's shape.
+        - A function gets the call, a `nni_topo.network.Operation`, in which tensors of channel ids replace the values.
+          It returns the channel ids of the output: an int64 tensor of the output's shape.
     dim : int, default=1
         The dimension that holds the channels, from -8 to 7; -1 is the last. For "follow" and "couple" only.
 
     Returns
     -------
     callable or str
-        What the forward has to call. Of a Python function of your own this is a function that wraps it, and is
-        followed as one operation; the original function would be traced into. Otherwise ``operator`` itself.
+        What the forward has to call: for a Python function of your own a wrapper, which is followed as one operation
+        (tracing would enter the original function); otherwise ``operator`` itself.
 
     Raises
     ------
@@ -1438,7 +1436,7 @@ def register_operator(
 
 
 def _check_operator(operator: Callable[..., Any] | str, rule: str | Callable[[Operation], Tensor], dim: int) -> None:
-    """Refuse what can't work whatever the model: ConfigError."""
+    """Raise ConfigError for arguments that can't work with any model."""
     if isinstance(operator, type):
         raise ConfigError(
             "operator must be the function that a forward calls (of a torch.autograd.Function its apply; modules are "
@@ -1474,13 +1472,13 @@ def _key_of(operator: Callable[..., Any] | str) -> tuple[Any, Any]:
     """Return the key of an operator in the table, and the function that a forward has to call for it to be followed."""
     if isinstance(operator, str):
         return operator.strip("_"), operator
-    library = getattr(operator, "_opoverload", operator)  # where `torch.library.custom_op` keeps its operator
+    library = getattr(operator, "_opoverload", operator)  # here `torch.library.custom_op` keeps its operator
     if isinstance(library, torch._ops.OpOverload):
         return library.overloadpacket, operator
     if isinstance(library, torch._ops.OpOverloadPacket):
         return library, operator
     if resolve_name(operator) is not None:
-        # PyTorch's functions and methods have one key, their name, for all ways to call them.
+        # PyTorch's functions and methods have one key, their name, however they are called.
         return operator.__name__.strip("_").removeprefix("special_"), operator
 
     @functools.wraps(operator)
@@ -1499,8 +1497,8 @@ def _key_of(operator: Callable[..., Any] | str) -> tuple[Any, Any]:
 
 
 def _followed(op: Operation, dim: int, *, is_coupled: bool) -> Any:
-    """Leave the channels of a dimension where they are: those of the first tensor, or of all, which are coupled."""
-    op.channels.guessed.add(op.node.name)  # the dry run checks whether other channels have a part in the result
+    """Leave the first tensor's channels of a dimension where they are; couple or keep the other tensors' channels."""
+    op.channels.guessed.add(op.node.name)  # the dry run checks whether a result depends on other channels
     given, misfit = given_shapes(op.node), reasons.rule_misfits(op.node)
 
     def count(ids: Tensor) -> int:
