@@ -1,1 +1,1 @@
-"""The graph of a model."""
+"""Trace a model into a graph, with the shapes of its tensors."""

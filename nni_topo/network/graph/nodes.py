@@ -1,4 +1,4 @@
-"""Graphs: a node's name, place, output shape and marks in ``meta``; graphs as modules."""
+"""Nodes of a graph: their names, places, output shapes and marks in ``meta``; and graphs as modules."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from torch.fx import Graph, GraphModule, Interpreter
 from torch.fx.node import map_aggregate
 from torch.fx.passes.shape_prop import TensorMetadata
 
-RECORDED = "_recorded"  # the name of a constant in a recorded graph starts with it, a number follows
+RECORDED = "_recorded"  # prefix of the names of constants in a recorded graph, before a number
 RANDOM = "nni_topo_random"  # in a node's meta: whether it draws random numbers
-UNUSED = "nni_topo_unused"  # in a node's meta: whether something is made of its value of which nothing comes
-COMPARED = "nni_topo_compared"  # in a node's meta: attributes that the forward finds equal to sizes of its value
-UNSHOWN = "nni_topo_unshown"  # in a node's meta: whether of its number another is made that stays as it is
-AS_NUMBERS = "nni_topo_as_numbers"  # in a node's meta: whether its entries leave the graph, as a list or an array
+UNUSED = "nni_topo_unused"  # in a node's meta: whether something is computed from its value and never used
+COMPARED = "nni_topo_compared"  # in a node's meta: attributes that the forward found equal to sizes of its value
+UNSHOWN = "nni_topo_unshown"  # in a node's meta: whether a constant of the graph was computed from its number
+AS_NUMBERS = "nni_topo_as_numbers"  # in a node's meta: whether the forward reads its entries as a list or an array
 LINE = "nni_topo_line"  # in a node's meta: file and line of the forward that calls it
 
 
 def forward_line() -> str:
-    """Say which file and line of a model's own forward is running: "models/resnet.py:102"; empty if none is."""
+    """Return file and line of the model's own forward that is running: "models/resnet.py:102"; empty if none is."""
     frame: FrameType | None = sys._getframe(1)
-    has_left = False  # the functions of this package that were called last, which record what runs
+    has_left = False  # whether the frames of this package's recorder, the innermost ones, are passed
     while frame is not None:
         package = str(frame.f_globals.get("__name__", ""))
-        if package == "nni_topo.network.channels.rules":  # around a function that somebody has registered
+        if package == "nni_topo.network.channels.rules":  # the wrapper of a registered function
             frame = frame.f_back
             continue
         is_own = package.startswith("nni_topo.network.")
         if is_own and has_left:
-            return ""  # what runs the model: no forward lies between, as in a Sequential
+            return ""  # this frame runs the model, and no forward lies between, as in a Sequential
         has_left = has_left or not is_own
         if not is_own and package.partition(".")[0] != "torch":
             return f"{frame.f_code.co_filename}:{frame.f_lineno}"
@@ -60,7 +60,7 @@ def place(node: torch.fx.Node) -> str:
 
 
 def owner_of(node: torch.fx.Node) -> str:
-    """Name the module in whose forward a node stands; empty for the model itself."""
+    """Return the name of the module whose forward calls a node; empty for the model itself."""
     # NNI's tracer keeps the types of modules by name, PyTorch's names with types.
     stack = (node.meta.get("nn_module_stack") or {}).items()
     owners = [each for key, value in stack if (each := value[0] if isinstance(value, tuple) else key)]
@@ -76,7 +76,7 @@ def described(node: torch.fx.Node) -> str:
 
 
 def makes_mask(node: torch.fx.Node) -> bool:
-    """Tell whether a node makes an attention mask, for which only sizes and types of states count."""
+    """Tell whether a node makes an attention mask, which depends only on the sizes and types of states."""
     return getattr(node.target, "makes_mask", False)
 
 
@@ -95,7 +95,7 @@ def plain_name(node: torch.fx.Node) -> str:
 
 
 def leaves_of(given: Any) -> list[Any]:
-    """List the leaves of nested containers, among them the ends and steps of slices."""
+    """List the leaves of nested containers, including the ends and steps of slices."""
     if isinstance(given, dict):
         given = list(given.values())
     elif isinstance(given, slice):
@@ -109,10 +109,10 @@ def leaves_of(given: Any) -> list[Any]:
 
 
 class ShapeNoting(Interpreter):
-    """Run a graph, and note its tensors' shapes and types in ``node.meta``, as ShapeProp does, which loads SymPy."""
+    """Run a graph, and note tensors' shapes and types in ``node.meta``, like ShapeProp but without loading SymPy."""
 
     def run_node(self, n: torch.fx.Node) -> Any:
-        """Run a node; of a container each tensor is noted, in its place."""
+        """Run a node, and note each tensor of its output, in the same containers."""
         has_tensors = False
 
         def noted(value: Any) -> Any:
@@ -130,7 +130,7 @@ class ShapeNoting(Interpreter):
 
 
 class _WithLayerCalledCode(GraphModule):
-    """A GraphModule with a layer called ``code``, by which name PyTorch's own class gives its source."""
+    """A GraphModule that may have a layer called ``code``, the name of a property of PyTorch's class."""
 
     @property
     def code(self) -> Any:
@@ -142,7 +142,7 @@ def on_modules(root: nn.Module | dict[str, Any], graph: Graph, name: str) -> Gra
     """Make a `torch.fx.GraphModule` of a graph and the modules that it calls."""
     made = _WithLayerCalledCode(root, graph, name)
     if isinstance(root, nn.Module):
-        # Buffers that are in none of the root's state_dict stay out of this one; before 2.14 PyTorch takes them all in.
+        # The root's non-persistent buffers stay non-persistent; before 2.14 PyTorch puts them into the state_dict.
         theirs = dict(root.named_modules())
         for path, module in made.named_modules():
             if path in theirs and module is not theirs[path]:

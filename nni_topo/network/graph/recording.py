@@ -1,8 +1,8 @@
-"""The graph of a model, recorded while it runs: every call of a module or a function of PyTorch's becomes a node.
+"""Record the graph of a model while it runs: every call of a PyTorch module or function becomes a node.
 
-The forward runs on real values, so it may be written in any way; its branches and loops are fixed in the graph. Only
-the number of samples isn't fixed: the model runs twice, and numbers and constants that differ are computed from it.
-It is fixed too where a model doesn't run on twice the samples.
+The forward runs on real values, so it may be any Python code; the graph has its branches and loops as they ran. Only
+the number of samples isn't fixed: the model also runs on twice the samples, and the graph computes the numbers and
+constants that differ. If the model fails on twice the samples, their number is fixed, too.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _PLAIN = (
     *(torch.dtype, torch.device, torch.memory_format, torch.layout),
 )
 _SIZED = {"reshape", "split", "split_with_sizes", "unflatten", "view"}  # take sizes that must fit the tensor
-# What a forward may ask a tensor for without reading its values, and get a number.
+# Methods and properties of a tensor that return a number without reading its values.
 _ABOUT_TENSORS = {
     *("__get__", "__hash__", "__len__", "data_ptr", "dim", "element_size", "get_device", "is_complex", "is_conj"),
     *("is_contiguous", "is_floating_point", "is_inference", "is_neg", "is_same_size", "is_signed", "ndimension"),
@@ -73,16 +73,16 @@ _ABOUT_TENSORS = {
 
 @dataclass(frozen=True)
 class Recorded:
-    """What two runs of a model showed."""
+    """A recorded graph, and what two runs of the model showed."""
 
     graph_module: GraphModule
     outputs: Any  # of the first run
-    reads_values: bool  # whether values of tensors became Python's, so that other weights may give another graph
-    compared: tuple[tuple[int, int], ...]  # sizes that the forward compared with numbers, and these
+    reads_values: bool  # whether Python code read values of tensors, so that other weights may give another graph
+    compared: tuple[tuple[int, int], ...]  # sizes that the forward compared with numbers, and these numbers
 
 
 def record(model: nn.Module, named: dict[str, Any]) -> Recorded:
-    """Record a model's call. The model is put into evaluation mode, and may be changed."""
+    """Record a call of a model in its present mode. The model may be changed."""
     held: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     configs = {id(config): config for config in held if config is not None}.values()
     for config in configs:
@@ -90,17 +90,17 @@ def record(model: nn.Module, named: dict[str, Any]) -> Recorded:
             config.use_cache = False
     told = {id(config): getattr(config, "_attn_implementation", None) for config in configs}
     others = [config for config in configs if told[id(config)] not in (None, "eager")]
-    # So masks are always made, not only where this batch needs one.
+    # Eager attention always makes masks, not only if this batch needs one.
     for config in others:
         config._attn_implementation = "eager"
     try:
         return _recorded(model, named)
-    except Exception as error:  # a model fails in as many ways as it is written
+    except Exception as error:  # a forward may raise anything
         if not others and not isinstance(error, SpeedupError):
             raise
         let_go(error)
-    # Not all models can be told that any more. And what a model has kept from its last run (a detector's anchors, by
-    # size) belongs to other inputs now.
+    # Some models can't be switched to eager attention after their construction. And some fail once because of values
+    # that they kept from a run on other inputs (a detector's anchors, by size).
     for config in others:
         config._attn_implementation = told[id(config)]
     return _recorded(model, named)
@@ -109,7 +109,7 @@ def record(model: nn.Module, named: dict[str, Any]) -> Recorded:
 def _recorded(model: nn.Module, named: dict[str, Any]) -> Recorded:
     samples = batch_size(named)
     doubled = tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.dim() and len(t) == samples else t, named)
-    # Found before the model runs, since some modules are tried out on other values.
+    # Found before the recording, because some modules are called on other values to find out.
     followed = {id(module) for module in model.modules() if is_followed(module)}
     leaves = {id(module) for module in model.modules() if _is_leaf(module)}
     with attributes_traced(model) as unclear:
@@ -125,14 +125,14 @@ def _recorded(model: nn.Module, named: dict[str, Any]) -> Recorded:
         compared = first.node_of(tensor)
         if compared is not None and place not in unclear:
             compared.meta.setdefault(COMPARED, []).append((place, dim))
-    # Numbers in the graph hold the lists, and these the tensors.
+    # Numbers in the graph hold these lists, which hold tensors: free them.
     unclear.compared.clear()
     unclear.computed.clear()
     for node in reversed(first.graph.nodes):
         if node.users or node in first.read or node.op in ("placeholder", "output"):
             continue
-        # Nothing comes of it. But it runs all the same, in the dense model too: a module, what several tensors enter,
-        # which then must fit together, and what takes sizes, which must fit the tensor.
+        # Its output isn't used, but the dense model runs it, too. So modules, operations on several tensors and
+        # operations that take sizes stay in the graph, because their arguments must fit.
         entering = [parent for parent in node.all_input_nodes if parent not in first.numbers]
         if node.op == "call_module" or len(entering) > 1 or plain_name(node) in _SIZED:
             continue
@@ -153,16 +153,16 @@ def _recorded(model: nn.Module, named: dict[str, Any]) -> Recorded:
 def _recorder_of_twice(
     model: nn.Module, followed: set[int], leaves: set[int], doubled: dict[str, Any]
 ) -> _Recorder | None:
-    """Record a model on twice the samples; None if it fails on them: then the graph holds for that number alone.
+    """Record a model on twice the samples; None if it fails on them: then the graph is for one number of samples.
 
-    Lists of samples (a detector's images) aren't doubled: what fails on them is followed part by part.
+    Lists of samples (a detector's images) aren't doubled: if the model fails on them, this raises.
     """
     try:
         forget_evaluated(model)
         return _Recorder(model, followed, leaves, doubled)
     except SpeedupError:
         raise
-    except Exception as error:  # a model fails in as many ways as it is written
+    except Exception as error:  # a forward may raise anything
         if any(tensors_of(each) and not isinstance(each, Tensor) for each in doubled.values()):
             raise
         _logger.info("%s is recorded for this number of samples alone: %s", type(model).__name__, error)
@@ -172,7 +172,7 @@ def _recorder_of_twice(
 
 @contextmanager
 def made_tensors_dropped(model: nn.Module) -> Iterator[None]:
-    """Take away the tensors that modules register within the block, so that the next run makes its own."""
+    """Remove the tensors that modules register within the block, so that the next run makes its own."""
     before = [
         (table, {name: tensor is None for name, tensor in table.items()})
         for module in model.modules()
@@ -197,31 +197,31 @@ class _Recorder(TorchFunctionMode):
         self.graph = Graph()
         self.constants: dict[str, Tensor] = {}
         self.reads_values = False
-        self.read = set[Node]()  # whose values decided something
-        self.numbers = set[Node]()  # sizes of tensors, and what is computed of these
+        self.read = set[Node]()  # nodes that stay in the graph because Python code read their values
+        self.numbers = set[Node]()  # nodes of tensors' sizes, and of numbers computed from them
         self._unshown = UnshownSizes()
-        self._followed = followed  # modules that are one node up to the function that they call, by identity
-        self._leaves = leaves  # modules that are one node
+        self._followed = followed  # by id, modules that are one node up to the function that they call
+        self._leaves = leaves  # by id, modules that are one node
         self._own = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
         self._nodes: dict[int, Node] = {}
         self._alive: list[Any] = []  # keeps tensors, so that no other gets the id of a freed one
-        self._stack: list[str] = []  # the modules that run and are followed, the innermost last
-        self._inside = 0  # how many modules that are one node run
-        self._ran = set[str]()  # modules
-        self._chosen = self._picked = False  # whether a value was an index, and a size one of values
+        self._stack: list[str] = []  # names of the modules that are running and recorded, the innermost last
+        self._inside = 0  # if not 0, a module or function that is one node is running
+        self._ran = set[str]()  # names of the modules that ran
+        self._chosen = self._picked = False  # whether a value was used as an index; whether values decided a size
         self._deciding = set[str]()  # modules whose forward has read a value, as an `if` does
-        self._given: tuple[Any, Any] = (), {}  # what enters a module that is one node, before its own hooks change it
+        self._given: tuple[Any, Any] = (), {}  # the arguments of a module that is one node, before its own hooks
         self._before: tuple[str, Any, Any] | None = None  # a followed layer that hasn't called its function yet
         for name, value in named.items():
             if tensors_of(value):
                 self._enter(value, self.graph.placeholder(name))
-        self.entry = self._nodes[id(first_of_samples(named))]  # whose size is the number of samples
+        self.entry = self._nodes[id(first_of_samples(named))]  # its first size is the number of samples
         args, kwargs = call_by_name(model, named)
         with made_tensors_dropped(model), self._calls_seen(model), self:
             self.outputs = model(*args, **kwargs)
         self._check_choice(model)
         if self._picked and any(tensors_of(each) and not isinstance(each, Tensor) for each in named.values()):
-            raise SpeedupError("what picks among lists by value (a detector, of its boxes) is followed part by part")
+            raise SpeedupError("a model that picks from lists by value (a detector, boxes) is followed part by part")
         for size in {id(each): each for each in self._unshown}.values():
             made = tensor = self._argument(size)
             while "nn_module_stack" not in tensor.meta and tensor.all_input_nodes:
@@ -230,7 +230,7 @@ class _Recorder(TorchFunctionMode):
             self.read.add(made)
         found = tuple(self._node(each) for each in returned_tensors(self.outputs))
         self.graph.output(found[0] if isinstance(self.outputs, Tensor) else found)
-        # Weakly, for another tensor may get the id of one that is freed, such as one of a second run.
+        # Weak references, because a tensor of the second run may get the id of a freed one.
         self._givers = {id(each): (weakref.ref(each), self._nodes[id(each)]) for each in self._alive}
         self.compared = tuple(dict.fromkeys(self._unshown.compared))
         self._nodes.clear()
@@ -240,19 +240,19 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Compute what a function gives and write it down."""
+        """Call a function, and record the call."""
         kwargs = kwargs or {}
         self._keep_written(func, args)
         out = func(*args, **kwargs)
         if self._before and is_inner(func):
-            # Up to here the layer is one node; what it does with this is followed.
+            # Up to here the layer is one node; its further operations are recorded.
             (name, given, named), self._before, self._inside = self._before, None, 0
             self._write("call_module", name, given, named, out)
             self._nodes[id(out)].meta[HEAD] = True
             return out
         leaves = leaves_of((args, kwargs))
         if self._inside or not any(self._is_followed(each) for each in leaves):
-            # No node shows what is made here of an attribute's number.
+            # No node shows what is computed here from an attribute's number.
             for each in leaves:
                 if isinstance(each, TracedInt):
                     each.note_other_use()
@@ -272,7 +272,7 @@ class _Recorder(TorchFunctionMode):
         return self._measured(func, args, kwargs, out)
 
     def _keep_written(self, func: Any, args: tuple[Any, ...]) -> None:
-        """Note a constant as it is before what is followed is written into it, as by ``keep &= mask``."""
+        """Record a constant before a recorded tensor is written into it, as by ``keep &= mask``."""
         name = getattr(func, "__name__", "")
         is_written = name == "__setitem__" or name.startswith("__i") or name.endswith("_") != name.endswith("__")
         if self._inside or not is_written or not args or not isinstance(args[0], Tensor) or self._is_followed(args[0]):
@@ -285,14 +285,16 @@ class _Recorder(TorchFunctionMode):
         for name, module in model.named_modules() if self._chosen or self._deciding else ():
             if not isinstance(module, LISTS):
                 continue
-            # Lists have no forward: the module around them all is the one that chooses.
+            # Lists have no forward, so the module around the outermost list chooses.
             owner = name.rpartition(".")[0]
             while owner and isinstance(model.get_submodule(owner), LISTS):
                 owner = owner.rpartition(".")[0]
             inner = [(f"{name}.{key}".lstrip("."), each) for key, each in module.named_children()]
             ran = [own in self._ran for own, each in inner if next(each.parameters(), None) is not None]
             if (self._chosen or owner in self._deciding) and any(ran) and not all(ran):
-                raise SpeedupError(f"of modules that are chosen by value all must run, got some that don't ({name})")
+                raise SpeedupError(
+                    f"example inputs must reach every data-dependent branch, got modules that didn't run ({name})"
+                )
 
     def _is_followed(self, value: Any) -> bool:
         """Tell whether a value is a tensor in the graph, or a size of one."""
@@ -301,7 +303,7 @@ class _Recorder(TorchFunctionMode):
         return isinstance(value, TracedInt) and value.source is not None and not value.factors
 
     def _measured(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
-        """Let sizes that a model reads from a tensor know where they come from."""
+        """Turn sizes that a model reads from a tensor into `TracedInt`; return other outputs unchanged."""
         name = getattr(func, "__name__", "")
         of_shape = name == "__get__" and getattr(func.__self__, "__name__", "") == "shape"
         if not (of_shape or name == "size") or id(args[0]) not in self._nodes:
@@ -315,7 +317,7 @@ class _Recorder(TorchFunctionMode):
         with ExitStack() as stack:
             for name, module in model.named_modules():
                 if name:
-                    # Around all other hooks, which are part of what a module does.
+                    # Around all other hooks, because these are part of the module.
                     before, after = partial(self._enter_module, name), partial(self._leave_module, name)
                     stack.enter_context(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
                     stack.enter_context(module.register_forward_hook(after, with_kwargs=True, always_call=True))
@@ -330,7 +332,7 @@ class _Recorder(TorchFunctionMode):
         self._stack.append(name)
         self._ran.add(name)
         if isinstance(module, nn.RNNBase) and isinstance(next(iter((*args, *kwargs.values())), None), PackedSequence):
-            self._leaves.discard(id(module))  # a graph has no packed sequences: its tensors are followed instead
+            self._leaves.discard(id(module))  # a graph can't hold packed sequences: their tensors are recorded
         self._given = args, kwargs
         if id(module) in self._followed:
             self._before = name, args, kwargs
@@ -362,9 +364,9 @@ class _Recorder(TorchFunctionMode):
     def _write(self, op: str, target: Any, args: Any, kwargs: Any, out: Any) -> None:
         picks = op != "call_module" and _picks(target, args)
         self._picked |= picks
-        self.reads_values |= picks  # what is made of that has as many entries as values say
+        self.reads_values |= picks  # the output's size depends on values
         if target is operator.setitem:
-            # In a graph nothing is written in place: what was the tensor is another one from here on.
+            # A graph has no in-place writes: from here on, a new node stands for the tensor.
             op, target, out = "call_function", put, args[0]
         if not tensors_of(out):
             return
@@ -387,11 +389,11 @@ class _Recorder(TorchFunctionMode):
             self.numbers.add(number)
             return number
         if not isinstance(value, _PLAIN):
-            raise SpeedupError(f"arguments of what is recorded must be tensors or plain, got {type(value).__name__}")
+            raise SpeedupError(f"arguments of recorded operations must be tensors or plain, got {type(value).__name__}")
         return value
 
     def _enter(self, value: Any, node: Node) -> None:
-        """Note the value of a node; of a container, such as an LSTM's states, each tensor in it."""
+        """Note the value of a node; for a container, such as an LSTM's states, each tensor in it."""
         if isinstance(value, Tensor):
             self._keep(value, node)
             return
@@ -400,7 +402,7 @@ class _Recorder(TorchFunctionMode):
                 self._enter(each, self.graph.call_function(operator.getitem, (node, key)))
 
     def node_of(self, tensor: Tensor) -> Node | None:
-        """Return the node that gave a tensor in the run; None if none did."""
+        """Return the node whose value a tensor was in the run; None without one."""
         reference, node = self._givers.get(id(tensor), (None, None))
         return node if reference is not None and reference() is tensor else None
 
@@ -427,11 +429,11 @@ _RUNNING: ContextVar[_Recorder | None] = ContextVar("running", default=None)  # 
 def _masks_whole(model: nn.Module) -> Iterator[None]:
     """Record functions that make attention masks as one node each.
 
-    A model finds them among the names of its file, where they ask for this thread's recorder meanwhile.
+    Within the block, wrappers that use this thread's recorder replace them in the modules that define the layers.
     """
     before: list[tuple[dict[str, Any], str, Any]] = []
     for name in {type(module).__module__ for module in model.modules()}:
-        # A class that was made by executing a string, say, has no module that is imported.
+        # The module of a class made by exec, for example, isn't imported.
         space = vars(sys.modules[name]) if name in sys.modules else {}
         for key, function in list(space.items()):
             if key.startswith("create_") and key.endswith("_mask") and callable(function):
@@ -473,7 +475,7 @@ def put(tensor: Tensor, place: Any, value: Any) -> Tensor:
 
 def _is_leaf(module: nn.Module) -> bool:
     """Tell whether a module is one node: PyTorch's modules, attention, and layers and norms of other classes."""
-    # What computes the weight of a parametrized layer is part of the layer.
+    # The modules that compute a parametrized layer's weight are part of the layer.
     added = {"_nni_wrapper", "parametrizations"} if is_parametrized(module) else {"_nni_wrapper"}
     inner = [name for name, _ in module.named_children() if name not in added]
     own = type(module).__module__.startswith("torch.nn") and not inner
@@ -489,7 +491,7 @@ def _picks(target: Any, args: Any) -> bool:
 
 
 def _operation(func: Any, args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, ...]]:
-    """Return a function call as a graph holds it, without changing tensors in place."""
+    """Return a function call as a graph holds it, op, target and arguments, without in-place changes."""
     name = getattr(func, "__name__", "")
     if name == "__get__":
         return "call_function", getattr, (args[0], func.__self__.__name__)
@@ -497,7 +499,7 @@ def _operation(func: Any, args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, .
         return "call_function", func, args
     plain = name.strip("_")
     if name == plain or not name.startswith("__"):
-        # `requires_grad_` has a property beside it, which can't be called.
+        # `requires_grad` is a property, which can't be called; `requires_grad_` is a method.
         return "call_method", plain if callable(getattr(Tensor, plain, None)) else name, args
     if plain[0] in "ri":  # from the right, as in ``1 - x``, or in place
         called = plain[1:] if hasattr(operator, plain[1:]) else f"{plain[1:]}_"  # ``and_``, ``or_``
@@ -507,7 +509,7 @@ def _operation(func: Any, args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, .
 
 
 def _follow_samples(first: _Recorder, second: _Recorder, samples: int) -> None:
-    """Let numbers that differ between runs of n and 2n samples follow the number of samples."""
+    """Compute numbers that differ between the runs on n and 2n samples from the number of samples."""
     graph, nodes = first.graph, list(first.graph.nodes)
     others = list(second.graph.nodes)
     same = len(nodes) == len(others) and all(
@@ -537,10 +539,10 @@ def _follow_samples(first: _Recorder, second: _Recorder, samples: int) -> None:
 
 
 def _following(graph: Graph, one: Node, constants: dict[str, Tensor], twin: Tensor, size: Node) -> Node:
-    """Extend a constant to any number of samples, given its value for twice as many."""
+    """Return a node that extends a constant to any number of samples; ``twin``: its value for twice as many."""
     name = str(one.target)
     constant = constants[name]
-    # It may number rows, as ``states[torch.arange(samples), last]`` takes a place of each.
+    # It may number the samples, as in ``states[torch.arange(samples), last]``.
     if constant.shape and all(
         torch.equal(each, torch.arange(len(each), device=each.device)) for each in (constant, twin)
     ):
@@ -552,7 +554,7 @@ def _following(graph: Graph, one: Node, constants: dict[str, Tensor], twin: Tens
 
 
 def _counted(graph: Graph, one: Any, other: Any, size: Node, samples: int) -> Any:
-    """Put multiples of the number of samples in place of the integers that differ."""
+    """Replace the integers that differ by multiples of the number of samples."""
     if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
         return type(one)([_counted(graph, a, b, size, samples) for a, b in zip(one, other, strict=True)])
     if isinstance(one, dict):

@@ -1,9 +1,9 @@
 """Integers that know where they come from, while a model is recorded.
 
-A size that a forward asks a tensor for belongs to that tensor, and what is computed of such sizes belongs to all of
-them: the graph asks and computes again, so that it holds for other sizes. A size that an attribute of a module holds
-(``torch.split(images, self.width, 1)``) must change as soon as channels are removed: the graph says where it is held,
-so that a dense network's attribute can be changed, see `attribute_channels`.
+A size that a forward reads from a tensor becomes a node of the graph, and so does a number computed from such sizes:
+the graph also works with other sizes. A size that an attribute of a module holds, such as ``self.width``, must change
+if channels are removed: the graph holds its `Place`, so that the dense model's attribute can be changed, see
+`attribute_channels`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from nni_topo.network.layers.integer_attributes import Place, numbers_in, number
 
 
 class UnclearPlaces(set[Place]):
-    """Attributes and sizes from which the forward computes something that no graph shows.
+    """Places of attributes from which the forward computes something that the graph doesn't show.
 
-    ``compared``: place, tensor and dimension where a forward found a place's number equal to the size of a tensor.
-    ``computed``: numbers that were computed of those at places alone. ``divided``: pairs of places of whose quotient
-    something is made that no graph shows.
+    ``compared``: place, tensor and dimension, if the forward found an attribute equal to the size of a tensor.
+    ``computed``: numbers that were computed from attributes alone. ``divided``: pairs of places from whose quotient
+    something is computed that the graph doesn't show.
     """
 
     def __init__(self, places: Iterable[Place] = ()) -> None:
@@ -39,14 +39,14 @@ class UnclearPlaces(set[Place]):
         self.divided = set[tuple[Place, ...]]()
 
     def note_unwritten(self) -> None:
-        """Note the places of computed numbers that no graph holds, because what they became isn't known."""
+        """Note the places of computed numbers that the graph doesn't hold, because their use isn't known."""
         for each in self.computed:
             if not each.written:
                 each.note_other_use()
         self.computed.clear()
 
     def note_divided(self, graph: Graph) -> None:
-        """Note both places of a quotient unless a graph shows what it is for; both get smaller alike or not at all."""
+        """Note both places of a quotient if the graph doesn't show its use, or if one of them is noted already."""
         shown = set[tuple[Place, ...]]()
         for node in graph.nodes:
             shown.update(
@@ -64,8 +64,8 @@ class UnclearPlaces(set[Place]):
 class UnshownSizes(list["TracedInt"]):
     """Sizes of tensors from which the forward computed numbers that the graph doesn't show.
 
-    ``compared``: pairs of a size, not the number of samples, and the number that a forward compared it with by ``<`` or
-    ``>``: with inputs of another size it may do something else.
+    ``compared``: pairs of a size, not the number of samples, and the number that the forward compared it with by ``<``
+    or ``>``. With inputs of another size it may take another branch.
     """
 
     def __init__(self) -> None:
@@ -76,21 +76,21 @@ class UnshownSizes(list["TracedInt"]):
 class TracedInt(int):
     """An integer that knows where it comes from: an attribute of a module, or sizes of tensors."""
 
-    # Of a number that an attribute holds, or an equal part of one:
+    # For a number that an attribute holds, or an equal part of it:
     place: Place | None = None
     parts: int = 1
     per: TracedInt | None = None  # the number of the parts, if another attribute holds it
-    unclear: UnclearPlaces  # places of which something is made that the graph doesn't show
-    # Of sizes of tensors: a tensor and a dimension, or a function and the integers that it takes.
+    unclear: UnclearPlaces  # collects places with uses that the graph doesn't show
+    # For sizes of tensors: a tensor and a dimension, or a function and its arguments.
     source: tuple[Any, ...] | None = None
-    unshown: UnshownSizes | None = None  # sizes of which numbers were made that the graph doesn't show
-    # Of what is computed of numbers that attributes hold, and of no sizes of tensors: these numbers.
+    unshown: UnshownSizes | None = None  # collects sizes with uses that the graph doesn't show
+    # For a number computed from numbers that attributes hold, and from no sizes of tensors: these numbers.
     factors: tuple[TracedInt, ...] = ()
     written: bool = False  # whether a graph holds or computes it
 
     @classmethod
     def of_tensor(cls, size: int, tensor: Tensor, dim: int, unshown: UnshownSizes | None = None) -> TracedInt:
-        """Return the size of a tensor along a dimension; ``unshown`` takes note if a number is made of it."""
+        """Return the size of a tensor along a dimension; ``unshown`` notes it if a plain number is made of it."""
         made = cls(size)
         made.source, made.unshown = (tensor, dim), unshown
         return made
@@ -99,19 +99,19 @@ class TracedInt(int):
     def of_attribute(
         cls, value: int, place: Place, parts: int, unclear: UnclearPlaces, per: TracedInt | None = None
     ) -> TracedInt:
-        """Return one of so many equal parts of a number that an attribute holds; ``per``: if another holds how many."""
+        """Return ``value``, an attribute's number over ``parts``; ``per``: ``parts``, if an attribute holds it."""
         made = cls(value)
         made.place, made.parts, made.unclear, made.per = place, parts, unclear, per
         return made
 
     @property
     def places(self) -> list[Place]:
-        """The places of what an attribute holds, and of how many parts it has."""
+        """The place of the number, then the place of the number of parts, as far as attributes hold them."""
         own = [] if self.place is None else [self.place]
         return own if self.per is None else own + self.per.places
 
     def within(self, name: str) -> TracedInt:
-        """Return the same number for the model that holds its module under this name."""
+        """Return the same number for a model that contains this one under a name."""
         if self.place is None:
             return self
         inner, key, path = self.place
@@ -134,20 +134,20 @@ class TracedInt(int):
             self.unshown.append(self)
 
     def __int__(self) -> int:
-        """Return a plain integer, of which nothing is known any more."""
+        """Return a plain integer, which doesn't know where it comes from."""
         if self.unshown is not None:
             self.unshown.append(self)
         return _plain(self)
 
     def __float__(self) -> float:
-        """Return a float, as `math.sqrt` asks for, of which nothing is known any more."""
+        """Return a float, as `math.sqrt` needs it, which doesn't know where it comes from."""
         self.note_number()
         return float(_plain(self))
 
     __hash__ = int.__hash__
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Be copied without a tensor: sizes of tensors as plain integers."""
+        """Copy without tensors: the size of a tensor becomes a plain integer."""
         if self.place is None:
             return int, (_plain(self),)
         return TracedInt.of_attribute, (_plain(self), self.place, self.parts, self.unclear, self.per)
@@ -173,21 +173,21 @@ def _arithmetic(function: Callable[..., int], first: Any, second: Any) -> Any:
         return NotImplemented
     value = function(_plain(first), _plain(second))
     if function is operator.floordiv and isinstance(first, TracedInt) and first.place is not None:
-        # An equal part of an attribute's number is known still.
+        # An equal part of an attribute's number still belongs to the attribute.
         is_known = type(second) is int or (isinstance(second, TracedInt) and second.source is None)
         if is_known and _plain(second) > 0 and value * _plain(second) == _plain(first):
-            # As many parts as another attribute holds: the channels of a head, as of ``self.width // self.heads``.
+            # Another attribute holds the number of parts: channels per head, as in ``self.width // self.heads``.
             if isinstance(second, TracedInt) and second.place is not None and first.parts == second.parts == 1:
                 made = TracedInt.of_attribute(value, first.place, _plain(second), first.unclear, second)
                 first.unclear.computed.append(made)
                 return made
             _note_other_uses((second, first.per))
             return TracedInt.of_attribute(value, first.place, first.parts * _plain(second), first.unclear)
-    # The graph computes it again, from the sizes of tensors and what attributes hold then.
+    # The graph computes it again, from the current sizes of tensors and values of attributes.
     made = TracedInt(value)
     made.source = function, (first, second)
     if all(each.place is not None or each.factors for each in traced):
-        # Heads times the channels of each, as the width of what they put out together, or three times that width.
+        # For example heads times channels per head, which is their width, or three times that width.
         for each in traced:
             made.factors += each.factors or (each,)
         made.factors[0].unclear.computed.append(made)
@@ -198,7 +198,7 @@ def _arithmetic(function: Callable[..., int], first: Any, second: Any) -> Any:
 
 
 def _noted(name: str, *operands: Any) -> Any:
-    """Compute what no graph shows: a branch, say, that a number decides upon; another number may give another."""
+    """Compute an operation that the graph doesn't show, such as a comparison that decides on a branch, and note it."""
     value = getattr(int, name)(*operands)
     is_equality = name == ("__eq__" if value is True else "__ne__")
     if not (is_equality and _note_equal(*operands)):
@@ -214,7 +214,7 @@ def _noted(name: str, *operands: Any) -> Any:
 
 
 def _note_equal(one: TracedInt, other: Any) -> bool:
-    """Note that an attribute holds the size of a tensor, as a forward checks; return whether the two are that."""
+    """Note that an attribute equals the size of a tensor; return False if the two numbers are anything else."""
     for held, size in ((one, other), (other, one)):
         if not isinstance(held, TracedInt) or not isinstance(size, TracedInt):
             return False
@@ -248,7 +248,7 @@ for _name in _NOTED:
 
 @contextmanager
 def attributes_traced(model: nn.Module) -> Iterator[UnclearPlaces]:
-    """Within the block, integers in attributes know where they come from; yields what uses of them no graph shows."""
+    """Turn integers in attributes into `TracedInt` within the block; yield the places with uses that no graph shows."""
     before, unclear = [], UnclearPlaces()
     for module, name, key, value in numbers_read(model):
         owner, _, last = key.rpartition(".")
@@ -274,7 +274,7 @@ def is_computed_of_attributes(size: Any) -> bool:
 
 
 def fold_numbers(graph: Graph, following: Collection[Place]) -> None:
-    """Put numbers in place of the nodes that compute these of what stays: of no place among those ``following``."""
+    """Replace nodes that compute a constant by its value; numbers from places in ``following`` aren't constant."""
     for node in list(graph.nodes):
         given: Any = node.args
         if node.target not in ON_NUMBERS or not all(isinstance(each, int) for each in given):
@@ -293,8 +293,8 @@ def fold_numbers(graph: Graph, following: Collection[Place]) -> None:
 
 
 def forget_places(graph: Graph, places: set[Place]) -> None:
-    """Replace integers from some places by plain ones in a graph."""
-    known = set(places)  # a comparison of traced integers may add to the other one
+    """Replace integers from some places by plain integers in a graph."""
+    known = set(places)  # comparing traced integers may add to ``places``
 
     def plain(leaf: Any) -> Any:
         return _plain(leaf) if isinstance(leaf, TracedInt) and known & set(leaf.places) else leaf
@@ -312,9 +312,9 @@ def _attribute_sizes(given: Any) -> list[TracedInt]:
 def attribute_channels(
     graph: Graph, ids: dict[str, Any], groups: np.ndarray
 ) -> dict[Place, list[tuple[int, np.ndarray]]]:
-    """Return which channels attributes count: by place, the parts of it and their ids, if all uses are understood.
+    """Return which channels attributes count: by place, for each use, the number of parts and the channels' ids.
 
-    ``ids``: by node; ``groups``: by id, that of the channels that are removed together.
+    Attributes with a use that isn't understood are left out. ``ids``: by node; ``groups``: group ids, by channel id.
     """
     found: dict[Place, list[tuple[int, np.ndarray]]] = defaultdict(list)
     unclear, quotients = set[Place](), dict[tuple[Place, Place], int]()
@@ -324,7 +324,7 @@ def attribute_channels(
             if row is not None and len(row) > 1:
                 found[place].append((1, row))
         if node.target in ON_NUMBERS and not isinstance(ids.get(node.name), Tensor):
-            continue  # what is computed of sizes is checked where it is used, by running that with other sizes
+            continue  # numbers computed from sizes are checked where they are used
         if plain_name(node) not in _SIZED:
             for parent in node.all_input_nodes:
                 for size in _computed_of(parent):
@@ -333,7 +333,7 @@ def attribute_channels(
         if not sizes:
             continue
         uses = list(_uses(node, ids, groups))
-        # One number of which it can't be told what it counts says nothing of the others.
+        # Each number has to be understood by itself.
         understood = {id(size) for size, channels in uses if channels is not None}
         for size in sizes:
             if id(size) not in understood:
@@ -361,9 +361,9 @@ def _with_quotients(
     quotients: dict[tuple[Place, Place], int],
     groups: np.ndarray,
 ) -> dict[Place, list[tuple[int, np.ndarray]]]:
-    """Let widths follow the numbers of heads that they are divided by, or let both stay.
+    """Let widths change with the numbers of heads that divide them, or keep both.
 
-    ``quotients``: by the places of a width and of a number of heads, the channels of a head.
+    ``quotients``: by the places of a width and of a number of heads, the number of channels of a head.
     """
     before = -1
     while before != len(even):
@@ -385,14 +385,14 @@ def _with_quotients(
 
 _MAKING = ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty")
 _REPEATING = ("repeat_interleave", "repeat", "tile")
-# What takes numbers as sizes, repeats and places of dimensions alone.
+# Operations that use numbers only as sizes, repetitions and indices.
 _SIZED = (
     *_MAKING, *_REPEATING, "view", "reshape", "unflatten", "expand", "split", "split_with_sizes", "getitem", "narrow",
 )  # fmt: skip
 
 
 def _computed_of(node: Node) -> list[TracedInt]:
-    """List the numbers that attributes hold of which a node computes one; none if it computes no number of these."""
+    """List the attributes' numbers from which a node computes a number; empty if it needs anything else."""
     if not is_computed_of_attributes(node):
         return []
     found = _attribute_sizes(node.args)
@@ -402,10 +402,10 @@ def _computed_of(node: Node) -> list[TracedInt]:
 
 
 def _uses(node: Node, ids: dict[str, Any], groups: np.ndarray) -> Iterator[tuple[TracedInt, np.ndarray | None]]:
-    """Yield the numbers in a node's arguments with the channels that each counts, None where it can't be told."""
+    """Yield the numbers in a node's arguments, each with the ids of the channels that it counts; None if unknown."""
     name, args, leaving = plain_name(node), node.args, ids.get(node.name)
     nothing = np.zeros(0, dtype=np.int64)
-    if name in _REPEATING:  # how often, not what: a number of heads for each one of the keys, say
+    if name in _REPEATING:  # a number of repetitions counts no channels
         for size in _attribute_sizes((args, node.kwargs)):
             yield size, nothing
     elif name in ("view", "reshape", "expand", *_MAKING):
@@ -414,7 +414,7 @@ def _uses(node: Node, ids: dict[str, Any], groups: np.ndarray) -> Iterator[tuple
         for d, size in enumerate(sizes[0] if sizes and isinstance(sizes[0], (tuple, list)) else sizes):
             if isinstance(size, TracedInt):
                 row = _ids_in(leaving, d) if is_made else _counted(leaving, d, size, groups)
-                # What `expand` repeats has one place there, and no channels.
+                # A dimension that `expand` repeats has one entry, and holds no channels.
                 is_repeated = name == "expand" and isinstance(leaving, Tensor) and leaving.shape[d] == 1
                 yield size, nothing if row is None and (is_made or is_repeated) else row
     elif name in ("conv1d", "conv2d", "conv3d"):
@@ -433,7 +433,7 @@ def _uses(node: Node, ids: dict[str, Any], groups: np.ndarray) -> Iterator[tuple
             return
         dim: Any = node.kwargs.get("dim", args[2] if len(args) > 2 else 0)
         row = _ids_in(entering, dim)
-        # Channels that all stay have one id together.
+        # If all channels are kept, their ids are equal, and stored as one.
         if row is None or (shape is not None and len(row) != shape[dim]):
             return
         if isinstance(sizes, TracedInt):
@@ -446,7 +446,7 @@ def _uses(node: Node, ids: dict[str, Any], groups: np.ndarray) -> Iterator[tuple
 
 
 def _counted(ids: Any, dim: int, size: int, groups: np.ndarray) -> np.ndarray | None:
-    """Return the ids that the size of a dimension counts, none where it is that of a head; None if it can't be told."""
+    """Return the ids of the channels or heads along a dimension, empty for channels of a head; None if unknown."""
     if not isinstance(ids, Tensor) or ids.dim() <= dim:
         return None
     only = _ids_in(ids, dim, size)
@@ -459,7 +459,7 @@ def _counted(ids: Any, dim: int, size: int, groups: np.ndarray) -> np.ndarray | 
 
 
 def _ids_in(ids: Any, dim: Any, size: int | None = None) -> np.ndarray | None:
-    """Return the channel ids in a dimension; None if it isn't the only dimension of more than one entry."""
+    """Return the channel ids in a dimension; None if another dimension has more than one entry, too."""
     if not isinstance(ids, Tensor) or not isinstance(dim, int):
         return None
     if not ids.shape[dim] == ids.numel() == (size or ids.numel()):
@@ -471,7 +471,7 @@ def _ids_in(ids: Any, dim: Any, size: int | None = None) -> np.ndarray | None:
 def resized(given: Any, sizes: dict[Place, int]) -> Any:
     """Replace sizes that come from attributes by new ones, in a node's arguments."""
     if not _attribute_sizes(given):
-        return given  # as it is: of a tensor's shape a plain tuple would be made
+        return given  # `map_aggregate` would turn a tensor's shape into a plain tuple
 
     def new(leaf: Any) -> Any:
         if not isinstance(leaf, TracedInt) or leaf.place is None:

@@ -1,9 +1,9 @@
 """The graph of a model, found by running it (`trace`), and the sizes at which its layers run (`layer_sizes`).
 
-Where a model can't be recorded as a whole, the graphs of its largest submodules that can be are joined. Where the
+If a model can't be recorded as a whole, the graphs of its largest submodules that can be recorded are joined. If the
 output of one submodule is the input of another, and nothing else computes with it, the graph connects the two. The code
 between them (boxes chosen by value, loops over images) isn't traced: a submodule's output that enters it has to keep
-its shape, as the output of a model has.
+its shape, as a model's output has to.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ from nni_topo.network.runtime.switches import (
 
 _logger = logging.getLogger(__name__)
 
-_FEW = 2  # samples on which a model is recorded; one alone is what some forwards squeeze away
-_PART = "nni_topo_part"  # in a placeholder's meta: a module's name, which call, which argument, which of its tensors
-_Place = tuple[str, int]  # a module's name, and which of its calls
+_FEW = 2  # samples on which a model is recorded; some forwards squeeze away a dimension of length 1
+_PART = "nni_topo_part"  # in a placeholder's meta: a module's name, the index of a call, argument, index of a tensor
+_Place = tuple[str, int]  # a module's name, and the index of one of its calls
 _Part = tuple[Graph, tuple[Any, ...], bool]  # with its placeholders' values, and whether it reads values
 
 
@@ -78,14 +78,14 @@ class Recording:
     args: tuple[Any, ...]
     """the values of its placeholders"""
     reads_values: bool
-    """whether the forward made Python's numbers of tensors' values, so that other weights may give another graph"""
+    """whether Python code read values of tensors, so that other weights may give another graph"""
     compared: tuple[tuple[int, int], ...] = ()
-    """sizes of inputs or of what is made of them that the forward compared with numbers, and these numbers"""
+    """sizes of inputs or later tensors that the forward compared with numbers, and these numbers"""
 
 
 @as_written()
 def trace(model: nn.Module, inputs: Call) -> Recording:
-    """Record a model in evaluation mode, which is changed by it, on a call; part by part if need be."""
+    """Record a call of a model in its present mode, part by part if need be. The model may be changed."""
     for name, module in model.named_modules():
         if is_scripted(module):
             raise ConfigError(
@@ -101,7 +101,7 @@ def trace(model: nn.Module, inputs: Call) -> Recording:
             with torch.no_grad(), random_state_kept():
                 recording = _by_parts(model, inputs)
                 ShapeNoting(recording.graph_module).run(*recording.args)
-        except Exception as inner:  # parts fail in as many ways as a model is written
+        except Exception as inner:  # a forward may raise anything
             if out_of_memory(inner):
                 raise
             raise error from None
@@ -113,12 +113,12 @@ def trace(model: nn.Module, inputs: Call) -> Recording:
 
 def _check_runs(model: nn.Module, call: Call) -> None:
     """Raise if the model itself can't be run on a call."""
-    # A recorder that fails may leave its own things in what it runs.
+    # A failed recording may have changed the model.
     copied = detached_copy(model, light=True)
     try:
         with torch.no_grad(), random_state_kept():
             copied(*call[0], **call[1])
-    except Exception as error:  # a model fails in as many ways as it is written
+    except Exception as error:  # a forward may raise anything
         if out_of_memory(error):
             raise
         raise ConfigError(
@@ -128,7 +128,7 @@ def _check_runs(model: nn.Module, call: Call) -> None:
 
 
 def _trace_whole(model: nn.Module, call: Call) -> Recording:
-    """Record a model on the first few samples of a call where these show all of it, else on the call."""
+    """Record a model on the first few samples of a call if they are enough, else on all samples."""
     named = bind_arguments(model, call)
     samples = batch_size(named)
     if samples > 2 * _FEW:  # a recorder's memory grows with the number of samples
@@ -137,18 +137,18 @@ def _trace_whole(model: nn.Module, call: Call) -> Recording:
         )
         try:
             recording = _trace_on(few, named, model, call)
-        except SpeedupError as error:  # a forward may ask for a number of samples, or do something else with so few
+        except SpeedupError as error:  # a forward may need more samples, or do something else with so few
             _logger.debug("%s can't be recorded on a few samples", type(model).__name__, exc_info=True)
             let_go(error)
         else:
-            # Values that decide something are those of all samples.
+            # If values decide something, the values of all samples count.
             if not recording.reads_values:
                 return recording
     return _trace_on(named, named, model, call)
 
 
 def _trace_on(shown: dict[str, Any], named: dict[str, Any], model: nn.Module, call: Call) -> Recording:
-    """Record a model on some arguments, and check what the graph computes on all samples of a call."""
+    """Record a model on some arguments, and check the graph's outputs on all samples of a call."""
     try:
         with torch.no_grad(), random_state_kept():
             with torch_random_kept(), _attention_noted(model) as given:
@@ -159,11 +159,11 @@ def _trace_on(shown: dict[str, Any], named: dict[str, Any], model: nn.Module, ca
                     expected = model(*call[0], **call[1])
             open_attention(graph_module, given)
             args = _placed(graph_module.graph, named)
-            with made_tensors_dropped(model):  # the graph draws what the model drew
+            with made_tensors_dropped(model):  # the graph draws the same random numbers as the model
                 actual = _RandomNoting(graph_module).run(*args)
             _check_same(expected, actual, model)
         return Recording(graph_module, args, recorded.reads_values, recorded.compared)
-    except Exception as error:  # a model fails in as many ways as it is written
+    except Exception as error:  # a forward may raise anything
         if out_of_memory(error):
             raise
         _logger.debug("%s can't be recorded", type(model).__name__, exc_info=True)
@@ -189,7 +189,7 @@ def arguments(graph: Graph, model: nn.Module, call: Call) -> tuple[Any, ...]:
     if not is_in_parts(graph):
         return _placed(graph, bind_arguments(model, call))
     places = [node.meta[_PART] for node in graph.nodes if node.op == "placeholder"]
-    # A copy, for a model may note something at its first run, as detectors' pooling does.
+    # A copy, because a model may store something in its first run, as detectors' pooling does.
     copied = detached_copy(model, light=True)
     seen = _seen(copied, call, {name for name, *_ in places})
     found = []
@@ -200,7 +200,7 @@ def arguments(graph: Graph, model: nn.Module, call: Call) -> tuple[Any, ...]:
 
 
 def is_in_parts(graph: Graph) -> bool:
-    """Tell whether a graph was put together of parts."""
+    """Tell whether a graph was joined from parts."""
     return any(_PART in node.meta for node in graph.nodes)
 
 
@@ -210,10 +210,10 @@ def _placed(graph: Graph, named: dict[str, Any]) -> tuple[Any, ...]:
 
 @contextmanager
 def _attention_noted(model: nn.Module) -> Iterator[dict[str, Given]]:
-    """Note, for attention that runs within the block, what it gives and which of its arguments its layers read."""
+    """Note which arguments the layers of attention read, and whether it returns a tuple, for runs within the block."""
     given = dict[str, Given]()
     calls = dict[str, Call]()
-    entered = dict[str, Any]()  # what enters a layer first in the latest call of attention
+    entered = dict[str, Any]()  # by layer, its first input in the latest call of attention
 
     def note_call(attention: Attention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls[attention.name] = args, kwargs
@@ -250,7 +250,7 @@ def _attention_noted(model: nn.Module) -> Iterator[dict[str, Given]]:
 
 
 def _read_of(entered: Any, places: dict[Any, Any]) -> list[int | str]:
-    """List the arguments of attention of which a layer reads one, transposed or not, or the sum of two; else none."""
+    """List the arguments of attention that a layer reads: one, transposed or not, or two as a sum; else none."""
     for at, value in places.items():
         if value is not None and value is entered:
             return [at]
@@ -258,7 +258,7 @@ def _read_of(entered: Any, places: dict[Any, Any]) -> list[int | str]:
         return []
     given = [(at, value) for at, value in places.items() if isinstance(value, Tensor) and value.is_floating_point()]
     given = [(at, value) for at, value in given if value.dim() == entered.dim() and value.shape[-1] > 1]
-    with torch._C.DisableTorchFunction():  # the recorder is at work
+    with torch._C.DisableTorchFunction():  # not to be recorded
         for at, value in given:
             if any(torch.equal(each, entered) for each in _orders(value)):
                 return [at]
@@ -272,7 +272,7 @@ def _read_of(entered: Any, places: dict[Any, Any]) -> list[int | str]:
 
 
 def _orders(value: Tensor) -> list[Tensor]:
-    """Return a tensor of three dimensions or more, and the same with its first two dimensions exchanged."""
+    """Return a tensor, and if it has three dimensions or more, also with its first two dimensions exchanged."""
     return [value, value.transpose(0, 1)] if value.dim() > 2 else [value]
 
 
@@ -281,7 +281,7 @@ def _check_same(expected: Any, actual: Any, model: nn.Module) -> None:
     pairs = returned_tensors(expected), returned_tensors(actual)
     most = same_program((*pairs[0], *model.parameters()))
     same = len(pairs[0]) == len(pairs[1]) and all(
-        # Results that are all but zero may differ by as much as they are large.
+        # Outputs close to zero may differ by as much as their own size.
         a.shape == b.shape and (torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True) or difference(a, b) <= most)
         for a, b in zip(*pairs, strict=True)
     )
@@ -295,14 +295,14 @@ def layer_sizes(model: nn.Module, call: Call) -> LayerSizes:
 
     def note(name: str, entered: Any, out: Any) -> None:
         if not isinstance(entered, Tensor):
-            return  # rows of several lengths, packed
+            return  # a packed sequence
         module: Any = model.get_submodule(name)
         if isinstance(module, nn.MultiheadAttention):
             leaving: Any = (*entered.shape[:-1], 3 * entered.shape[-1])  # queries, keys and values
         else:
             leaving = tensors_of(out)[0].shape
         if inner_of(module) is not None:
-            # The output of its convolution counts, not what it computes after that.
+            # The output of the inner convolution or linear layer counts, not what the class computes after it.
             call = call_of(module, entered)
             if isinstance(module, nn.Linear):
                 leaving = (*entered.shape[:-1], module.out_features)
@@ -315,7 +315,7 @@ def layer_sizes(model: nn.Module, call: Call) -> LayerSizes:
         sizes.setdefault(name, []).append(pair)
 
     def check(name: str, module: nn.Module, entered: Any) -> None:
-        if isinstance(entered, Tensor):  # what isn't one the layer itself refuses
+        if isinstance(entered, Tensor):  # the layer itself raises on anything else
             check_covers_kernel(name, call_of(module, entered))
 
     checks, notes = list[Any](), list[Any]()
@@ -339,8 +339,8 @@ _ASKED = {"shape", "size", "dim", "ndim", "dtype", "device", "is_cuda", "require
 
 
 def _by_parts(model: nn.Module, call: Call) -> Recording:
-    """Record the largest parts of a model that can be, once for each of their calls, in the order of these."""
-    untouched = detached_copy(model, light=True)  # a recorder that fails may leave its own things in what it runs
+    """Record the largest parts of a model that can be recorded, once for each call, in the order of the calls."""
+    untouched = detached_copy(model, light=True)  # a failed recording may change what it runs
     parts = {(name, number): part for name, number, part in _parts_of(model, "", _seen(model, call))}
     run, joined = _Run(untouched, call, {name for name, _ in parts}), _Joined()
     for place in run.order:
@@ -350,7 +350,7 @@ def _by_parts(model: nn.Module, call: Call) -> Recording:
 
 
 class _Run(TorchFunctionMode):
-    """One run of a model: what enters and leaves its parts, and the tensors that go from one to another unchanged."""
+    """One run of a model: inputs and outputs of its parts, and the tensors that go from one to another unchanged."""
 
     def __init__(self, model: nn.Module, call: Call, names: set[str]) -> None:
         super().__init__()
@@ -358,7 +358,7 @@ class _Run(TorchFunctionMode):
         self.entering: dict[_Place, dict[str, Any]] = {}
         self.leaving: dict[_Place, Any] = {}
         self._open: list[_Place] = []
-        self._used: dict[int, Tensor] = {}  # by identity, which no tensor leaves to another as long as it is held
+        self._used: dict[int, Tensor] = {}  # by id; while a tensor is held, no other gets its id
         with ExitStack() as stack, evaluation_mode(model), torch.no_grad(), random_state_kept():
             for name in names:
                 part = model.get_submodule(name)
@@ -373,7 +373,7 @@ class _Run(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Note what the model computes with outside its parts, of which it may ask sizes and the like."""
+        """Note the tensors with which the model computes outside its parts; reading their sizes doesn't count."""
         name = getattr(func, "__name__", "")
         if not self._open and (func.__self__.__name__ if name == "__get__" else name) not in _ASKED:
             self._use((args, kwargs))
@@ -393,16 +393,16 @@ class _Run(TorchFunctionMode):
 
 
 class _Joined:
-    """The graphs of parts, one after the other."""
+    """Joins the graphs of parts, one after the other."""
 
     def __init__(self) -> None:
         self._graph = Graph()
         self._args: list[Any] = []
         self._outputs: list[Any] = []
-        self._given: dict[int, Node] = {}  # by the identity of a tensor that only goes from part to part
+        self._given: dict[int, Node] = {}  # by id of a tensor that only goes from part to part
 
     def add(self, place: _Place, part: Graph, args: tuple[Any, ...], run: _Run) -> None:
-        """Add the graph of a part's call; where an argument isn't given, what the tracer took in its place."""
+        """Add the graph of a part's call. An argument that wasn't given has the value that the tracer took."""
         known, taken = dict[Node, Any](), iter(args)
         for node in part.nodes:
             if node.op == "placeholder":
@@ -422,7 +422,7 @@ class _Joined:
         return with_heads(on_modules(model, self._graph, type(model).__name__)), tuple(self._args)
 
     def _entered(self, label: str, place: tuple[str, int, str], value: Any) -> Any:
-        """Return the node of what enters a part; for a container, the node of each tensor in it."""
+        """Return the node of a part's argument; for a container, the node of each tensor in it."""
         numbers = itertools.count()
 
         def node_of(tensor: Tensor, index: int | None) -> Node:
@@ -441,12 +441,12 @@ class _Joined:
         return node
 
     def _copied(self, node: Node, name: str, known: dict[Node, Any]) -> Any:
-        """Copy a node; what is in a container is looked up at once."""
+        """Copy a node; an item of a known container is looked up instead."""
         if node.target is operator.getitem and not isinstance(known[node.all_input_nodes[0]], Node):
             container, key = node.args
             return known[container][key]  # type: ignore[index]
         copied = self._graph.node_copy(node, known.__getitem__)
-        # a part's graph names modules, and attributes that hold sizes, as the part does
+        # In a part's graph, names of modules and places of attributes are relative to the part.
         copied.args, copied.kwargs = map_aggregate(
             (copied.args, copied.kwargs), lambda leaf: leaf.within(name) if isinstance(leaf, TracedInt) else leaf
         )
@@ -458,7 +458,7 @@ class _Joined:
 
 
 def _seen(model: nn.Module, call: Call, names: Iterable[str] | None = None) -> dict[str, list[Call]]:
-    """Record what modules are called on: these, or all."""
+    """Return, by name, the calls of modules: of ``names``, or of all modules."""
     seen: dict[str, list[Call]] = {}
     with ExitStack() as stack, evaluation_mode(model), torch.no_grad(), random_state_kept():
         modules = dict(model.named_modules())
@@ -476,14 +476,14 @@ def _parts_of(module: nn.Module, prefix: str, seen: dict[str, list[Call]]) -> It
             continue
         name, found = prefix + own, list[tuple[str, int, _Part]]()
         if any(map(is_transformed, tensors_of(seen.get(name, [])))):
-            # Under torch.vmap a module is called on one sample in place of all, a tensor that is gone after the call.
+            # Under torch.vmap a module gets one sample in place of all, as a tensor that is invalid after the call.
             yield from _parts_of(child, f"{name}.", seen)
             continue
         is_leaf = next(child.children(), None) is None
         try:
             for number, call in enumerate(seen.get(name, [])):
                 found.append((name, number, _leaf(child, call) if is_leaf else _part(child, call)))
-        except Exception as error:  # a tracer fails in as many ways as a model is written
+        except Exception as error:  # a forward may raise anything
             if out_of_memory(error):
                 raise
             found = []
@@ -505,10 +505,10 @@ def _leaf(module: nn.Module, call: Call) -> _Part:
 
 
 def _pairs(written: Any, given: Any) -> Iterator[tuple[Node, Tensor]]:
-    """Yield the nodes of what a graph puts out, each with the tensor it stands for."""
+    """Yield the output nodes of a graph, each with the tensor it stands for."""
     if isinstance(written, Node) and isinstance(given, Tensor):
         yield written, given
     elif isinstance(written, (tuple, list)):
-        # What is recorded gives its tensors one after the other, whatever they lie in.
+        # A recorded graph returns its tensors as a flat tuple, whatever containers the model returns.
         for one, other in zip(written, given if isinstance(given, (tuple, list)) else tensors_of(given), strict=False):
             yield from _pairs(one, other)
