@@ -1,1 +1,1 @@
-"""Arrays in, arrays out: topology, clustering, search, least squares and signals; nothing here knows a network."""
+"""Functions on arrays, independent of networks: topology, clustering, search, least squares and signals."""

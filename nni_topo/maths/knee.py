@@ -18,7 +18,7 @@ def knee(costs: ArrayLike, losses: ArrayLike) -> int | None:
     """Return the index of the knee of losses (n,) that rise as costs (n,) fall; None if the curve has none.
 
     Both are scaled to [0, 1]. The knee is the point farthest below the straight line between the points of the largest
-    and the least cost; of points that are equally far, the first one.
+    and the least cost; of equally far points, the first one.
     """
     x, y = np.asarray(costs, dtype=np.float64), np.asarray(losses, dtype=np.float64)
     if len(x) < 3 or not np.isfinite(y).all() or np.ptp(x) == 0.0 or np.ptp(y) == 0.0:

@@ -1,8 +1,8 @@
-"""Upper limits of a mean that hold with a stated confidence, from independent observations.
+"""Upper confidence limits of a mean, from independent observations.
 
-Shares of yes and no have the exact limit of Clopper and Pearson [1]_. Other numbers between 0 and 1, such as the share
-of a text's words whose prediction changes, have Hoeffding's [2]_, which is the same where all of them are 0. Numbers
-without a bound have Student's t, which is exact for normal ones alone.
+Proportions of yes and no have the exact limit of Clopper and Pearson [1]_. Other numbers between 0 and 1, such as the
+share of a text's words whose prediction changes, have Hoeffding's [2]_, which is the same if all of them are 0.
+Unbounded numbers have Student's t, which is exact only for normal ones.
 
 References
 ----------
@@ -20,13 +20,13 @@ from scipy.optimize import brentq
 from scipy.special import betaincinv, stdtrit, xlogy
 
 RISK = 0.05
-"""Chance that a value lies above its limit: limits are those of 95 %."""
+"""Probability that a value lies above its limit: limits have 95 % confidence."""
 
 
 def limit_of_share(share: float, count: int, risk: float = RISK) -> float:
     """Return the upper limit of a probability by Clopper and Pearson, from the share of ``count`` observations.
 
-    The share needn't be one that so many observations can have: then it is between the limits of the two next ones.
+    If ``share * count`` isn't an integer, the limit lies between the limits of the two nearest integers.
     """
     successes = share * count
     if successes >= count:
@@ -51,7 +51,7 @@ def limit_of_bounded(mean: float, count: int, risk: float = RISK) -> float:
 
 
 def limit_of_mean(mean: float, deviation: float, count: int, risk: float = RISK) -> float:
-    """Return the upper limit of a mean by Student's t; ``deviation`` is the observations' (with ``count`` - 1)."""
+    """Return the upper limit of a mean by Student's t; ``deviation``: the standard deviation (with ``count`` - 1)."""
     if count < 2 or not math.isfinite(mean):
         return math.inf
     return mean + float(stdtrit(count - 1, 1.0 - risk)) * deviation / math.sqrt(count)

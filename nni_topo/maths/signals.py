@@ -1,7 +1,7 @@
-"""Linear chirps in one, two and three dimensions: one signal that holds every frequency a filter can answer to.
+"""Linear chirps in one, two and three dimensions: signals with every frequency that a filter can respond to.
 
-The frequency of a chirp rises linearly along a coordinate, from one cycle per diagonal to the end of its sweep. Sent
-through a layer, the energy of each filter's response says how much the filter lets through, without any data.
+The frequency of a chirp rises linearly along a coordinate, from one cycle per diagonal to the end of its sweep. The
+energy of a filter's response to a chirp measures how much the filter lets through, without any data.
 
 Source: Janjic, "Exploring Redundancy in Neural Networks: Pruning by Genetic Algorithm & Filter Energy", MSc thesis,
 University of Manitoba, 2018, section 4.2.
@@ -38,7 +38,7 @@ def chirp_2d(
     sweep: Sweep = "nyquist",
     direction: Direction = "radial",
 ) -> FloatArray:
-    """Return a two-dimensional linear chirp of so many pixels, ``(height, width)``; see :func:`chirp`.
+    """Return a two-dimensional linear chirp, ``(height, width)`` in pixels; see :func:`chirp`.
 
     Examples
     --------
@@ -63,11 +63,11 @@ def chirp(
         Pixels per axis, one to three axes, at least 1 each.
     sweep : {"nyquist", "thesis"}, default="nyquist"
         Range of the frequency, from one cycle per diagonal. ``"nyquist"`` ends at 1/2 cycle per pixel, the highest
-        frequency that pixels can carry; ``"thesis"`` at 1, as the text has it, so that the upper half of the sweep
-        folds back to lower frequencies.
+        frequency that pixels can carry; ``"thesis"`` ends at 1, as the source does, so that the upper half of the
+        sweep is aliased to lower frequencies.
     direction : {"radial", "diagonal"}, default="radial"
         ``"radial"``: with the distance from the centre, out to the corners; every orientation. ``"diagonal"``: along
-        the diagonal from the first to the last pixel, as the text has it; one orientation, every frequency once.
+        the diagonal from the first to the last pixel, as in the source; one orientation, every frequency once.
 
     Returns
     -------
@@ -100,16 +100,16 @@ def chirp(
 
 @dataclass(frozen=True)
 class Chirp:
-    """What is sent through a layer, into all of its input channels at once, to measure its filters.
+    """The signal that is sent into all input channels of a layer at once to measure its filters.
 
     Attributes
     ----------
     direction : {"mean", "radial", "diagonal"}, default="mean"
         ``"mean"``: the mean energy of chirps from every corner and along every axis. ``"radial"``: one chirp of every
-        orientation, at an eighth of the cost. ``"diagonal"``: the text's one along the diagonal, to which filters along
-        the other are silent.
+        orientation, at an eighth of the cost. ``"diagonal"``: the source's chirp along one diagonal; filters along the
+        other diagonal don't respond to it.
     sweep : {"nyquist", "thesis"}, default="nyquist"
-        Whether it ends at 1/2 or at 1 cycle per pixel; see :func:`chirp`.
+        Whether the frequency ends at 1/2 or at 1 cycle per pixel; see :func:`chirp`.
 
     Examples
     --------

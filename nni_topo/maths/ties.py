@@ -1,8 +1,8 @@
-"""Near ties: what decides between numbers that only rounding tells apart.
+"""Near ties: selection among numbers that differ only by rounding.
 
-A sum comes out a few bits larger or smaller on another processor, with other libraries or more threads. So wherever
-something is chosen by computed numbers, numbers within a relative tolerance count as equal, and of equal numbers the
-lowest index wins. Numbers that are taken as they are given, such as single weights, need no tolerance.
+Sums differ by a few bits between processors, libraries and numbers of threads. So in every selection by computed
+numbers, numbers within a relative tolerance count as equal, and of equal numbers the lowest index wins. Numbers that
+aren't computed, such as single weights, need no tolerance.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ AT_BOUND = 1e-10
 
 def first_largest(values: ArrayLike, scale: float = 0.0) -> int:
     """Return the lowest index of values (n,), none of them NaN, that counts as the largest."""
-    # To 1e-6 of the largest, or to 1e-12 of `scale`, the size of the numbers that the values were computed from: so
-    # that rounding decides nothing where all values are tiny, either. ``-inf`` is never chosen before a finite value.
+    # The tolerance is 1e-6 of the largest, or 1e-12 of `scale`, the size of the numbers that the values were computed
+    # from, so that rounding doesn't decide between tiny values, either. ``-inf`` is never chosen before a finite value.
     numbers = np.asarray(values)
     top = numbers.max()
     return int((numbers >= top - max(RELATIVE * abs(top), FLOOR * scale)).argmax())
@@ -37,7 +37,7 @@ def first_smallest(values: ArrayLike, scale: float = 0.0) -> int:
 
 
 def first_largest_along(values: Tensor, dim: int) -> Tensor:
-    """Do what :func:`first_largest` does along a dimension of a tensor of values from 0, on its device."""
+    """Apply :func:`first_largest` along a dimension of a tensor of values of at least 0, on its device."""
     top = values.amax(dim, keepdim=True)
     return (values >= top * (1.0 - RELATIVE)).byte().argmax(dim)
 
@@ -48,9 +48,9 @@ def descending(values: ArrayLike, scale: float = 0.0) -> IntArray:
 
 
 def leveled(values: ArrayLike, scale: float = 0.0) -> FloatArray:
-    """Return finite values, (n,) or (rows, n) row by row, in which those that count as equal are equal."""
-    # From the largest on, each value stands for those that lie below it by at most 1e-6 of it, or by 1e-12 of `scale`
-    # or of the largest size among the values. Values without near ties come back as they are.
+    """Return finite values, (n,) or (rows, n) row by row, with those made equal that count as equal."""
+    # From the largest on, each value replaces those that lie below it by at most 1e-6 of it, or by 1e-12 of `scale` or
+    # of the largest absolute value. Values without near ties are returned unchanged.
     numbers = np.array(values, dtype=np.float64)
     for row in numbers.reshape(-1, numbers.shape[-1]) if numbers.size else ():
         order = np.argsort(-row, kind="stable")
@@ -73,18 +73,18 @@ def leveled(values: ArrayLike, scale: float = 0.0) -> FloatArray:
 
 
 def within(values: ArrayLike, bound: float) -> NDArray[np.bool_]:
-    """Say which values are equal to a bound, to 1e-10 of it: a user may set a bound just above or below a value."""
+    """Tell which values equal a bound to 1e-10 of it: a user may set a bound just above or below a value."""
     return np.abs(np.asarray(values, dtype=np.float64) - bound) <= AT_BOUND * abs(bound)
 
 
 class Levels:
-    """Levels values that come one after the other: each takes the value of the first one that it counts as equal to."""
+    """Levels values of successive calls: each becomes the earlier value that it counts as equal to."""
 
     def __init__(self) -> None:
         self._known: list[float] = []
 
     def __call__(self, values: Iterable[float]) -> list[float]:
-        """Return finite values, leveled among themselves and with all that came before."""
+        """Return finite values, leveled among themselves and with all earlier ones."""
         settled = []
         for value in map(float, values):
             place = bisect_left(self._known, value)

@@ -33,7 +33,7 @@ _LEAST_VARIANCE = 1e-6
 _SAME = 1e-9
 _AXES = 16
 _STARTS = 3  # of k-means and mixtures
-_CORE = 3  # points that a core point of DBSCAN has within reach
+_CORE = 3  # DBSCAN's min_samples
 
 
 def check_used(algorithm: str, graph: str, place: str) -> None:
@@ -67,21 +67,21 @@ def partition(
         Number of clusters, in [1, n].
     algorithm : {"kmeans", "spectral", "ward", "dbscan", "gmm", "gmm_full"}, default="kmeans"
         Lloyd's k-means; spectral clustering on a ``graph``, in which equal points count once and stay together;
-        agglomeration by Ward's criterion; DBSCAN, whose core points have three points within reach, themselves
-        included; expectation maximisation of a mixture of spherical Gaussians, which unlike diagonal ones don't depend
-        on how the cloud is turned, or of Gaussians with full covariances on the 16 principal axes that hold the most.
+        agglomeration by Ward's criterion; DBSCAN with three points, itself included, in reach of a core point;
+        expectation maximisation of a mixture of spherical Gaussians, which unlike diagonal ones don't depend on
+        rotations of the cloud, or of Gaussians with full covariances on the first 16 principal components.
     seed : int, default=0
-        For k-means, spectral clustering and mixtures, of whose three starts the best counts.
+        For k-means, spectral clustering and mixtures; the best of three starts counts.
     graph : {"epsilon", "knn"}, default="epsilon"
-        For spectral clustering: which points are joined. Those no farther apart than the smallest radius at which the
-        graph is connected; or each with its ``1 + ceil(ln(n))`` nearest.
+        For spectral clustering: joins points no farther apart than the smallest radius at which the graph is connected,
+        or each point with its ``1 + ceil(ln(n))`` nearest.
 
     Returns
     -------
     ndarray of int, shape (n,)
-        Cluster of each point, numbered from 0 in the order of the clusters' first points. There can be fewer than
-        ``count``: where fewer points are distinct, where a mixture's component gets none, and for DBSCAN. Its reach is
-        the smallest at which no more than ``count`` clusters are left; points of noise are clusters of their own.
+        Cluster of each point, numbered from 0 in the order of the clusters' first points. They are fewer than
+        ``count`` if fewer points are distinct, if a mixture's component gets no point, and for DBSCAN. Its reach
+        (``eps``) is the smallest with at most ``count`` clusters; noise points are clusters of their own.
 
     Notes
     -----
@@ -147,8 +147,9 @@ def similarity_graph(distances: FloatArray, graph: str = "epsilon") -> FloatArra
 
     ``"epsilon"`` joins, with weight 1, pairs no farther apart than the smallest radius at which the graph is
     connected. ``"knn"`` joins pairs of which one point is among the ``1 + ceil(ln(n))`` nearest of the other; of points
-    equally far away either all or none are. The thesis (4.2.2) joins so, and gives neither number; these are the ones
-    that U. von Luxburg, "A tutorial on spectral clustering", Statistics and Computing 17, 2007, recommends (8.2).
+    equally far away either all or none are. The thesis (4.2.2) describes both graphs, but neither the radius
+    nor the number; U. von Luxburg, "A tutorial on spectral clustering", Statistics and Computing 17, 2007, recommends
+    these (8.2).
     """
     distances = leveled(distances)
     if graph == "epsilon":
@@ -168,7 +169,7 @@ def similarity_graph(distances: FloatArray, graph: str = "epsilon") -> FloatArra
 
 
 def _spectral_labels(points: FloatArray, count: int, seed: int, graph: str) -> IntArray:
-    """Cluster the distinct points: eigenvectors may tell equal ones apart, by nothing but rounding."""
+    """Cluster the distinct points, because rounding in the eigenvectors may separate equal points."""
     from sklearn.cluster import SpectralClustering
 
     distances = pdist(points)
@@ -185,12 +186,12 @@ def _spectral_labels(points: FloatArray, count: int, seed: int, graph: str) -> I
 
 
 def _density_labels(points: FloatArray, count: int) -> IntArray:
-    """Search the smallest reach of DBSCAN that leaves no more than ``count`` clusters; noise is labelled -1."""
+    """Find the smallest reach of DBSCAN with at most ``count`` clusters; noise is labelled -1."""
     from sklearn.cluster import DBSCAN
 
     distances = squareform(leveled(pdist(points)))
     reaches = np.unique(distances)
-    # scikit-learn wants a positive reach: half the least distance joins nothing but equal points.
+    # scikit-learn needs a positive reach: half the least distance joins only equal points.
     reaches = np.append(reaches[1] / 2.0, reaches[1:]) if len(reaches) > 1 else np.ones(1)
     least = min(_CORE, len(points))
 
@@ -198,7 +199,7 @@ def _density_labels(points: FloatArray, count: int) -> IntArray:
         model = DBSCAN(eps=float(reach), min_samples=least, metric="precomputed")
         return np.asarray(model.fit(distances).labels_, dtype=np.intp)
 
-    # The number of clusters and points of noise never rises with the reach, and at the largest it is 1.
+    # The number of clusters and noise points never rises with the reach, and is 1 at the largest.
     few = bisect_left(
         reaches, True, hi=len(reaches) - 1, key=lambda reach: bool(renumbered(labels(reach)).max() < count)
     )

@@ -1,9 +1,9 @@
 """Sub-clustering: clusters are split in two while the nodes in them vary more than a threshold.
 
-The threshold comes from a histogram of histograms (HoH): in each initial cluster a histogram of the covariances between
-its nodes says below which value a share ``energy`` of them lies, and a second histogram over the clusters says
-which of these values is the most common. The width of the bins decides how much is pruned, and the source doesn't
-give it: it follows Scott's rule.
+The threshold comes from a histogram of histograms (HoH): for each initial cluster, a histogram of the covariances
+between its nodes gives the value below which a share ``energy`` of them lies; a second histogram, over the clusters,
+gives the most common of these values. The source doesn't give the width of the bins, which decides how much is pruned:
+it follows Scott's rule.
 
 Source: S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
 Technology, 2019, sections 5.2 and 5.3, algorithms 2 and 3.
@@ -34,27 +34,28 @@ ENERGY, _SHARE = number(0, 1, "neither"), number(0, 1, "right")
 
 @dataclass(frozen=True)
 class Growth:
-    """How sub-clustering begins, what its threshold is made of, and what is compared with it.
+    """Settings of sub-clustering: initial clusters, threshold, and the statistic compared with the threshold.
 
     Attributes
     ----------
     statistic : {"dispersion", "trace", "max", "mean"}, default="dispersion"
-        What of a cluster is compared with the threshold. ``"dispersion"``: the mean of the covariances of its nodes
-        about their centre, the nodes' mean sample by sample; ``"trace"``: the sum of its variances about it. ``"max"``
-        and ``"mean"`` of the covariances of the nodes as they are, which split loud twins and merge quiet strangers.
+        Statistic of a cluster that is compared with the threshold. ``"dispersion"``: the mean of the covariances of its
+        nodes about their mean node (sample by sample); ``"trace"``: the sum of their variances about it. ``"max"`` and
+        ``"mean"``: of the covariances without centring; they split similar nodes of large variance, and merge different
+        nodes of small variance.
     initial_ratio : float, mapping of str to float, or None, default=None
-        Share of a layer's nodes that are clusters to begin with, rounded up, in (0, 1]; a mapping gives it by module
-        name. None, and for layers that aren't named: 0.35 for convolutions, 0.05 for linear layers.
+        Number of initial clusters as a share of a layer's nodes, rounded up, in (0, 1]; a mapping gives it by module
+        name. None, and for layers without an entry: 0.35 for convolutions, 0.05 for linear layers.
     bins : {"scott"} or int, default="scott"
-        Equal-width bins of both histograms: of Scott's width, see :func:`hoh_threshold`, or so many, at least 1. More
-        bins, a lower threshold, more clusters.
+        Equal-width bins of both histograms: by Scott's rule, see :func:`hoh_threshold`, or their number, at least 1.
+        More bins give a lower threshold and more clusters.
     absolute : bool, default=True
         Whether covariances count by their absolute values.
     diagonal : bool, default=True
         Whether variances are among the covariances. A single node always counts with its variance.
     recursive : bool, default=True
-        Whether what a split leaves is looked at again. False: algorithm 2 as printed, each initial cluster is split
-        once at most.
+        Whether the halves of a split may be split again. False: algorithm 2 as printed, each initial cluster is split
+        at most once.
     """
 
     statistic: Literal["dispersion", "trace", "max", "mean"] = "dispersion"
@@ -79,14 +80,14 @@ class Growth:
         return np.abs(values) if self.absolute else values
 
     def variance(self, covariance: FloatArray, members: IntArray) -> float:
-        """Return what of a cluster is compared with the threshold."""
+        """Return the statistic of a cluster that is compared with the threshold."""
         if self.statistic == "trace":
             return float(np.trace(self._block(covariance, members)))
         values = self.values(covariance, members)
         return float(values.max() if self.statistic == "max" else values.mean())
 
     def threshold(self, covariance: FloatArray, clusters: Sequence[IntArray], energy: float) -> float:
-        """Return the threshold of initial clusters, the histogram of histograms (HoH)."""
+        """Return the HoH threshold of initial clusters."""
         if self.statistic in ("dispersion", "trace"):
             # a single node doesn't scatter about itself: it says nothing of how tight a cluster should be
             clusters = [members for members in clusters if len(members) > 1] or clusters
@@ -96,7 +97,7 @@ class Growth:
         block: FloatArray = covariance[np.ix_(members, members)]
         if self.statistic in ("max", "mean"):
             return block
-        # covariances of each node less the cluster's mean node
+        # covariances after the mean node is subtracted from each node
         about: FloatArray = block - block.mean(0) - block.mean(1, keepdims=True) + block.mean()
         return about
 
@@ -168,22 +169,22 @@ def hoh_threshold(
     energy : float
         The text's p, in (0, 1).
     bins : {"scott"} or int, default="scott"
-        Equal-width bins, between the least and the largest value, of both histograms. ``"scott"``: as many as it takes
-        for each to be no wider than ``(24 sqrt(pi) / m)^(1/3)`` standard deviations of the m values [1]_, about 3.49
-        of them over the cube root of m. A number: so many, at least 1, whatever the values are.
+        Equal-width bins, between the least and the largest value, of both histograms. ``"scott"``: the fewest that are
+        no wider than ``(24 sqrt(pi) / m)^(1/3)``, about ``3.49 / m^(1/3)``, standard deviations of the m values [1]_. A
+        number: that many, at least 1.
 
     Returns
     -------
     float
-        Of each cluster the first bin edge below which a share ``energy`` of its values lies; of these the upper edge of
-        the fullest bin, the lowest of several.
+        Each cluster gives the first bin edge below which a share ``energy`` of its values lies. The threshold is the
+        upper edge of the fullest bin of these edges, of the lowest one if several are fullest.
 
     Notes
     -----
-    The source gives neither the bins nor which of their values counts. With ten bins deep networks keep most of their
-    neurons where the source keeps a fifth; with Scott's rule and upper edges the shares of kept neurons lie nearest to
-    its tables, over five networks, of the standard rules that were compared (``benchmarks/results/clustering.md``).
-    (5.6) read to the letter, the largest edge below which *less* than a share ``energy`` lies, gives lower edges and
+    The source gives neither the bins nor which of their edges counts. With ten bins deep networks keep most of their
+    neurons where the source keeps a fifth. Of the standard rules that were compared over five networks, Scott's rule
+    with upper edges keeps shares of neurons nearest to its tables (``benchmarks/results/clustering.md``). Equation
+    (5.6) literally means the largest edge below which *less* than a share ``energy`` lies; it gives lower edges and
     prunes less.
 
     References
@@ -227,7 +228,7 @@ def grow(
     at_most: int | None = None,
     seed: int = 0,
 ) -> SplitTree:
-    """Cluster nodes and split the clusters that vary too much (algorithm 2 without the choice of survivors).
+    """Cluster nodes and split the clusters that vary too much (algorithm 2 without the selection of nodes).
 
     Parameters
     ----------
@@ -240,14 +241,14 @@ def grow(
     growth : Growth
         Threshold and statistic; ``initial_ratio`` isn't used.
     energy : float, default=0.5
-        The text's p, in (0, 1): the share of a cluster's covariances that lie below its threshold. More energy, a
-        higher threshold, fewer splits.
+        The text's p, in (0, 1): the share of a cluster's covariances that lie below its threshold. More energy gives
+        a higher threshold and fewer splits.
     threshold : float or None, default=None
-        Used as it is instead of the HoH threshold.
+        Replaces the HoH threshold.
     at_least : int, default=1
-        Splitting goes on, below the threshold too, until there are so many clusters.
+        Least number of clusters: clusters below the threshold are split, too, until it is reached.
     at_most : int or None, default=None
-        Splitting ends with so many clusters, and no more are begun with.
+        Largest number of clusters, also of initial ones.
     seed : int, default=0
         For k-means.
 
@@ -257,14 +258,14 @@ def grow(
 
     Notes
     -----
-    The cluster that varies most, of equal ones the oldest, is split first, so that ``at_least`` and ``at_most`` cut the
-    growth where it matters least. Nodes that all put out the same aren't split, however much they vary: one of them
-    is enough.
+    The cluster with the largest statistic, of equal ones the oldest, is split first, so that ``at_least`` and
+    ``at_most`` only affect the splits that matter least. Nodes with equal points aren't split, however much they vary:
+    one of them is enough.
     """
     points, covariance = np.asarray(points, dtype=np.float64), np.asarray(covariance, dtype=np.float64)
     if points.ndim != 2 or covariance.shape != (len(points), len(points)):
         raise DataError(
-            f"points and covariances must be of one number, got {points.shape} and {covariance.shape} (grow)"
+            f"points and covariance must have the same nodes, got {points.shape} and {covariance.shape} (grow)"
         )
     most = len(points) if at_most is None else at_most
     labels = partition(points, min(initial, most) if initial <= len(points) else initial, seed=seed)
@@ -282,7 +283,7 @@ def grow(
         add(members, None)
     leaves = len(clusters)
     while leaves < most:
-        # In a single pass, parts of split clusters are looked at only while too few stay.
+        # Without recursion, halves are split only while there are fewer than `at_least` clusters.
         again = growth.recursive or leaves < at_least
         open_ones = [number for number in waiting if again or clusters[number].parent is None]
         if not open_ones:
@@ -307,11 +308,11 @@ def grow(
 
 
 def _histogram(values: FloatArray, bins: int | Literal["scott"]) -> tuple[IntArray, FloatArray]:
-    """Count values in bins of equal width; what lies on a border, up to rounding, belongs to the bin above it."""
+    """Count values in bins of equal width; a value on a border, up to rounding, belongs to the bin above."""
     low, high = values.min(), values.max()
     if bins == SCOTT:
-        # as few as are no wider than Scott's rule says; a range that is a multiple of this width but for rounding takes
-        # so many bins and no more
+        # the fewest that are no wider than Scott's rule says; `_ROUNDING` prevents another bin if the range is a
+        # multiple of this width up to rounding
         width = float(np.std(values)) * math.pow(24.0 * math.sqrt(math.pi) / len(values), 1.0 / 3.0)
         number = max(1, math.ceil((high - low) / width - _ROUNDING))
     else:
@@ -321,5 +322,5 @@ def _histogram(values: FloatArray, bins: int | Literal["scott"]) -> tuple[IntArr
 
 
 def _spreads(low: float, high: float) -> bool:
-    """Say whether two values are far enough apart for a histogram between them."""
+    """Tell whether two values are far enough apart for a histogram between them."""
     return high - low > _ROUNDING * max(abs(low), abs(high))

@@ -1,8 +1,8 @@
-"""Greedy least-squares selection: which channels predict best what the next layer has to put out.
+"""Greedy least-squares selection of the channels that best predict the outputs of the next layer.
 
-Forward selection: the channel is added that takes most off the squared error of the least-squares prediction from
-the channels chosen so far. A channel may be a block of several columns, e.g. the kernel elements of a patch. All
-columns are kept orthogonal to the chosen ones by a growing Cholesky factor, so that a step costs no new solution.
+Forward selection adds the channel that most reduces the squared error of the least-squares prediction from the
+channels chosen so far. A channel may be a block of several columns, e.g. the kernel elements of a patch. A growing
+Cholesky factor keeps all columns orthogonal to the chosen ones, so that no step solves the problem anew.
 
 References
 ----------
@@ -28,11 +28,11 @@ IntArray = NDArray[np.int64]
 
 CPU = torch.device("cpu")
 LEAST_PIVOT = 1e-10
-"""Of a channel's own products, on their diagonal: what keeps columns that the chosen ones span from having none."""
+"""Ridge on a channel's own products, as a share of their diagonal: columns that the chosen ones span need it."""
 
-_NOTHING = 1e-5  # of what the chosen ones took: where no channel takes more, the others follow by what they would take
-_MANY = 2**16  # numbers of a layer: fewer are worked through by the CPU sooner than a GPU has launched its operations
-_CACHED = 2**20  # bytes of targets that are worked on at a time
+_NOTHING = 1e-5  # share of the total reduction: if no channel reduces more, the others follow by their current gains
+_MANY = 2**16  # numbers of a layer from which on a GPU is faster than the CPU in spite of its launches
+_CACHED = 2**20  # bytes of targets that are processed at a time
 
 
 def forward_selection(
@@ -43,20 +43,20 @@ def forward_selection(
     Parameters
     ----------
     layers : sequence of Products or SampleMatrix
-        What each layer that reads the channels is to be met from. The gain of several is the sum of theirs.
+        The data of each layer that reads the channels. The gains of several layers are added.
     keep : int
-        How many to choose, in [1, n].
+        Number of channels to choose, in [1, n].
     parts : int, default=1
         Equal segments of channels of which the same number is kept; divides n and ``keep``.
 
     Returns
     -------
     channels : ndarray of int, shape (keep,)
-        In the order of choice; with one part each prefix is the choice for a smaller ``keep``. Of gains that are equal
-        to 1e-6 of them the lowest channel wins. From where no channel takes off more than 1e-5 of what those before it
-        took, the others follow by the gains that they have then: the targets are met.
+        In the order of selection; with one part each prefix is the selection for a smaller ``keep``. Of gains that are
+        equal to within 1e-6 the lowest channel wins. The targets are met once no channel reduces the error by more than
+        1e-5 of the reduction so far: the others follow by their gains at that step.
     taken : ndarray, shape (keep,)
-        What each channel took off the squared error.
+        Reduction of the squared error by each channel.
 
     Notes
     -----
@@ -70,7 +70,7 @@ def forward_selection(
     """
     channels = layers[0].channels
     device = _device(layers)
-    # A step's products are tall and a block wide: threads would only wait for each other, above all beside other work.
+    # The matrices of a step are tall and a block wide: threads would wait for each other, above all on a busy machine.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -101,7 +101,7 @@ def forward_selection(
 
 
 def _device(layers: Sequence[Products | SampleMatrix]) -> torch.device:
-    """Return where channels are chosen: on the network's device if the numbers are many, else on the CPU."""
+    """Return the device to compute on: the network's if a layer has many numbers, else the CPU."""
     for layer in layers:
         rows, outputs = (layer.gram, layer.cross) if isinstance(layer, Products) else (layer.columns, layer.targets)
         if layer.device.type != "cpu" and max(rows.size, len(rows) * outputs.shape[1]) >= _MANY:
@@ -111,7 +111,7 @@ def _device(layers: Sequence[Products | SampleMatrix]) -> torch.device:
 
 @dataclass(frozen=True)
 class Products:
-    """What a layer reads and has to put out: ``X.T @ X`` (n * block, n * block), ``X.T @ Y`` (n * block, outputs)."""
+    """Products of inputs X and targets Y: ``X.T @ X`` (n * block, n * block), ``X.T @ Y`` (n * block, outputs)."""
 
     gram: FloatArray
     cross: FloatArray
@@ -126,7 +126,7 @@ class Products:
 
 @dataclass(frozen=True)
 class SampleMatrix:
-    """The same by samples, for few of them: X.T (n * block, samples), Y (samples, outputs), a ridge (n * block,)."""
+    """Few samples of these: X.T (n * block, samples), Y (samples, outputs), and a ridge (n * block,)."""
 
     columns: FloatArray
     targets: FloatArray
@@ -141,7 +141,7 @@ class SampleMatrix:
 
     @property
     def gram(self) -> FloatArray:
-        """``X.T @ X``, the ridge on its diagonal."""
+        """``X.T @ X`` with the ridge on its diagonal."""
         return np.asarray(self.columns @ self.columns.T + np.diag(self.ridge))
 
     @property
@@ -153,29 +153,29 @@ class SampleMatrix:
 class _Reader(ABC):
     """The columns that one layer reads, kept orthogonal to those of the chosen channels."""
 
-    # Channels that were chosen are dropped: the last one takes their place, so that what is left lies together.
+    # A chosen channel is dropped: the last one takes its place, so that the remaining ones are contiguous.
 
     def __init__(self, own: Tensor, cross: Tensor, rows: Tensor) -> None:
-        # `own` (n, block, block) are the products of each channel's columns with each other, `cross` what is left of
-        # the targets, `rows` one for each column, of what else is to be moved with it.
+        # `own` (n, block, block): products of each channel's columns with each other. `cross`: products of columns with
+        # what is left of the targets. `rows`: further data, one row for each column.
         count, self._block = own.shape[:2]
         scale = own.diagonal(dim1=1, dim2=2).mean(1)
-        # A trace of ridge: columns that the chosen ones span leave a block of zeros, which has no factor.
+        # A tiny ridge: columns that the chosen ones span leave a block of zeros, which has no Cholesky factor.
         trace = LEAST_PIVOT * torch.where(scale > 0.0, scale, 1.0)
         self._unit = torch.eye(self._block, dtype=torch.float64, device=own.device)
         self._own = own + trace[:, None, None] * self._unit
         self._cross, self._rows = cross, rows
         self._channels, self._place, self._left = np.arange(count), np.arange(count), count
-        # A processor works through chunks of targets that fit into its cache; a GPU would wait for the launch of each.
+        # The CPU processes chunks of targets that fit into its cache; on a GPU, launching each chunk would take longer.
         in_cache = max(1, _CACHED // (8 * self._block * cross.shape[1]))
         self._chunk = in_cache if own.device.type == "cpu" else count
-        self._met = torch.empty_like(self._own)  # products of what is left of the targets, channel by channel
+        self._met = torch.empty_like(self._own)  # products of `cross` with itself, channel by channel
         for chunk in self._chunks():
             self._meet(chunk)
 
     def gains(self) -> FloatArray:
-        """Return what each channel would take off the squared error, shape (n,); 0 for the chosen ones."""
-        # With ``G`` the channel's own products and ``R`` what it shares with the error it is ``trace(G^-1 R R')``.
+        """Return by how much each channel would reduce the squared error, shape (n,); 0 for the chosen ones."""
+        # It is ``trace(G^-1 R R')``, with ``G`` the channel's own products and ``R`` its products with the error.
         own, met = self._own[: self._left], self._met[: self._left]
         explained = met / own if self._block == 1 else torch.linalg.inv_ex(own).inverse * met
         gains = np.zeros(len(self._channels))
@@ -183,7 +183,7 @@ class _Reader(ABC):
         return gains
 
     def choose(self, channel: int) -> None:
-        """Take a channel, and what it explains off the others."""
+        """Choose a channel, and subtract what it explains from the others."""
         place, block = self._place[channel], self._block
         factor = torch.linalg.cholesky_ex(self._own[place]).L
         inverse = torch.linalg.solve_triangular(factor, self._unit, upper=False)
@@ -206,13 +206,13 @@ class _Reader(ABC):
             self._meet(chunk)
 
     def _filled(self) -> Tensor:
-        """Return what there is so far of the rows."""
+        """Return the part of the rows that is filled so far."""
         return self._rows
 
     @abstractmethod
     def _shared(self, channel: int, row: Tensor, inverse: Tensor) -> Tensor:
-        """Return what the columns left share with a chosen channel's, (left * block, block), and with none before."""
-        # These are scaled to length 1 by the `inverse` of their own products' Cholesky factor.
+        """Return products of the columns left with the new directions of a chosen channel, (left * block, block)."""
+        # The directions are orthogonal to earlier ones; `inverse` (of a Cholesky factor) scales them to length 1.
 
     def _chunks(self) -> Iterator[slice]:
         """Yield chunks of the remaining channels."""
@@ -225,12 +225,12 @@ class _Reader(ABC):
 
 
 class _InProducts(_Reader):
-    """By products: the Cholesky factor of the chosen columns grows by a block column a step."""
+    """Reads products: the Cholesky factor of the chosen columns grows by a block column per step."""
 
     def __init__(self, layer: Products, keep: int, device: torch.device) -> None:
         self._gram = _tensor(layer.gram, device).unflatten(1, (-1, layer.block)).unflatten(0, (-1, layer.block))
         own = self._gram.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        # The rows of the factor, as long as it will be; it lies transposed, so that what there is so far is contiguous.
+        # The rows of the factor at its final length, stored transposed, so that the filled part is contiguous.
         rows = torch.zeros(keep * layer.block, len(layer.gram), dtype=torch.float64, device=device).mT
         super().__init__(own, _compressed(_tensor(layer.cross, device)), rows)
         self._done = 0
@@ -250,7 +250,7 @@ class _InProducts(_Reader):
 
 
 class _InSamples(_Reader):
-    """By samples: what the chosen columns explain is projected out of these, fewer than there are columns."""
+    """Reads samples: what the chosen columns explain is projected out of the samples."""
 
     def __init__(self, layer: SampleMatrix, device: torch.device) -> None:
         columns = _tensor(layer.columns, device).clone()
@@ -271,7 +271,7 @@ def _tensor(values: FloatArray, device: torch.device) -> Tensor:
 
 
 def _compressed(cross: Tensor) -> Tensor:
-    """Return targets with at most as many columns as rows, and the same inner products between rows, as a copy."""
-    # Gains look at targets only through inner products of rows, and updates mix rows: a rotation of the targets changes
-    # neither.
+    """Return a copy of the targets with at most as many columns as rows, and the same inner products of rows."""
+    # Gains depend on targets only through inner products of rows, and updates mix rows: a rotation of the targets
+    # changes neither.
     return cross.clone() if cross.shape[1] <= cross.shape[0] else torch.linalg.qr(cross.mT, mode="r").R.mT.contiguous()

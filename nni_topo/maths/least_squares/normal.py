@@ -14,26 +14,26 @@ GRID = (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _FIRST_TRIED = 5  # place of the first ridge tried; also of the ridge if no sample is held out
 _LEAST_RIDGE = 1e-12
 _LEAST_VARIANCE = 1e-12
-# Share of the mean variance in the ridge, so that an input that hardly varies doesn't get the huge weight that
-# retraining would stumble over.
+# Share of the mean variance in the ridge, so that an input that hardly varies doesn't get a huge weight, which would
+# hinder fine-tuning.
 _FLOOR = 0.1
 
 
 class NormalEquations:
-    """Sums over samples for the least squares of residuals by inputs, in several independent groups of equal size."""
+    """Sums over samples to predict residuals from inputs by least squares, in independent groups of equal size."""
 
     # Memory is ``groups * unknowns * (unknowns + outputs)`` float64 and as much again while solving, whatever the
-    # number of samples. As long as there are fewer samples than unknowns, these are kept instead of their products.
+    # number of samples. While there are fewer samples than unknowns, the samples are kept instead.
 
     def __init__(self, known: NormalEquations | None = None) -> None:
-        # `known` are equations of the same inputs, whose products and factors serve here too.
+        # `known`: equations of the same inputs, whose products and factors are used here, too.
         self.samples = 0
-        self._rows: list[tuple[Tensor, Tensor]] | None = []  # inputs and residuals; None where products are summed
+        self._rows: list[tuple[Tensor, Tensor]] | None = []  # inputs and residuals; None once products are summed
         self._sums: dict[str, Tensor] = {}
-        self._parts: tuple[NormalEquations, ...] = ()  # those whose products of inputs add up to these
-        # By samples: what the last solution was found with.
+        self._parts: tuple[NormalEquations, ...] = ()  # equations whose products of inputs add up to these
+        # By number of samples: ridge, intercept and factor of the last solution.
         self._factors: dict[int, tuple[float, bool, _Factor]] = {} if known is None else known._factors
-        # Of few samples, by their number and whether they are centred: what doesn't depend on the ridge.
+        # For few samples, by their number and whether they are centred: tensors that don't depend on the ridge.
         self._few: dict[tuple[int, bool], tuple[Tensor, Tensor, Tensor]] = {} if known is None else known._few
         self._known = known is not None and known._rows is None
         if known is not None and self._known:
@@ -41,7 +41,7 @@ class NormalEquations:
 
     @classmethod
     def of(cls, samples: int, sums: dict[str, Tensor]) -> NormalEquations:
-        """Take sums over so many samples."""
+        """Make equations from sums over so many samples."""
         found = cls()
         found.samples, found._sums, found._rows = samples, sums, None
         return found
@@ -49,7 +49,7 @@ class NormalEquations:
     @property
     def sums(self) -> dict[str, Tensor]:
         """Sums over samples, (groups, ...)."""
-        # x, y and r of inputs, residuals and references, yy and rr of squares; xx and xy of products, (groups,
+        # x, y and r: of inputs, residuals and references; yy and rr: of squares; xx and xy: of products, (groups,
         # unknowns, unknowns) and (groups, unknowns, outputs).
         if self._rows:
             inputs, residuals = self._joined()
@@ -101,16 +101,16 @@ class NormalEquations:
         return self._sums["x"].shape[-1]
 
     def is_finite(self) -> bool:
-        """Say whether no sample was NaN or infinite."""
-        # What isn't finite shows in the plain sums; only products can overflow where these don't.
+        """Tell whether no sample was NaN or infinite."""
+        # NaN and infinity show in the plain sums; products can overflow even if these are finite.
         own = [self._sums["xx"].diagonal(dim1=1, dim2=2)] if "xx" in self._sums else []
         totals = [total for name, total in self._sums.items() if name != "xx"] + own
         return all(bool(torch.isfinite(total).all()) for total in totals)
 
     def covariances(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return covariances of inputs and of these with residuals, in groups, and variances of residuals.
+        """Return covariances of inputs, covariances of inputs with residuals, and variances of residuals, by group.
 
-        The sums of products become them: these equations can't be solved any more.
+        The sums of products are overwritten: these equations can't be solved afterwards.
         """
         sums = self.sums
         x, y = sums["x"] / self.samples, sums["y"] / self.samples
@@ -119,13 +119,13 @@ class NormalEquations:
         return own, across, sums["yy"] / self.samples - y.square()
 
     def centred(self) -> tuple[Tensor, Tensor]:
-        """Return inputs and residuals less their means, where there are fewer samples than unknowns."""
+        """Return inputs and residuals minus their means; needs fewer samples than unknowns."""
         inputs, residuals = self._joined()
         return inputs - inputs.mean(1, keepdim=True), residuals - residuals.mean(1, keepdim=True)
 
     def solve(self, ridge: float, *, intercept: bool) -> Solution | None:
-        """Solve by Cholesky decomposition, with a ridge as a share of each input's variance; None where that fails."""
-        # Never quite none: collinear inputs are common, and have no Cholesky factor.
+        """Solve by Cholesky decomposition, with a ridge as a share of each input's variance; None if that fails."""
+        # Never zero: collinear inputs are common, and have no Cholesky factor without a ridge.
         ridge = max(ridge, _LEAST_RIDGE)
         found = self._solve_few(ridge, intercept) if self._rows else self._solve_many(ridge, intercept)
         if found is None:
@@ -135,11 +135,11 @@ class NormalEquations:
         return Solution(weights, shift if intercept else torch.zeros_like(shift), max(error, 0.0))
 
     def factors(self) -> dict[int, tuple[float, bool, _Factor]]:
-        """Return the factors that the next solution may use, for `take_factors` after others were tried."""
+        """Return a copy of the cached factors, for `take_factors` after other ridges were tried."""
         return dict(self._factors)
 
     def take_factors(self, factors: dict[int, tuple[float, bool, _Factor]]) -> None:
-        """Have the factors that there were, of a ridge that turned out to be better than the last one."""
+        """Restore cached factors, of a ridge that is better than the last one."""
         self._factors.clear()
         self._factors.update(factors)
 
@@ -157,7 +157,7 @@ class NormalEquations:
             inputs, residuals = self._joined()
             return float((residuals - inputs @ weights - shift.unsqueeze(1)).square().sum())
         sums = self.sums
-        # The square of the error, multiplied out into the sums; rounding can take it below 0.
+        # The squared error, expanded into the sums; rounding can make it negative.
         predicted = (weights * (sums["xx"] @ weights)).sum(1) + self.samples * shift.square()
         predicted += 2.0 * shift * (sums["x"].unsqueeze(1) @ weights).squeeze(1)
         met = (weights * sums["xy"]).sum(1) + shift * sums["y"]
@@ -184,19 +184,19 @@ class NormalEquations:
             factor = known[2]
         else:
             matrix = self._products()
-            # A view: centring turns these sums of squares into those about the means; `floor` is of what they were.
+            # A view: centring turns it from sums of squares into sums about the means; `floor` is computed before.
             diagonal = matrix.diagonal(dim1=1, dim2=2)
             floor = _LEAST_VARIANCE * diagonal
             if intercept:
                 matrix.baddbmm_(sums["x"].unsqueeze(2), means.unsqueeze(1), alpha=-1)
             penalty = _penalty(diagonal, ridge)
-            # Units are taken out before the decomposition. What varies by no more than rounding is scaled to 0, an
-            # equation apart from the others, with coefficient 0.
+            # Inputs are scaled before the decomposition. An input that only varies by rounding is scaled to 0: its
+            # equation is separate from the others, and its coefficient is 0.
             scale = (diagonal + penalty).masked_fill(diagonal <= floor, torch.inf).rsqrt()
             matrix.mul_(scale.unsqueeze(1)).mul_(scale.unsqueeze(2))
             # The penalty is in the scale, so that the scaled diagonal is 1, up to rounding.
             diagonal.fill_(1.0)
-            # In place, which takes a matrix column by column: the transpose of a symmetric one is itself.
+            # In place, which needs a column-major matrix: the transpose of a symmetric matrix is the matrix itself.
             info = torch.empty(len(matrix), dtype=torch.int32, device=matrix.device)
             torch.linalg.cholesky_ex(matrix.mT, out=(matrix.mT, info))
             if bool(info.any()):
@@ -205,17 +205,17 @@ class NormalEquations:
         self._factors[self.samples] = ridge, intercept, factor
         scales = factor.scale.unsqueeze(2)
         weights = _solved(factor.lower, cross * scales).mul_(scales)
-        # By the equations themselves the products of weights and inputs are `cross` less the penalty.
+        # By the equations, `xx` times the weights is `cross` minus the penalty times the weights.
         met = torch.linalg.vecdot(weights.flatten(), (cross + factor.penalty.unsqueeze(2) * weights).flatten())
         return weights, float(squares.sum() - met)
 
     def _solve_few(self, ridge: float, intercept: bool) -> tuple[Tensor, float] | None:
-        """Solve for one number a sample, of which there are fewer than unknowns; the same as from products."""
+        """Solve the dual problem, with one number per sample, for few samples; the solution is the same."""
         inputs, residuals = self._joined()
         if intercept:
             residuals = residuals - residuals.mean(1, keepdim=True)
         if (self.samples, intercept) not in self._few:
-            # Inputs over the roots of their penalties at ridge 1, one over these roots, and products of the former.
+            # Inputs over the roots of their penalties at ridge 1, the inverse roots, and products of scaled inputs.
             floor = _LEAST_VARIANCE * inputs.square().sum(1)
             if intercept:
                 inputs = inputs - inputs.mean(1, keepdim=True)
@@ -228,12 +228,12 @@ class NormalEquations:
         lower, info = torch.linalg.cholesky_ex(matrix)
         if bool(info.any()):
             return None
-        # ``(X'X + 1)^-1 X'Y = X'(XX' + 1)^-1 Y``, and what the second factor leaves of Y is the error itself.
+        # ``(X'X + 1)^-1 X'Y = X'(XX' + 1)^-1 Y``, and ``(XX' + 1)^-1 Y`` is the error itself.
         left = _solved(lower, residuals)
         return (scaled.mT @ left).mul_(scale.mT / ridge), float(left.square().sum())
 
     def _products(self) -> Tensor:
-        """Sum the products of inputs, to be worked on in place."""
+        """Return the sums of products of inputs, which may be changed in place."""
         if self._parts:
             one, other = self._parts
             return one._products().add_(other._read_products())
@@ -241,7 +241,7 @@ class NormalEquations:
         return products.clone() if products is self._sums.get("xx") else products
 
     def _read_products(self) -> Tensor:
-        """Sum the products of inputs, only to be read."""
+        """Return the sums of products of inputs, which mustn't be changed."""
         if self._parts:
             return self._products()
         return symmetric(self._joined()[0]) if self._rows else self._sums["xx"]
@@ -251,7 +251,7 @@ class NormalEquations:
         if self._rows and len(self._rows) > 1:
             inputs, residuals = zip(*self._rows, strict=True)
             self._rows = [(torch.cat(inputs, 1), torch.cat(residuals, 1))]
-        assert self._rows  # only asked for where there are some
+        assert self._rows  # only called while samples are kept
         return self._rows[0]
 
     def _multiply(self, inputs: Tensor, residuals: Tensor) -> None:
@@ -264,7 +264,7 @@ class NormalEquations:
 
 
 def symmetric(rows: Tensor) -> Tensor:
-    """Return the products of columns of rows ``(groups, rows, columns)``: ``(groups, columns, columns)``."""
+    """Return ``rows.mT @ rows``, (groups, columns, columns), of rows (groups, rows, columns)."""
     if rows.device.type != "cpu":
         return rows.mT @ rows
     # NumPy sees that both factors are one matrix and computes half of the symmetric product; PyTorch computes it all.
@@ -284,7 +284,7 @@ class _Factor:
 
 def _solved(lower: Tensor, values: Tensor) -> Tensor:
     """Solve equations by their Cholesky factor."""
-    # What `torch.cholesky_solve` does, which copies the factor first.
+    # As `torch.cholesky_solve`, which copies the factor first.
     half = torch.linalg.solve_triangular(lower, values, upper=False)
     found: Tensor = torch.linalg.solve_triangular(lower.mT, half, upper=True)
     return found
@@ -305,13 +305,13 @@ class Solution:
 
 @dataclass(frozen=True)
 class Fit:
-    """A solution, how it was found and how good it is; errors are squared, as shares of the references' variance."""
+    """A solution, its ridge and its errors: squared, as shares of the references' variance."""
 
     solution: Solution  # the coefficients
     ridge: float  # the one chosen; infinite if changing nothing was best
-    before: float  # of changing nothing
-    after: float  # of the solution, on all samples
-    held_out: float  # of the solution for the others, on the samples held out; NaN if there are none
+    before: float  # error of the zero solution
+    after: float  # error of the solution, on all samples
+    held_out: float  # error on the held-out samples of the solution from the others; NaN if none are held out
 
 
 def fit(learned: NormalEquations, held: NormalEquations, ridge: float | None, *, intercept: bool) -> Fit:
@@ -326,7 +326,7 @@ def fit(learned: NormalEquations, held: NormalEquations, ridge: float | None, *,
 
 
 def fit_by(solve: Callable[[NormalEquations], Solution], learned: NormalEquations, held: NormalEquations) -> Fit:
-    """Solve by a rule without a ridge: from ``learned``, judged by those held out, and then from all samples."""
+    """Solve by a rule without a ridge: from ``learned``, to measure the error on ``held``, then from all samples."""
     held_out = held.relative_error(solve(learned)) if held.samples else math.nan
     whole = learned.merged(held)
     found = solve(whole)
@@ -358,7 +358,7 @@ def _choose(
         return False
 
     is_better(_FIRST_TRIED)
-    # The error is taken to have one valley, so that few of the eight ridges are solved for.
+    # The error is assumed to have one minimum along the grid, so that few of the eight ridges are tried.
     for way in (-1, 1):
         while 0 <= best + way < len(GRID) and is_better(best + way):
             pass

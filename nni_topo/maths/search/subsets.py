@@ -1,4 +1,4 @@
-"""A genetic algorithm over subsets of fixed size, on pyeasyga's loop.
+"""A genetic algorithm over subsets of fixed size, in pyeasyga's loop.
 
 pyeasyga evaluates one list of genes at a time, changes how many genes are set, draws from the global generator and
 evaluates its elite again in every generation. Here an individual is a boolean mask with exactly ``keep`` entries set,
@@ -64,14 +64,14 @@ class GeneticSearch:
 
 @dataclass(frozen=True)
 class Generation:
-    """Fitness of one generation: its best and its mean individual (smaller = better)."""
+    """The best and the mean fitness of one generation (smaller = better)."""
 
     best: float
     mean: float
 
 
 class SubsetGeneticAlgorithm(GeneticAlgorithm):
-    """Minimise a fitness, (individuals, size) of bool to (individuals,), over the subsets of ``keep`` blocks."""
+    """Minimise ``fitness``, of bool (individuals, size) to (individuals,), over the subsets of ``keep`` entries."""
 
     # Our reconstruction of the evolutionary module that the table of contents of Perera, "Topological Pruner", MSc
     # thesis, University of Moratuwa, 2022, lists. Breeding a generation costs O(population * size * log size).
@@ -138,7 +138,7 @@ class SubsetGeneticAlgorithm(GeneticAlgorithm):
         rivals = self._rng.integers(len(genes), size=(2 * couples, self.tournament_size))
         winners = rivals[np.arange(2 * couples), fitness[rivals].argmin(1)]
         mothers, fathers = genes[winners[:couples]], genes[winners[couples:]]
-        # Crossover: blocks that only one parent keeps are dealt to the two children, as many to each as a parent had.
+        # Crossover: entries that only one parent keeps are divided between two children, as many each as a parent had.
         differing = mothers ^ fathers
         keys = np.where(differing, self._rng.random(differing.shape), np.inf)
         ranks = keys.argsort(axis=1).argsort(axis=1)
@@ -148,7 +148,7 @@ class SubsetGeneticAlgorithm(GeneticAlgorithm):
         daughters = np.where(crossed, both | first, mothers)
         sons = np.where(crossed, both | (differing & ~first), fathers)
         children = np.concatenate([daughters, sons])
-        # Mutation: a kept block is swapped for a removed one.
+        # Mutation: a kept entry is swapped for a removed one.
         chosen = np.flatnonzero(self._rng.random(len(children)) < self.mutation_probability)
         keys = self._rng.random((len(chosen), self._size))
         removed = np.where(children[chosen], keys, -1.0).argmax(1)

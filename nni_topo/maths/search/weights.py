@@ -1,7 +1,7 @@
-"""The weight-pruning genetic algorithm on packed genes, on pyeasyga's loop.
+"""The weight-pruning genetic algorithm on packed genes, in pyeasyga's loop.
 
-An individual says of every weight of the target layers whether it is used. Genes are kept eight to a byte; one
-individual at a time is unpacked to be bred or evaluated, so a population of 50 on two million weights takes 13 MB.
+A gene of an individual tells whether a weight of the target layers is used. Eight genes take a byte; one individual
+at a time is unpacked to be bred or evaluated, so a population of 50 on two million weights takes 13 MB.
 
 Source: Janjic, "Exploring Redundancy in Neural Networks: Pruning by Genetic Algorithm & Filter Energy", MSc thesis,
 University of Manitoba, 2018, section 4.1, Algorithm 2.
@@ -48,21 +48,21 @@ class WeightSearch:
     ----------
     alpha, beta : float, default=100.0, 1.0
         Fitness is ``alpha * (accuracy - accuracy at the start) + beta * share of removed weights``; at least 0, one of
-        them above it. With the defaults a point of accuracy is worth all weights of the targets.
+        them above it. With the defaults a percentage point of accuracy is worth all weights.
     damage_rate : float or pair of float, default=0.1
-        Share of the weights that individuals of generation 0 lose at random, the first one apart, in [0, 1]; of a
-        pair, each individual's is drawn between the two.
+        Share of the weights that individuals of generation 0 except the first lose at random, in [0, 1]; for a pair, it
+        is drawn between the two for each individual.
     population_size, generations : int, default=50, 20
         Individuals, at least 2, and generations after generation 0, at least 1.
     tournament_size : int, default=5
-        Others, at least 1, among which an individual's partner is the fittest; all others where there are fewer.
+        Number of others drawn, at least 1 and at most all; the fittest becomes the individual's partner.
     crossover_probability : float, default=0.8
         Chance of a two-point crossover, in [0, 1].
     weakest_probability, random_probability : float, default=0.5
         Chances of the two mutations, in [0, 1].
     weakest_rate, random_rate : float, default=0.1
-        How much they take: weights within this share of the layer's range of magnitudes above the weakest remaining
-        one; this share of the remaining weights, at least one. In [0, 1].
+        How much the mutations remove, in [0, 1]: weights within this share of the layer's range of magnitudes above the
+        weakest remaining one; and this share of the remaining weights, at least one.
 
     Examples
     --------
@@ -95,7 +95,7 @@ class WeightSearch:
 
 
 class HistoryRow(NamedTuple):
-    """One individual in one generation; a line of descent keeps its number ``individual`` throughout."""
+    """One individual in one generation; a child takes the number ``individual`` of its parent."""
 
     generation: int
     individual: int
@@ -117,13 +117,13 @@ class Individual(Chromosome):
 
 
 class GeneLayer:
-    """One target's magnitudes, shape (weights,), at least 0, and how many of its weights have to stay."""
+    """One target's magnitudes, shape (weights,), at least 0, and how many of its weights must stay."""
 
     def __init__(self, magnitudes: NDArray[np.floating[Any]], cap: float = 1.0) -> None:
         self.magnitudes = magnitudes
         self.span = float(magnitudes.max() - magnitudes.min())
         self.size = len(magnitudes)
-        # `cap` is the largest share that may go; one weight stays in any case.
+        # `cap`: the largest share that may be removed; one weight always stays.
         self.least = max(1, self.size - int(self.size * cap))
 
     def drop_weakest(self, alive: BoolArray, rate: float) -> None:
@@ -145,7 +145,7 @@ class GeneLayer:
         alive[random_subset(alive, kept, count, rng)] = False
 
     def revive(self, alive: BoolArray) -> None:
-        """Bring the strongest removed weights back until as many stay as have to."""
+        """Restore the strongest removed weights until enough weights stay."""
         missing = self.least - np.count_nonzero(alive)
         if missing > 0:
             removed = np.flatnonzero(~alive)
@@ -153,7 +153,7 @@ class GeneLayer:
 
 
 def random_subset(alive: BoolArray, kept: int, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Draw ``count`` of the ``kept`` set positions, all subsets alike; indices of shape (count,)."""
+    """Draw ``count`` of the ``kept`` set positions, all subsets equally likely; indices of shape (count,)."""
     if 4 * count > kept:
         return rng.choice(np.flatnonzero(alive), count, replace=False, shuffle=False)
     # Small shares are drawn by rejection, which doesn't look at every gene.
@@ -168,10 +168,10 @@ def random_subset(alive: BoolArray, kept: int, count: int, rng: np.random.Genera
 
 
 class WeightGeneticAlgorithm(GeneticAlgorithm):
-    """Maximise ``alpha * (accuracy - accuracy of the whole) + beta * share of removed weights``."""
+    """Maximise ``alpha * (accuracy - accuracy at the start) + beta * share of removed weights``."""
 
     # `accuracies` maps an iterator of boolean individuals (genes,) to their accuracies (individuals,), in [0, 1]; the
-    # genes are the layers' genes in a row.
+    # genes are the layers' genes, concatenated.
 
     def __init__(
         self,
@@ -244,7 +244,7 @@ class WeightGeneticAlgorithm(GeneticAlgorithm):
             self.children.append(self._born(alive, parent.number, partner))
 
     def calculate_population_fitness(self) -> None:
-        """Evaluate the children and let them replace those of the parents that are less fit."""
+        """Evaluate the children; each replaces its parent if the parent is less fit."""
         self.generation += 1
         accuracies = self.fitness_function(self.genes(child) for child in self.children)
         if not self.current_generation:
@@ -254,8 +254,8 @@ class WeightGeneticAlgorithm(GeneticAlgorithm):
             child.accuracy = float(accuracies[place])
             gain = self.settings.alpha * (child.accuracy - self.start_accuracy)
             child.fitness = gain + self.settings.beta * child.compression
-            # Strictly fitter, so no place ever gets worse: this is the elitism. The undamaged individual may be lost
-            # like any.
+            # Only a fitter child replaces its parent, so no place ever gets worse: this is the elitism. The undamaged
+            # individual may be replaced, too.
             if child.fitness > self.current_generation[place].fitness:
                 self.current_generation[place] = child
         self.children = []
@@ -277,7 +277,7 @@ class WeightGeneticAlgorithm(GeneticAlgorithm):
         return child
 
     def _cross(self, alive: BoolArray, other: Individual) -> None:
-        """Put what the other has between two cuts into an individual's genes."""
+        """Copy the other's genes between two random cuts into an individual's genes."""
         first, second = np.sort(self.rng.choice(self.size + 1, 2, replace=False)).tolist()
         start = first // 8
         chunk = np.unpackbits(other.genes[start : -(-second // 8)]).view(np.bool_)

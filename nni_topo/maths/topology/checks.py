@@ -1,4 +1,4 @@
-"""Checks of the arrays that the topology functions are given."""
+"""Checks of arrays for the topology functions."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def pairwise_distances(points: ArrayLike) -> FloatArray:
         block = distances[start:stop, start:]
         sizes = norms[start:stop, None] + norms[start:]
         np.subtract(sizes, 2.0 * block, out=block)
-        # What lies above the diagonal is mirrored, so only there near points are worth a second look.
+        # Entries above the diagonal are mirrored, so only these are computed again for near points.
         cancelled = np.triu(block < cancellation * sizes, 1)
         np.sqrt(np.maximum(block, 0.0, out=block), out=block)
         for i in np.flatnonzero(cancelled.any(axis=1)):

@@ -21,7 +21,7 @@ def bottleneck_distance(a: ArrayLike, b: ArrayLike, *, engine: str = "exact") ->
     a, b : array_like, shape (n, 2) and (m, 2)
         Births and deaths; births finite, deaths >= births or ``inf``. Empty diagrams are allowed.
     engine : {"exact", "gudhi"}, default "exact"
-        ``"gudhi"`` leaves the finite bars to GUDHI, as a reference.
+        ``"gudhi"`` compares the finite bars by GUDHI, as a reference.
 
     Returns
     -------
@@ -101,7 +101,7 @@ def wasserstein_distance(a: ArrayLike, b: ArrayLike, order: float = 2.0) -> floa
 
 
 def _split(a: ArrayLike, b: ArrayLike) -> tuple[FloatArray, FloatArray, FloatArray | None]:
-    """Return both diagrams' finite bars of positive length, and the gaps of the infinite ones (None: not as many)."""
+    """Return both diagrams' finite bars of positive length, and gaps of the infinite ones (None if not as many)."""
     finite, births = [], []
     for bars in (as_diagram(a, "a"), as_diagram(b, "b")):
         endless = np.isinf(bars[:, 1])

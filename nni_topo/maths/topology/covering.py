@@ -79,7 +79,7 @@ def farthest_point_order(distances: ArrayLike, start: int = 0) -> tuple[IntArray
     Returns
     -------
     order : ndarray of int, shape (n,)
-        All points, the start first; among equally far points, to 1e-6 of their distance, the lowest index first.
+        All points, from the start on; among equally far points, to 1e-6 of their distance, the lowest index first.
     radii : ndarray of float64, shape (n,)
         ``radii[i]`` is the Hausdorff distance between the cloud and ``order[: i + 1]``: never increasing,
         0 at the end.
@@ -95,13 +95,13 @@ def farthest_point_order(distances: ArrayLike, start: int = 0) -> tuple[IntArray
     order, radii = np.empty(count, dtype=np.intp), np.empty(count)
     nearest = np.full(count, np.inf)
     newest = as_index(start, count, "start")
-    # Chosen points stand at -inf, so that duplicates of theirs still come before them.
+    # Chosen points are at -inf, so that their duplicates still come before them.
     for step in range(count):
         order[step] = newest
         np.minimum(nearest, matrix[newest], out=nearest)
         nearest[newest] = -np.inf
-        # After the last point all stand at -inf.
+        # After the last point all are at -inf.
         radii[step] = max(nearest.max(), 0.0)
-        # By the cloud's diameter: gaps between points that are one up to rounding choose nothing.
+        # Relative to the cloud's diameter: gaps that are only rounding decide nothing.
         newest = first_largest(nearest, largest)
     return order, radii

@@ -71,14 +71,14 @@ def rips_diagram(
 
 
 def diagrams_of(distances: FloatArray, degrees: Sequence[int], engine: str = "exact") -> list[FloatArray]:
-    """Do the work of `rips_diagram` on checked arguments: bars (bars, 2) per degree."""
+    """Return the `rips_diagram` (bars, 2) of each degree, from checked arguments."""
     found: dict[int, FloatArray] = {}
     if engine == "gudhi":
         import gudhi
 
         rips = gudhi.RipsComplex(distance_matrix=distances)
         tree: Any = rips.create_simplex_tree(max_dimension=max(degrees) + 1)
-        # A complex of few points has no simplices above the degrees asked for: then its top degree counts.
+        # A complex of few points has no simplices above the requested degrees: then its top degree counts, too.
         top_counts = max(degrees) >= tree.dimension()
         tree.compute_persistence(homology_coeff_field=_FIELD, persistence_dim_max=top_counts)
         for degree in degrees:
@@ -115,7 +115,7 @@ def _ripser(matrices: list[FloatArray], degrees: Sequence[int]) -> Iterator[list
     import gudhi
     from gudhi.sklearn.rips_persistence import RipsPersistence
 
-    # GUDHI 3.10 knows lower matrices only, and takes whole ones for them.
+    # GUDHI 3.10 only knows lower matrices, and accepts full ones as such.
     knows_full = tuple(map(int, gudhi.__version__.split(".")[:2])) >= (3, 11)
     rips = RipsPersistence(
         homology_dimensions=list(degrees),

@@ -35,9 +35,9 @@ class SubsetFitness:
         Distances of the cloud, as from `pairwise_distances`.
     criterion : {"hausdorff", "cover", "bottleneck", "bottleneck_sum", "wasserstein"}, default "hausdorff"
         ``"hausdorff"`` is the largest and ``"cover"`` the mean distance from a point of the cloud to the nearest point
-        of the subset. The others compare the persistence diagrams of the subset and of the cloud: of several homology
-        dimensions ``"bottleneck"`` takes the largest distance, ``"bottleneck_sum"`` and ``"wasserstein"``, of order 2,
-        add them.
+        of the subset. The others compare the persistence diagrams of the subset and of the cloud: for several
+        homology dimensions ``"bottleneck"`` takes the largest distance, and ``"bottleneck_sum"`` and ``"wasserstein"``
+        (order 2) take the sum.
     homology_dimensions : sequence of int, default (0,)
         Degrees of the diagrams, each >= 0. The covering criteria don't use them.
     base : int, optional
@@ -90,9 +90,9 @@ class SubsetFitness:
             The fitness of each subset, in the unit of the distances, >= 0.
         """
         subsets = as_subsets(population, len(self._distances), self.base)
-        # Packed bits, an eighth of the mask; the base is in it, so masks that differ there alone are one subset.
+        # Packed bits, an eighth of the mask; the base is always set, so masks that only differ there are one subset.
         keys = [row.tobytes() for row in np.packbits(subsets, axis=1)]
-        # A dict, so that what occurs twice in the population is scored once, too.
+        # A dict, so that a subset that occurs twice in the population is scored once.
         unknown = {key: row for row, key in enumerate(keys) if key not in self._cache}
         if unknown:
             fresh = subsets[list(unknown.values())]
@@ -114,8 +114,8 @@ class SubsetFitness:
                 by_degree[:, column] = [distance(each, self._whole[d]) for d, each in zip(higher, bars, strict=True)]
             losses += list(by_degree)
         if 0 in self.homology_dimensions:
-            # By the closed forms, all subsets of a size together. Without the infinite bar, which comes first: every
-            # subset has one born at 0, too.
+            # By the closed forms, all subsets of a size together. The infinite bar, which comes first, is left out:
+            # every subset has the same one.
             whole = self._whole[0][1:, 1]
             sizes, by_deaths = subsets.sum(axis=1), np.empty(len(subsets))
             for size in np.unique(sizes):
@@ -125,6 +125,6 @@ class SubsetFitness:
                     closed_wasserstein(deaths, whole, 2.0) if is_squared else closed_bottleneck(deaths, whole)
                 )
             losses.append(by_deaths)
-        # Of H0 and H1 the larger bottleneck distance mostly is H0's, which hardly differs between subsets of one size;
-        # the sum of the Wasserstein distances keeps every degree in sight.
+        # The larger of the bottleneck distances of H0 and H1 is mostly that of H0, which hardly differs between subsets
+        # of one size; a sum depends on every degree.
         return np.asarray(np.max(losses, axis=0) if self.criterion == "bottleneck" else np.sum(losses, axis=0))

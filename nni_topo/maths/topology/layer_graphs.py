@@ -1,7 +1,7 @@
 """The bipartite graph of a layer: its inputs, its outputs, and an edge wherever a weight joins two of them.
 
 A linear layer is the complete graph between its inputs and outputs. A convolution is the graph of its Toeplitz matrix:
-one node per channel and position, and every weight stands on one edge per output position. The matrix itself is
+one node per channel and position, and one edge per weight and output position. The matrix itself is
 never built.
 
 Source: Zeroth-Order Topological Insights into Iterative Magnitude Pruning, theorem 3.2 and its proof.
@@ -59,10 +59,10 @@ class LayerGraph:
 
     @cached_property
     def components(self) -> int:
-        """Number of connected components of the whole graph, input positions that nothing reads among them."""
+        """Number of connected components of the whole graph, including each input position that nothing reads."""
         per_plane = plane_components(self)
         unread = self.plane_inputs - len(np.unique(self.plane))
-        # Channels of a group are joined wherever their plane has an edge; an unread position stays alone in each.
+        # Channels of a group are joined wherever their plane has an edge; an unread position is a component in each.
         return self.groups * (per_plane - unread + self.shape[1] * unread)
 
     @property

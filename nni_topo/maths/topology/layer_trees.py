@@ -1,4 +1,4 @@
-"""Maximum spanning trees of layers: the weights that hold a layer's zeroth homology.
+"""Maximum spanning trees of layers: the weights that determine a layer's zeroth homology.
 
 In the descending filtration of |w| components merge along the edges of the maximum spanning tree. Equal weights are
 taken in row-major order, so that every tree is unique.
@@ -19,7 +19,7 @@ from nni_topo.maths.topology.checks import BoolArray, FloatArray, IntArray, as_p
 from nni_topo.maths.topology.layer_graphs import LayerGraph, linear_graph, plane_components
 from nni_topo.rules import checked
 
-# How many edges are sorted at once: at first, per node, which mostly holds the complete forest; and at most.
+# Edges that are sorted at once: at first, per node, mostly enough for the complete forest; and at most.
 _FIRST_PER_NODE = 16
 _MOST_EDGES = 1 << 21
 _SAMPLE = 1 << 16  # weights whose quantiles are the bounds of the batches
@@ -91,8 +91,8 @@ def channel_tree(weight: ArrayLike, *, groups: int = 1) -> BoolArray:
 def plane_trees(weight: ArrayLike, graph: LayerGraph) -> BoolArray:
     """Mark the weights that the spanning tree of each kernel's own Toeplitz graph uses.
 
-    One input plane, one output plane and the kernel between them are a graph; its tree uses a weight on as many
-    edges as it needs. This is the graph whose critical ratio the paper tabulates.
+    One input plane, one output plane and the kernel between them form a graph; its tree may hold several edges of a
+    weight. This is the graph whose critical ratio the paper tabulates.
 
     Parameters
     ----------
@@ -108,8 +108,8 @@ def plane_trees(weight: ArrayLike, graph: LayerGraph) -> BoolArray:
 
     Notes
     -----
-    A weight is used if its edges join something that the larger weights of its kernel leave apart. That depends on
-    which weights are larger and not on their values, so each set of weights is looked at once.
+    A weight is used if its edges join components that the larger weights of its kernel leave separate. This depends on
+    which weights are larger and not on their values, so each set of weights is computed once.
     """
     sizes = np.abs(_fitting(weight, graph))
     kernels = sizes.reshape(-1, graph.shape[2])
@@ -158,9 +158,9 @@ def spanning_forest(weight: ArrayLike, graph: LayerGraph) -> Forest:
 
     Notes
     -----
-    Kruskal's algorithm on batches of the largest weights: what a batch joins is contracted before the next one, and
-    it ends when the forest is complete, usually after a small part of the weights. Memory is that of about two copies
-    of the weight and of a few million edges.
+    Kruskal's algorithm on batches of the largest weights: components that a batch joins are contracted before the next
+    batch. It ends when the forest is complete, usually after a small part of the weights. Memory: about two copies of
+    the weight and a few million edges.
     """
     flat = np.abs(_fitting(weight, graph)).ravel()
     nodes, missing, each = graph.inputs + graph.outputs, graph.forest_edges, graph.plane_outputs
@@ -181,14 +181,14 @@ def spanning_forest(weight: ArrayLike, graph: LayerGraph) -> Forest:
 def _falling(flat: FloatArray, count: int, most: int, sample: FloatArray) -> Iterator[IntArray]:
     """Yield elements (n,) in batches, largest first and equal ones in order: about ``count`` at first, then more."""
     # A forest is complete after a small part of the elements: the others are compared with a bound, and never sorted.
-    # Bounds are quantiles of an ascending sample: where it misleads, a batch has another size; the forest is the same.
+    # Bounds are quantiles of an ascending sample; they change the sizes of batches, but not the forest.
     bound, share = np.inf, count / len(flat)
     while bound > 0.0:
         place = len(sample) - 1 - int(share * len(sample))
         low = float(sample[place]) if place > 0 else 0.0
         batch = np.flatnonzero((flat >= low) & (flat < bound))
         batch = batch[np.argsort(-flat[batch], kind="stable")]
-        # Elements that are equal come in one batch, which may be all of them.
+        # Equal elements lie within one pair of bounds, maybe all of them.
         yield from (batch[start : start + most] for start in range(0, len(batch), most))
         bound, share = low, 4.0 * share
 

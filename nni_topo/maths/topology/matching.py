@@ -35,10 +35,10 @@ def closed_bottleneck(first: FloatArray, second: FloatArray) -> FloatArray:
 def closed_wasserstein(first: FloatArray, second: FloatArray, order: float) -> FloatArray:
     """Return the Wasserstein distances (p,), the ground metric being the maximum norm, in O(p r m).
 
-    The cost |d - e|^order is convex, so whichever bars are matched, matching them in sorted order is optimal. Which
-    bars those are isn't a matter of length alone: of the bars (100, 1) and (1), the matching leaves the longest to the
-    diagonal. What remains is the cheapest alignment of two sorted lists, where a bar is matched or dropped at
-    (d / 2)^order; the recurrence for it is exact.
+    The cost |d - e|^order is convex, so whichever bars are matched, matching them in sorted order is optimal. The
+    longest bars aren't always matched: of the bars (100, 1) and (1), the matching leaves the longest to the diagonal.
+    So the distance is the cheapest alignment of two sorted lists, where a bar is matched, or dropped at (d / 2)^order;
+    its recurrence is exact.
     """
     largest = max(first.max(initial=0.0), second.max(initial=0.0))
     if largest == 0.0:
@@ -49,11 +49,11 @@ def closed_wasserstein(first: FloatArray, second: FloatArray, order: float) -> F
     # `first` against the first ``step - 1 - i`` of `second`, `older[i]` that of a step before. The cells of an
     # anti-diagonal don't depend on each other: r + m steps on arrays, instead of r m on cells. Cells outside of the
     # table are infinite, so they never win.
-    # Turned, so that the p diagrams lie next to each other in memory: slices of cells are contiguous.
+    # Transposed, so that the p diagrams lie next to each other in memory: slices of cells are contiguous.
     lists, rows, columns = first.T, first.shape[1], len(second)
     drop_first, drop_second = (0.5 * lists) ** order, (0.5 * second[:, None]) ** order
     older = np.full((rows + 1, len(first)), np.inf)
-    # Nothing aligned with nothing costs nothing: the one cell of the first anti-diagonal.
+    # Two empty lists cost nothing: the one cell of the first anti-diagonal.
     old = older.copy()
     old[0] = 0.0
     for step in range(1, rows + columns + 1):
@@ -62,7 +62,7 @@ def closed_wasserstein(first: FloatArray, second: FloatArray, order: float) -> F
         # The last bar of `second` is dropped. Its index falls as i rises, hence the reversal.
         low, high = max(0, step - columns), min(rows, step - 1)
         np.add(old[low : high + 1], drop_second[step - high - 1 : step - low][::-1], out=new[low : high + 1])
-        # Or the last bar of `first` is, from the cell before in i.
+        # Or the last bar of `first` is dropped, from cell i - 1.
         low, high = max(1, step - columns), min(rows, step)
         np.minimum(new[low : high + 1], old[low - 1 : high] + drop_first[low - 1 : high], out=new[low : high + 1])
         # Or the two are matched: both indices are one less, so the cell lies two anti-diagonals back.

@@ -18,8 +18,8 @@ from nni_topo.rules import checked, whole
 def overlap_bound(m: int, n: int, density: float = 1.0) -> float:
     """Bound from below the expected share of a spanning tree among the largest weights.
 
-    Of a layer with independent, identically distributed weights the ``m + n - 1`` largest are looked at, as many as its
-    tree has. The bound adds up the probabilities that the next weight joins two nodes that nothing has touched.
+    The weights are independent and identically distributed; the ``m + n - 1`` largest are considered, as many as the
+    tree has. The bound adds up the probabilities that the next weight joins two nodes without an edge so far.
 
     Parameters
     ----------
@@ -40,9 +40,9 @@ def overlap_bound(m: int, n: int, density: float = 1.0) -> float:
 
         1 / (m + n - 1) * sum over i in [0, k) of p (m - i) (n - i) / (p m n - i)
 
-    The source prints no legible form for ``p < 1``; this one is derived anew: of the ``p m n - i`` weights left,
-    ``p (m - i) (n - i)`` are expected between untouched nodes. Writing ``p m n`` into the denominator alone gives
-    1.74 at ``(100, 100, 0.1)``, which bounds nothing.
+    The source prints no legible form for ``p < 1``; this one is our derivation: of the ``p m n - i`` weights left,
+    ``p (m - i) (n - i)`` are expected between nodes without an edge. With ``p m n`` only in the denominator it would be
+    1.74 at ``(100, 100, 0.1)``, which is no bound.
 
     Examples
     --------

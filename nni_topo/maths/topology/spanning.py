@@ -55,15 +55,14 @@ def distinct_points(points: ArrayLike) -> int:
     Returns
     -------
     int
-        From 2 to n - 1 if there are at least three points that aren't all equal. Two different points are two, equal
-        ones one.
+        From 2 to n - 1 for at least three points that aren't all equal; 2 for two different points, 1 for equal
+        points.
 
     Notes
     -----
-    That there are no copies, or copies of one point alone, can't be told: in any cloud some ratio is the largest.
-    Death times below 1e-12 of the longest count as that; of equally large ratios the one with the fewest components is
-    taken. In few dimensions copies with much noise aren't told from different points. O(n^2 d), and n^2 distances are
-    held.
+    A cloud without copies, or with copies of one point only, isn't recognised: in any cloud some ratio is the largest.
+    Death times below 1e-12 of the longest are raised to it; of equally large ratios the one with the fewest components
+    counts. In few dimensions copies with much noise look like different points. Time O(n^2 d), memory O(n^2).
 
     Examples
     --------
@@ -86,7 +85,7 @@ def distinct_points(points: ArrayLike) -> int:
 def subset_deaths(distances: FloatArray, subsets: BoolArray) -> FloatArray:
     """Return the death times (p, k - 1), descending, of subsets (p, n) of k points each.
 
-    Prim's algorithm runs over all subsets at once, O(p n) a step.
+    Prim's algorithm runs over all subsets at once, O(p n) per step.
     """
     size = int(np.count_nonzero(subsets[0]))
     rows = max(1, _CHUNK_ELEMENTS // len(distances))
