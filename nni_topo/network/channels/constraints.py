@@ -302,7 +302,7 @@ _MORE = 16  # channels that a layer keeps at most beyond those asked for
 
 
 def stays_in_place(flow: ChannelFlow, is_kept: np.ndarray, names: Collection[str] | None = None) -> bool:
-    """Tell whether the dense model's pieces hold the same kept channels as the unpruned model's; ``names``: layers."""
+    """Tell whether pieces of the dense model hold the unpruned model's kept channels (of layers ``names``)."""
     order = DenseOrder(flow, is_kept)
     looked_at = np.ones(flow.size, dtype=np.bool_)
     if names is not None:

@@ -134,7 +134,7 @@ class Propagation(torch.fx.Interpreter):
         found = {}
         for name, each in several.items():
             coupled = np.unique(group_ids[each.ids])
-            # If only one is, all entries are coupled with one another, so another dimension holds the channels.
+            # A single one means that all entries are coupled, so another dimension holds the channels.
             if made[coupled].sum() < 2:
                 found[name] = each
         return found
@@ -683,7 +683,7 @@ class ChannelFlow(Propagation):
         return tuple(dict.fromkeys(self._reasons[group_id] for group_id in group_ids if group_id in self._reasons))
 
     def reaches_output(self, name: str) -> bool:
-        """Tell whether any channel of a layer is a channel of the model's output, which has to stay."""
+        """Tell whether any channel of a layer is in the model's output, and so has to stay."""
         return bool(np.isin(self.group_ids_of(name), self.at_output).any())
 
     def is_output(self, name: str) -> bool:

@@ -7,8 +7,8 @@ says which channel each entry belongs to. Terms of this package:
   (0) stands for all channels that can't be pruned.
 - group id: the smallest channel id among coupled channels, which can only be removed together; `FIXED` if they are
   kept.
-- block: neighbouring channels that an operation reads as a unit, such as a group of a convolution or norm. All blocks
-  of an operation have to keep the same number of channels.
+- block: channels that an operation reads as a unit, such as a group of a convolution or norm. All blocks of an
+  operation have to keep the same number of channels.
 - piece: one output of an operation that splits a tensor, such as chunk.
 - segment: the channels of one layer that go to the same pieces.
 - place: a position in a tensor or along one of its dimensions, such as a pixel or a token. The place of a node is the
@@ -72,7 +72,7 @@ class FreeParameter:
 
 @dataclasses.dataclass
 class Blocks:
-    """Blocks of channels, each of which has to keep the same number of channels.
+    """Blocks of channels that must all keep the same number of channels.
 
     A side is a list of blocks, as channel ids. A grouped convolution has two: its inputs and its outputs.
     """
@@ -202,7 +202,7 @@ class ChannelIds:
         return first.reshape(-1).numpy()
 
     def settled(self) -> tuple[np.ndarray, np.ndarray, dict[int, Reason]]:
-        """Return group ids before and after keeping channels, int, (count,) each; and by group id why it is kept."""
+        """Return group ids before and after keeping channels, int, (count,) each, and by group id the reasons."""
         before, reasons = self._tied(self._pairs), dict[int, Reason]()
         apart = [(rows[:, (before[rows] != before[rows[:1]]).any(0)], reason) for rows, reason in self._columns]
         for ids, reason in self._pins + apart:
@@ -296,9 +296,9 @@ def carry(ids: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor | None:
 
 
 def carry_reduced(ids: torch.Tensor, shape: tuple[int, ...], dims: Iterable[int]) -> torch.Tensor | None:
-    """Return the ids after a reduction over dimensions, counted from 0; None if these hold only part of the channels.
+    """Return the ids after a reduction over dimensions, counted from 0.
 
-    None also if the output's shape doesn't fit.
+    None if some channels are in these and some in other dimensions, or if the output's shape doesn't fit.
     """
     pruned = set(dims)
     places = [d for d in range(ids.dim()) if varies(ids, d)]

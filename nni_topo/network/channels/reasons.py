@@ -26,7 +26,7 @@ class Reason:
     kind : str
         A short identifier of the reason.
     place : str, default=""
-        The operation, with the module in whose forward it stands ("add in layer1.0"), or the module that keeps the
+        The operation, with the module whose forward calls it ("add in layer1.0"), or the module that keeps the
         channels; empty if there is none.
     layer : str, default=""
         The layer or module that the text is about; empty if there is none.

@@ -361,7 +361,7 @@ def _shuffled(op: Operation) -> Any:
 
 @rule("cat", "concat", "concatenate", "stack", moves=True)
 def _joined(op: Operation) -> Any:
-    """Follow a concatenation. Along another dimension than the channels', it couples its parts."""
+    """Follow a concatenation, which couples its parts unless it is along the channels."""
     moved, dim = op.moved(), op.argument(1, "dim", default=0)
     parts = [each.unsqueeze(dim) for each in op.ids] if operation_name(op.node) == "stack" else op.ids
     slices = []
@@ -471,7 +471,7 @@ def _taken_apart(op: Operation, moved: Tensor, sizes: Any) -> Tensor:
     places = _varying(moved)
     if len(places) != 2 or len(sizes) <= places[1]:
         return moved
-    # Fixed are numbers, and numbers computed from attributes.
+    # Numbers, and numbers computed from attributes, are fixed.
     count_is_fixed, length_is_fixed = (
         (isinstance(sizes[d], int) or is_computed_of_attributes(sizes[d])) and sizes[d] != -1 for d in places
     )
@@ -552,7 +552,7 @@ def _split(op: Operation) -> Any:
 
 
 def _count_alike(op: Operation, counted: Tensor, other: Tensor, *, as_width: bool = False) -> None:
-    """Couple ``counted`` with the channels of ``other``, whose number is theirs; ``as_width``: see `ChannelIds.tie`."""
+    """Couple the channels of ``other`` with ``counted``, whose number they take; ``as_width``: see `ChannelIds.tie`."""
     channels = op.channels.per_channel(other, _varying(other)[0])
     if not np.isin(channels, counted.numpy()).any():
         op.channels.tie(counted.numpy(), channels, as_width=as_width)
@@ -601,7 +601,7 @@ def _by_layer(pieces: list[np.ndarray], channels: ChannelIds) -> list[list[np.nd
     """Split pieces by the layer that makes the channels, if layers were shuffled: for each layer, a list of pieces."""
     if not channels.reorders:
         return [pieces]
-    # After a shuffle the first channels of every layer come first: each layer has to lose equally many in each piece.
+    # After a shuffle a piece holds channels of every layer: each layer has to lose equally many in each piece.
     made: list[Layer | FreeParameter] = [
         *channels.layers.values(), *channels.free_parameters.values(), *channels.one_valued.values()
     ]  # fmt: skip
@@ -1038,7 +1038,7 @@ def _multiplied(op: Operation, one: Tensor, other: Tensor, shape: tuple[int, ...
 
 @rule("linear")
 def _own_linear(op: Operation) -> Any:
-    """Follow a functional linear layer with a free weight, (outputs, inputs), whose rows or columns are channels."""
+    """Follow functional.linear with a free parameter as weight, (outputs, inputs), with channels in rows or columns."""
     states, weight, *bias = op.ids
     node = op.argument(1, "weight") if op.module is None else None
     if node is None or op.shape is None or weight.dim() != 2:
@@ -1086,7 +1086,7 @@ def _recurrent_on_packed(op: Operation) -> Any:
 
 @rule("conv1d", "conv2d", "conv3d")
 def _own_convolution(op: Operation) -> Any:
-    """Follow a functional depth-wise convolution with a free weight, (channels, 1, ...)."""
+    """Follow a functional depth-wise convolution with a free parameter as weight, (channels, 1, ...)."""
     states, weight, *bias = op.ids
     groups, node = op.argument(6, "groups", default=1), op.node
     given: Any = node.kwargs.get("groups", node.args[6] if len(node.args) > 6 else 1)
