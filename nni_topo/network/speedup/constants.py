@@ -1,7 +1,7 @@
-"""What removed channels contribute in the model that NNI's pruner has wrapped: constants, and zeros in norms.
+"""Contributions of removed channels in NNI's wrapped model: constants, and zeros in norms.
 
-A removed channel is a constant after a batch norm, or after a sigmoid. A layer turns constants into one number for each
-of its output channels, which its bias can add instead. In norms over channels it counts as a zero.
+After a batch norm or a sigmoid, a removed channel is a constant. A layer that reads constants adds one number to each
+of its output channels, which its bias can add instead. Norms over channels count removed channels as zeros.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def constants_read(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Run a model on two random inputs, and measure the constant values of pruned channels that layers read.
 
-    Returns these by layer, (input channels,), zero elsewhere, and the layers to which a part of the contribution of
-    pruned channels is lost.
+    Returns these by layer, (input channels,), zero for other channels, and the layers that lose a part of what pruned
+    channels contribute.
     """
-    # By layer, the least and largest value of each pruned channel that enters, of each call: (2, pruned).
+    # By layer and call, the smallest and largest value of each pruned input channel: (2, pruned).
     ends: dict[str, list[Tensor]] = {}
     removed: dict[str, Tensor] = {}
 
@@ -42,7 +42,7 @@ def constants_read(
         rows, pruned = by_channel(model.get_submodule(name), entered), removed[name]
         if len(rows) == len(pruned):
             found = rows[pruned.to(rows.device)]
-        else:  # a call with another number of channels, of which nothing is known
+        else:  # a call with another number of channels: unknown
             found = rows.new_full((int(pruned.sum()), 1), torch.nan)
         ends.setdefault(name, []).append(torch.stack([found.amin(1), found.amax(1)]).cpu().double())
 
@@ -57,10 +57,10 @@ def constants_read(
         if isinstance(module, WEIGHTED) and bool(pruned.any()):
             removed[name] = pruned
             entering.append((module, partial(look, name)))
-        # A layer with operations after its convolution may give values for a pruned channel.
+        # In a layer with operations after its convolution, a pruned channel may not be zero.
         if isinstance(module, WEIGHTED) and not bool(kept.all()) and not is_followed(module):
             leaving.append((module, partial(zero, kept, module)))
-    # Two inputs, for on one of them a channel with a single place looks constant.
+    # Two inputs, because on one of them a channel with a single position looks constant.
     for seed in range(2):
         with fitting(0, "example_inputs"), torch.no_grad(), watched(entering, leaving):
             run_few(model, random_like(call, torch.Generator().manual_seed(seed)))
@@ -87,8 +87,9 @@ def constants_read(
 def absorb(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, constants: dict[str, Tensor]) -> None:
     """Fold constants into the biases of the layers that read them.
 
-    Their weights for these channels become zero. Parameters are replaced; buffers of the model mustn't be shared. For a
-    layer without a bias, the running mean of the batch norm after it takes the constant.
+    The layers' weights for these channels become zero. If a layer has no bias, the constant is subtracted from the
+    running mean of the batch norm after it. Parameters are replaced; buffers are changed in place, so they must not be
+    shared.
     """
     for name, values in constants.items():
         module: Any = model.get_submodule(name)
@@ -113,27 +114,27 @@ def _can_absorb(module: nn.Module, norm: nn.Module | None) -> bool:
     """Tell whether the bias of a layer, or the batch norm after it, can add the layer's response to constants."""
     if not isinstance(module, (*CONVOLUTIONS, nn.Linear)) or is_depthwise(module):
         return False
-    # It must apply its own weight to what enters, and add its own bias.
+    # The layer must apply its own weight to its input, and add its own bias.
     inner = inner_of(module)
     is_plain = type(module) is kind_of(module) or (inner is not None and inner.is_own)
     return is_plain and (isinstance(module.bias, Tensor) or norm is not None)
 
 
 def _pruned_and_kept(flow: ChannelFlow, is_kept: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return which input channels of a layer are pruned, and which of its output channels stay."""
+    """Return which input channels of a layer are pruned, and which of its output channels are kept."""
     return ~is_kept[flow.entering_group_ids(name)], is_kept[flow.group_ids_of(name)]
 
 
 @torch.no_grad()
 def fit_norms(wrapped: nn.Module, dense: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, call: Call) -> list[str]:
-    """Fit norms over the channels that stay to norms over all channels, in place, on a call.
+    """Fit norms over the kept channels to norms over all channels, in place, on a call.
 
-    Over the channels that are left a norm has another mean and deviation than beside zeros. For each norm, or each
-    group of a group norm, the factor and the shift that undo most of it (least squares) go into weight and bias.
+    Without the zeros of removed channels, a norm has another mean and deviation. For each norm, or each group of a
+    group norm, weight and bias get the factor and the shift that undo most of the difference (least squares).
 
-    ``wrapped``: the network of full width with masked weights, whose norms see removed channels as zeros; ``is_kept``:
-    which channels stay, by group id. Returns the norms that stay as they are, for their results aren't their weights
-    times something.
+    ``wrapped``: the full-width network with masked weights, whose norms read removed channels as zeros; ``is_kept``:
+    which channels are kept, by group id. Returns the norms that can't be fitted because their result isn't their weight
+    times a value.
     """
     outputs, left = dict[str, Tensor](), list[str]()
     noting, fitting_them = list[Any](), list[Any]()
@@ -181,7 +182,7 @@ def fit_norms(wrapped: nn.Module, dense: nn.Module, flow: ChannelFlow, is_kept: 
 
 
 def _is_scaled_by_weight(norm: Any) -> bool:
-    """Tell whether a norm's result is its weight times something, plus its bias."""
+    """Tell whether a norm's result is its weight times a value, plus its bias."""
     if set(norm._parameters) - {"weight", "bias"} or not isinstance(norm._parameters.get("weight"), Tensor):
         return False
     doubled = copy.deepcopy(norm)

@@ -1,4 +1,4 @@
-"""From masks to a smaller dense model that computes the same, and a report of what was pruned and what was kept."""
+"""Turn a masked model into a smaller dense one that computes the same, with a report of pruned and kept channels."""
 
 from __future__ import annotations
 
@@ -67,32 +67,32 @@ def to_dense(
     masks : mapping of str to mapping of str to Tensor or None
         NNI's masks, ``{module: {parameter: mask}}``, of any pruner. They aren't changed.
     groups : DependencyGroups, optional
-        What `dependency_groups` returned for this model and inputs of this size. Then the model isn't traced again,
+        The result of `dependency_groups` for this model and inputs of this size. It saves tracing the model again,
         which takes most of the time for a detector. Only weights may have changed since.
     round_to : int, optional
-        If given, every pruned layer keeps a multiple of this many channels, or all of them. Those with the largest
-        weights (L1 norm over all coupled layers) come back.
+        If given, every pruned layer keeps a multiple of this many channels, or all of them. Channels with the largest
+        weights (L1 norm over all coupled layers) are restored.
     constants : {"zero", "keep"}, default="zero"
-        What removed channels contribute. ``"zero"``: nothing, as in `masked_model`. ``"keep"``: what they do in the
-        model that NNI's pruner has wrapped, for networks that were trained so. The layer that reads a constant, as the
-        shift of a batch norm, adds what it makes of it to its bias, or takes it off the running mean of the batch norm
-        after it. Norms over channels get the factor and shift that undo most of what removed channels did as zeros
-        among the others, measured on ``example_inputs``, which should be a batch of real ones.
+        What removed channels contribute. ``"zero"``: nothing, as in `masked_model`. ``"keep"``: the same as in NNI's
+        wrapped model, for networks that were trained in it. A layer that reads a constant, such as the shift of a batch
+        norm, adds its response to its bias, or subtracts it from the running mean of the batch norm after it. Norms
+        over channels get the factor and shift that best replace the zeros of removed channels, measured on
+        ``example_inputs``, which should be a batch of real ones.
     check : bool, default=True
-        Compare the dense model with the masked one, in evaluation mode, on random inputs: as they are, times 0.01 and
-        100 and shifted by 3 both ways where they are floats. They may differ by 1e-4 of the largest output. Where the
-        size of the inputs may decide something (views that join channels with places, branches), the two are compared
-        at a second size too. ``report.checked`` says on what.
+        Compare the outputs of the dense and the masked model, in evaluation mode, on random inputs; floats also times
+        0.01 and 100, and shifted by 3 both ways. They may differ by 1e-4 of the largest output. If the channels may
+        depend on the input size (views that join channels with positions, branches), the two are compared at a second
+        size too. ``report.checked`` describes the inputs.
 
     Returns
     -------
     torch.nn.Module
-        A new model of the same class with fewer channels, in the mode of ``model``, module by module, put there by its
-        own ``train`` and ``eval`` where it has such methods. Attributes that hold a number of channels, as the size of
-        a split, get the new number where the forward reads them so, or where a table says what they count, such as
-        timm's ``feature_info`` (`register_width_attribute`). All other attributes stay. Modules that share a weight
-        lose the same channels and share it still. Its ``report`` is a `DenseReport` of the channels of every layer
-        before and after, and why some stay although they are masked; a model with a ``report`` of its own keeps that.
+        A new model of the same class with fewer channels. Each module is in the same mode as in ``model``, set by the
+        model's own ``train`` and ``eval`` if it has such methods. Attributes that hold a number of channels, such as
+        the size of a split, are updated if the forward reads them as such, or if a table says what they count, as for
+        timm's ``feature_info`` (`register_width_attribute`). All other attributes are unchanged. Modules that share a
+        weight lose the same channels and still share it. ``report`` is a `DenseReport` of the channels of every layer
+        before and after, and why masked channels are kept; a model with its own ``report`` keeps that.
 
     Raises
     ------
@@ -101,8 +101,8 @@ def to_dense(
     DataError
         If the model holds NaN or infinite values.
     SpeedupError
-        If the model is still wrapped, a layer would be emptied, the output's shape would change, or
-        the dense model doesn't compute what the masked one does.
+        If the model is still wrapped, a layer would be empty, the output's shape would change, or the outputs of the
+        dense and the masked model differ.
 
     See Also
     --------
@@ -111,27 +111,27 @@ def to_dense(
 
     Notes
     -----
-    A channel is removed with its bias, its batch norm and the depth-wise convolution after it. It isn't there: a norm
-    over channels runs over those that are left, and a layer that reads a removed channel reads nothing, also after an
+    A channel is removed with its bias, its batch norm and the depth-wise convolution after it. Norms over channels run
+    over the kept channels, and a removed channel contributes nothing to the layers that read it, even after an
     activation that isn't zero at zero (sigmoid, softplus). So the result may differ from NNI's wrapped model.
-    `compensate` puts what removed channels contributed on average into the bias. Masked weights within kept channels
-    are zeros.
+    `compensate` adds the average contribution of removed channels to the bias. Masked weights within kept channels are
+    zeros.
 
-    Where the masks of coupled layers differ, every channel that one of them keeps is kept, with the weights of
-    ``model``: the masked model of the comparison is that of ``masked_model(..., reconcile=True)``. A layer without a
-    mask keeps all channels. So do modules that can't be cut, layers before them or before attention that couldn't be
-    traced, and recurrent layers with a projection. Attention loses whole heads; other recurrent layers lose units with
-    all of their gates, the same in all levels and directions. A head or unit is kept if a mask keeps one of its rows.
-    One warning names a few of the layers that keep channels, and why; the report has all.
+    If the masks of coupled layers differ, every channel that any of them keeps is kept, with the weights of ``model``:
+    the dense model is compared with ``masked_model(..., reconcile=True)``. A layer without a mask keeps all channels.
+    So do modules that can't be cut, layers before them or before attention that couldn't be traced, and recurrent
+    layers with a projection. Attention loses whole heads; other recurrent layers lose units with all of their gates,
+    the same in all stacked layers and directions. A head or unit is kept if a mask keeps one of its rows. One warning
+    names a few layers that keep masked channels, and why; the report lists all.
 
-    With ``constants="keep"``, a layer that pads with zeros treats a constant as if it went on beyond the border: values
-    next to the border differ from those of NNI's wrapped model. A constant is dropped where a transposed convolution
-    reads it, where the layer that reads it has neither bias nor batch norm, and where it differs by position;
-    ``report.notes`` names these layers. After `compensate`, which solves for removed channels that aren't there,
-    ``"zero"`` is right.
+    With ``constants="keep"``, a constant is also added where a layer's zero padding replaces it in NNI's wrapped model:
+    values next to the border differ. A constant is dropped if a transposed convolution reads it, if its reader has
+    neither a bias nor a batch norm after it, or if it differs by position; ``report.notes`` names these layers. After
+    `compensate`, which assumes that removed channels contribute nothing, use ``"zero"``.
 
-    Cost: two to four forward passes to trace the model and three to compare; where the size may decide something,
-    another trace and comparison; two more where a network holds attributes as timm's and torchvision's do.
+    Cost: two to four forward passes to trace the model and three to compare; another trace and comparison if the
+    channels may depend on the input size; two more passes if the network has attributes of the table, as timm's and
+    torchvision's do.
     """
     check_model(model)
     return dense_of(
@@ -156,7 +156,7 @@ def dense_of(
     check: bool = True,
     facts: Facts | None = None,
 ) -> torch.nn.Module:
-    """Return what :func:`to_dense` does; ``facts``: what is known of the model, or of one with other weights."""
+    """Do the work of :func:`to_dense`; ``facts``: known facts about the model, or about a copy with other weights."""
     given, model = model, with_known_layers(model)
     call = call_arguments(example_inputs, model)
     full = check_masks(model, masks)
@@ -176,7 +176,7 @@ def dense_of(
         if constants == "keep":
             wrapped = apply_masks(original, resolved.masks, light=True)
             if left := fit_norms(wrapped, dense, flow, resolved.is_kept, call):
-                notes.append(f"these norms over channels run as they are over those that are left: {', '.join(left)}")
+                notes.append(f"these norms over channels couldn't be fitted to the kept channels: {', '.join(left)}")
         stale = count_anew(original, dense, call)
         report = dense_report(model, dense, full, resolved.reasons, stale)
         parameters, parted = dict(dense.named_parameters(remove_duplicate=False)), list[str]()
@@ -184,7 +184,7 @@ def dense_of(
             if len({id(parameters[name]) for name in names if name in parameters}) > 1:
                 parted += names
         if parted:
-            notes.append(f"modules that shared these have one each now, as they differ: {', '.join(parted)}")
+            notes.append(f"no longer shared, because their values differ now: {', '.join(parted)}")
         if unread := _unread(flow, original, dense, report):
             told = (
                 "no run of the model has read these, so they keep the width of layers that lost channels: "
@@ -196,7 +196,7 @@ def dense_of(
         report = dataclasses.replace(report, checked=checked, notes=tuple(notes))
         _warn(report, resolved)
         remember_report(dense, report)
-        # Last, for all before compares it with the model's evaluated copy.
+        # Last, because the comparisons before need evaluation mode.
         put_modes_of(model, dense)
     give_back_classes(given, dense)
     return dense
@@ -205,12 +205,12 @@ def dense_of(
 def _absorb_constants(
     analysis: Analysis, original: torch.nn.Module, reference: torch.nn.Module, is_kept: np.ndarray
 ) -> list[str]:
-    """Fold the constants that pruned channels are under NNI's masks into biases of the masked model, in place.
+    """Fold the constant values of pruned channels in NNI's wrapped model into biases of the masked model, in place.
 
-    Returns notes on what is lost.
+    Returns notes on lost contributions.
     """
     flow = analysis.flow
-    # As in NNI's masked model, in which batch norms turn the zeros that arrive into other values.
+    # As in NNI's masked model, whose batch norms turn zeros into other values.
     masked = detached_copy(original, light=True)
     leave_out(masked, flow, is_kept, of_norms_alone=True)
     with left_alone(masked):
@@ -222,21 +222,21 @@ def _absorb_constants(
                 if not bool(is_same.all()):
                     kept[name] = values * is_same
                     lacking = list(dict.fromkeys([*lacking, name]))
-    # Each layer is cut for itself, so each needs tensors of its own.
+    # Each layer is cut separately, so each needs tensors of its own.
     untie(reference, find_ties(reference))
     absorb(reference, flow, is_kept, kept)
-    told = "what pruned channels contribute is no constant that can be kept, and is dropped"
+    told = "contributions of pruned channels were dropped because they can't be kept as constants"
     return [f"{told}: {', '.join(lacking)}"] if lacking else []
 
 
 def _cut(
     analysis: Analysis, original: torch.nn.Module, reference: torch.nn.Module, resolved: Resolved
 ) -> torch.nn.Module:
-    """Cut a copy of the masked model: layers, heads, attributes that hold sizes. It is in evaluation mode."""
+    """Cut a copy of the masked model: layers, heads, and attributes that hold sizes. Return it in evaluation mode."""
     flow, is_kept = analysis.flow, resolved.is_kept
     # Layers that are cut, or that constants are folded into, get new tensors; others may share the reference's.
     dense: torch.nn.Module = detached_copy(reference, light=True)
-    # Each layer is cut for itself, so each needs tensors of its own.
+    # Each layer is cut separately, so each needs tensors of its own.
     untie(dense, find_ties(dense))
     cutter = Cutter(dense, flow, is_kept)
     cutter.cut()
@@ -244,14 +244,14 @@ def _cut(
     cutter.cut_unused(ties)
     put_sizes(dense, flow.sizes_kept(is_kept))
     for name, dim in flow.own_widths.items():
-        # Forwards that reshape a layer's output to the width of their input are rewritten where the layer was cut.
+        # Rewrite a forward that reshapes a layer's output to the width of its input, if the layer was cut.
         before, after = ([each.shape for each in net.get_submodule(name).parameters()] for net in (original, dense))
         if before != after:
             take_own_width(dense.get_submodule(name), dim)
     tie_again(dense, ties)
     tell_config(dense, original, analysis.call)
     forget_evaluated(dense)
-    # Layers that weren't cut have the original's memory still.
+    # Uncut layers still share the original's memory.
     shapes = {name: each.shape for name, each in original.named_parameters(remove_duplicate=False)}
     for name, parameter in dense.named_parameters():
         if parameter.shape == shapes.get(name):
@@ -260,7 +260,7 @@ def _cut(
 
 
 def _compare(analysis: Analysis, reference: torch.nn.Module, dense: torch.nn.Module, is_kept: np.ndarray) -> str:
-    """Raise a SpeedupError unless the dense model gives the masked one's outputs; return on what they were compared."""
+    """Raise a SpeedupError unless the dense and the masked model agree; return a description of the compared inputs."""
     kept = kept_outputs(analysis.flow, is_kept)
 
     def why_unequal() -> str:
@@ -279,13 +279,13 @@ def _compare(analysis: Analysis, reference: torch.nn.Module, dense: torch.nn.Mod
         if not analysis.depends_on_size:
             return checked
         if analysis.second is None:
-            return f"{checked}; no other size was found that the model takes, so it is right at this size alone"
+            return f"{checked}; the model runs on no other size that was tried, so only this size was checked"
         other = check_equal(reference, dense, analysis.second.call, kept, advise=why_unequal)
     return f"{checked}; {other}"
 
 
 def _unread(flow: ChannelFlow, original: torch.nn.Module, dense: torch.nn.Module, report: DenseReport) -> list[str]:
-    """Name the tensors that no run has read, and that have the old width of a pruned layer."""
+    """Name the tensors that no run has read and that still have the old width of a pruned layer."""
     lost = {row.before for row in report.rows if row.after < row.before}
     before, after, found = named_tensors(original), named_tensors(dense), list[str]()
     for name in unused_tensors(original, flow.traced.graph):
@@ -297,7 +297,7 @@ def _unread(flow: ChannelFlow, original: torch.nn.Module, dense: torch.nn.Module
 
 
 def _warn(report: DenseReport, resolved: Resolved) -> None:
-    """Warn of stale attributes, and of masked channels that stay for another reason than rounding."""
+    """Warn of stale attributes, and of masked channels that are kept for other reasons than rounding."""
     if report.stale:
         _logger.warning(
             "attributes keep the number of the unpruned network, because the tensor whose channels they count by "
@@ -306,6 +306,6 @@ def _warn(report: DenseReport, resolved: Resolved) -> None:
             listed(f"{name} {number}" for name, number in report.stale.items()),
         )
     others = {row.name: f"{row.kept} of {row.before} ({row.reason})" for row in report.kept}
-    # What is kept for rounding alone, or without its weights, is no reason to warn.
+    # Don't warn of channels that are kept only for rounding.
     silent = resolved.reasons.keys() - resolved.kept.keys()
     warn_of_kept({name: resolved.kept.get(name, text) for name, text in others.items() if name not in silent})

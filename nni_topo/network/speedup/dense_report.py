@@ -25,11 +25,11 @@ class LayerChannels:
     name : str
         Its name in the model.
     before, after : int
-        Channels of the model that was pruned, and of the dense model.
+        Channels in the unpruned model, and in the dense model.
     asked : int
         Channels that the layer's own mask keeps; all of them without a mask.
     reason : str, default=""
-        Why channels stay that the mask removes; empty if none does.
+        Why the layer keeps masked channels; empty if it keeps none.
     """
 
     name: str
@@ -40,7 +40,7 @@ class LayerChannels:
 
     @property
     def kept(self) -> int:
-        """How many channels stay although they are masked."""
+        """How many masked channels are kept."""
         return max(self.after - self.asked, 0)
 
 
@@ -53,16 +53,16 @@ class DenseReport(ModelReport):
     rows : tuple of LayerChannels
         Convolutions, linear layers and embeddings, and masked norms, in the order of the model.
     checked : str, default=""
-        On what inputs the dense model was found to compute what the masked one does; empty if that wasn't compared.
+        The inputs on which the dense and the masked model agree; empty if they weren't compared.
     stale : mapping of str to int, default={}
-        Attributes, by name, and the number that they keep: the tensor whose channels they count, by the table of
-        `register_width_attribute`, has another number of channels or wasn't computed, and a layer of that width lost
-        some.
+        Attributes that may be out of date, by name, with their value: the tensor whose channels they count, in the
+        table of `register_width_attribute`, has another number of channels or wasn't computed, and a layer of that
+        width lost channels.
     notes : tuple of str, default=()
-        What else to know of it: where it would train another way than the masked model, lacks a part of that, or holds
-        tensors that no run has read.
+        Other remarks: where the model would train differently from the masked one, lacks a contribution of removed
+        channels, or holds tensors that no run has read.
     changed_since : tuple of str, default=()
-        What functions of the package have changed since, in order, such as ``"distilled (nni_topo.distill)"``.
+        Later changes by functions of the package, in order, such as ``"distilled (nni_topo.distill)"``.
 
     Examples
     --------
@@ -85,7 +85,7 @@ class DenseReport(ModelReport):
 
     @property
     def kept(self) -> tuple[LayerChannels, ...]:
-        """The layers that keep channels although they are masked."""
+        """The layers that keep masked channels."""
         return tuple(row for row in self.rows if row.kept)
 
     def __repr__(self) -> str:
@@ -109,7 +109,7 @@ def dense_report(
     why: Mapping[str, Reasons],
     stale: Mapping[str, int],
 ) -> DenseReport:
-    """Compare a model with its dense one: a row for each layer that makes channels, and for each masked module."""
+    """Compare a model with its dense one: a row for each layer with output channels, and for each masked module."""
     rows = []
     for name, module in model.named_modules():
         if output_channels(module) is None and name not in masks:
@@ -123,7 +123,7 @@ def dense_report(
             before, after = (each.get_parameter("weight").numel() for each in (module, small))
             kept = targets["weight"].ne(0) if "weight" in targets else None
         else:
-            # No layer that the package knows: what NNI masks are rows of its first parameter.
+            # The package doesn't know this layer: NNI masks rows of its first parameter.
             target, mask = next(iter(targets.items()))
             before, after = (len(torch.atleast_1d(each.get_parameter(target))) for each in (module, small))
             kept = mask.reshape(before, -1).any(1)
@@ -136,7 +136,7 @@ def dense_report(
     return DenseReport(tuple(rows), stale=stale)
 
 
-# Also of models that have got another report since, or have an attribute `report` of their own.
+# Includes models that have got another report since, or that have their own attribute `report`.
 _REPORTS: WeakKeyDictionary[torch.nn.Module, DenseReport] = WeakKeyDictionary()
 
 

@@ -1,4 +1,4 @@
-"""Dependency groups: layers that have to be pruned at the same channels."""
+"""Dependency groups: layers that must lose the same channels."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _logger = logging.getLogger(__name__)
 OUTPUT = str(reasons.model_output())
 
 
-# Only the outer types: a mapping has a number for every channel, and looking at all of them would take long.
+# Check only the outer types: a mapping has a number for every channel, and checking all would take long.
 _BY_LAYER = Rule(
     "a mapping of layers' names to tuples",
     lambda value: (
@@ -56,27 +56,28 @@ _BY_LAYER = Rule(
 
 
 class DependencyGroups(list[dict[str, Any]]):
-    """A config_list with a dependency group for each coupled layer, and the layers that were left out of it.
+    """A config_list with a dependency group for each coupled layer, and the layers that were left out.
 
     Parameters
     ----------
     entries : iterable of dict
         The entries.
     skipped : mapping of str to str
-        By layer that the user's config_list selects and this one doesn't, why it keeps all channels; in network order.
-        Then layers that this list selects: those of which some channels have to stay, how many and why, and those that
-        ``to_dense`` keeps whole because layers that share their channels aren't selected.
+        By layer, why it keeps channels. First, in network order, the layers that the user's config_list selects and
+        this one doesn't. Then layers of this list that must keep some channels (how many, and why), and layers that
+        ``to_dense`` keeps whole because layers coupled with them aren't selected.
     named : iterable of str
-        The layers that ``op_names`` names. A pruner of the package that can't prune one raises; other layers that it
+        The layers in ``op_names``. The package's pruners raise if they can't prune one of these; other layers that they
         can't prune keep all channels, with a warning.
     ties : mapping of str to tuple of int
-        By layer that shares some of its channels with others, or with itself, a number for each channel, (channels,):
-        those with equal numbers can only go together, and those with a negative one stay. The package's pruners heed
-        it; no entry can say it.
+        By layer that shares only some channels with other layers, or shares channels with itself: a number for each
+        channel, (channels,). Channels with equal numbers are removed together; those with a negative number are kept.
+        The package's pruners follow it; NNI's entries can't express it.
     shares : mapping of str to Share
-        By layer whose channels are shuffled and split, how many of which stay at the ratio of its entry; likewise.
+        By layer whose channels are shuffled and split: how many channels of each segment are kept at the ratio of the
+        layer's entry. Used like ``ties``.
     reasons : mapping of str to tuple of Reason
-        What ``skipped`` says in words, by layer: the kind of each reason and where it is found.
+        The reasons behind the texts of ``skipped``, by layer, each with its kind and place.
     """
 
     @checked(ties=_BY_LAYER | NONE, shares=_BY_LAYER | NONE)
@@ -99,12 +100,12 @@ class DependencyGroups(list[dict[str, Any]]):
         self._sizes: dict[str, torch.Size] = {}  # of the parameters of the model
 
     def take_facts(self, analysis: Analysis) -> None:
-        """Store what was found about a model, for :func:`nni_topo.to_dense`."""
+        """Store the facts about a model, for :func:`nni_topo.to_dense`."""
         self._facts = analysis.facts
         self._sizes = {name: each.shape for name, each in analysis.model.named_parameters(remove_duplicate=False)}
 
     def facts_for(self, model: torch.nn.Module) -> Facts | None:
-        """Return what was found about a model when the groups were made; None for a copy of the groups."""
+        """Return the facts found about a model when the groups were made; None for a copy of the groups."""
         if self._facts is None or self._facts.trace is None:
             return None
         sizes = {name: each.shape for name, each in model.named_parameters(remove_duplicate=False)}
@@ -125,14 +126,14 @@ class DependencyGroups(list[dict[str, Any]]):
         return DependencyGroups(self, self.skipped, (), self.ties, self.shares, self.reasons)
 
     def layers(self) -> list[list[str]]:
-        """Return the layers of the entries, those of one group together."""
+        """Return the layers of the entries, one list for each group."""
         found: dict[Any, list[str]] = {}
         for index, entry in enumerate(self):
             found.setdefault(entry.get("dependency_group_id", index), []).extend(entry["op_names"])
         return list(found.values())
 
     def without(self, layers: Iterable[str]) -> DependencyGroups:
-        """Leave out the entries of some layers, and of those in a group with them."""
+        """Return the groups without the entries of some layers and of layers in the same groups."""
         out = set(layers)
         groups = {entry.get("dependency_group_id") for entry in self if out & set(entry["op_names"])} - {None}
         return self.with_entries(
@@ -144,7 +145,7 @@ class DependencyGroups(list[dict[str, Any]]):
 def dependency_groups(
     model: torch.nn.Module, example_inputs: Any, config_list: list[dict[str, Any]], *, strict: bool = False
 ) -> DependencyGroups:
-    """Make a config_list that names each layer, with the layers that have to be pruned together in one group.
+    """Make a config_list with an entry for each layer, and with coupled layers in one group.
 
     Parameters
     ----------
@@ -160,46 +161,45 @@ def dependency_groups(
     Returns
     -------
     DependencyGroups
-        A list with one entry for each layer an entry of ``config_list`` selects: the entries in their order, within
-        one the layers in network order. Coupled layers (by a residual addition, say) get a common
-        ``dependency_group_id`` ("group_0", "group_1", ... in network order), which replaces the old one. Layers before
-        or at a grouped convolution or a group norm get ``internal_metric_block``, the number of blocks that have to
-        lose the same number of channels. An ``op_types`` selects classes derived from these too. ``skipped`` holds
-        what was left out, and what can lose a part of its channels only, by name with the reason.
+        One entry for each selected layer: in the order of the entries of ``config_list``, and in network order within
+        an entry. Coupled layers (by a residual addition, say) get a common ``dependency_group_id`` ("group_0",
+        "group_1", ... in network order), which replaces the old one. Layers before or at a grouped convolution or a
+        group norm get ``internal_metric_block``, the number of blocks that must lose equally many channels.
+        ``op_types`` selects derived classes too. ``skipped`` has the reason for each layer that was left out, or that
+        can lose only some channels.
 
     Raises
     ------
     ConfigError
-        If an entry names a layer that isn't there or selects none at all, or the inputs don't fit the model; with
-        ``strict``, if a layer that an entry selects would be left out because it can't lose channels.
+        If an entry names an unknown layer or selects no layer, or the inputs don't fit the model; with ``strict``, if a
+        selected layer, other than the model's output, can't lose channels.
     DataError
-        If a parameter or an input has no values, as on the meta device, or there isn't the memory to run the model.
+        If a parameter or an input has no values, as on the meta device, or memory is too small to run the model.
     SpeedupError
         If the model can't be traced, and an entry names a layer in ``op_names`` or ``strict`` is given.
 
     Notes
     -----
-    Layers that ``op_names`` names are always in the result. Others are left out, in one warning and in ``skipped``,
-    where `to_dense` couldn't remove their channels: those that give the model's output; and those whose channels
-    enter something that needs all of them, or a fixed size in the forward. A dry run finds these by pruning random
-    channels: about two forward passes. A size in an attribute (``self.width``) isn't fixed where it holds a number of
-    channels that the forward only uses to split, slice or view them. A model that can't be traced as a whole is
-    followed part by part, and the outputs of a part are kept.
+    Layers in ``op_names`` are always in the result. Other layers are left out, with one warning and an entry in
+    ``skipped``, if `to_dense` couldn't remove their channels: because they compute the model's output, or because their
+    channels enter an operation that needs all of them or a fixed size in the forward. A dry run, which prunes random
+    channels, finds the latter; it takes about two forward passes. An attribute (``self.width``) isn't a fixed size if
+    the forward only uses it to split, slice or view channels. A model that can't be traced as a whole is traced in
+    parts, and the outputs of each part are kept.
 
-    The channels of a selected layer that is coupled with one that isn't selected can't be removed: ``to_dense`` keeps
-    them, as NNI does; a warning names both, and ``skipped`` has the layer. A depth-wise convolution that isn't selected
-    couples nothing: it follows the layer before it. One that follows several layers at once follows them channel by
-    channel; its entry is left out, since NNI can't state such a group.
-    Where layers share some of their channels, as through a concatenation or a split before an addition, ``ties`` says
-    which. The package's pruners then prune as many channels of each layer as were asked for, as nearly as the coupling
-    allows. NNI's pruners choose for each layer by itself, and `to_dense` keeps every channel that one of them keeps.
-    Layers that share a weight are coupled, as one layer that is called twice is.
+    If a selected layer is coupled with one that isn't selected, ``to_dense`` keeps its channels, as NNI does; a warning
+    names both, and ``skipped`` has the layer. A depth-wise convolution needn't be selected: it loses the channels of
+    the layer before it. If several layers come before it, it gets no entry, because NNI can't express such a group, and
+    loses the channels that these lose. If layers share only some channels, as through a concatenation or a split before
+    an addition, ``ties`` says which. The package's pruners then prune as close to each layer's ratio as the coupling
+    allows. NNI's pruners choose channels for each layer separately, and `to_dense` keeps every channel that any of the
+    layers keeps. Layers that share a weight are coupled, like one layer that is called twice.
 
     Layers that compute queries, keys or values of attention lose whole heads: they get a granularity and a group. The
-    output projection loses rows where every layer that adds to the residual stream is selected, and where ``op_names``
-    names it; otherwise it loses columns, in the group of the heads. ``"granularity": "head"``, which NNI doesn't know,
-    asks for the heads of these layers alone, also of a module that holds them. An entry with a list for granularity
-    keeps it. Units of a recurrent layer without a projection are pruned as heads are, the same in all levels and
+    output projection loses rows if every layer that adds to the residual stream is selected, or if ``op_names`` has it;
+    otherwise it loses columns, in the group of the heads. ``"granularity": "head"``, which NNI doesn't know, selects
+    only the heads of these layers, or of a module that contains them. An entry with a list as granularity keeps it.
+    Units of a recurrent layer without a projection are pruned like heads, the same in all stacked layers and
     directions.
 
     Examples
@@ -223,7 +223,7 @@ def dependency_groups(
 def groups_of(
     analysis: Analysis, config_list: list[dict[str, Any]], *, strict: bool = False, warns: bool = True
 ) -> DependencyGroups:
-    """Return what :func:`dependency_groups` does; without ``warns`` no warning names layers that were left out."""
+    """Do the work of :func:`dependency_groups`; ``warns``: whether to warn of layers that were left out."""
     check_names(analysis.model, config_list)
     analysis = analysis.of(with_known_layers(analysis.model))
     model = analysis.model
@@ -237,27 +237,27 @@ def groups_of(
         untraced = {name: (reasons.untraced_model(of=str(error)),) for name in selected}
         _logger.warning("all layers stay whole and are left out: %s", error)
         return DependencyGroups([], reasons.as_text(untraced), reasons=untraced)
-    # Where heads are asked for, the layers of attention take the place of modules that hold them.
+    # If heads are selected, replace attention modules by their layers.
     selected_entries = list[tuple[frozenset[str], dict[str, Any]]]()
     for names, settings in given.entries:
         asks_for_heads = bool(given.by_head & names)
         selected_entries.append((_parts(names, flow) if asks_for_heads else names, settings))
     selection = _Selection(tuple(selected_entries), given.named, _parts(given.by_head, flow))
-    # By their first call, and after these the modules that are never called.
+    # In the order of first calls, followed by the modules that are never called.
     order = list(dict.fromkeys([*flow.layers, *(name for name, _ in model.named_modules(remove_duplicate=False))]))
     # Layers that share any channel, in network order; a layer without shared channels is a group of its own.
     groups = coupled_names({name: set(flow.group_ids_of(name).tolist()) - {FIXED} for name in flow.layers})
-    # Named layers stay selected in any case: a pruner that can't prune one says so.
+    # Named layers stay selected in any case: a pruner that can't prune one raises.
     unpruned = unprunable_layers(analysis, [name for name in order if name in selection.by_type])
     projections = _projections_by_column(flow, groups, selection, unpruned)
     left_out = {name: why for name, why in unpruned.items() if name not in projections}
-    # An output projection that loses columns keeps its rows, and with these the channels that it shares.
+    # An output projection that loses columns keeps its rows, and so the channels that it shares.
     rows = dict[int, str]()
     for name in projections:
         rows |= dict.fromkeys(flow.group_ids_of(name).tolist(), name)
     rows.pop(FIXED, None)
     for name in order:
-        # What can't lose any in the first place has a reason of its own.
+        # Layers that can't lose channels anyway have a reason already.
         if name in selection.by_type and name in flow.layers and name not in {*projections, *left_out}:
             for group_id in flow.group_ids_of(name).tolist():
                 if group_id in rows:
@@ -276,7 +276,7 @@ def groups_of(
             else:
                 left_out[name] = (reasons.no_heads(),)
     by_row = selection.layers - left_out.keys() - projections.keys()
-    in_part = dict[str, Reasons]()  # why some channels stay, of layers that lose others
+    in_part = dict[str, Reasons]()  # by layer that loses some channels, why it keeps others
     for name in flow.layers:
         if name in by_row and FIXED in flow.group_ids_of(name):
             in_part[name] = flow.why_pinned(name)
@@ -287,7 +287,7 @@ def groups_of(
     group_settings, followers = _settings(flow, projections, by_row | projections.keys()), _followers(flow)
     entries = []
     for names, settings in selection.entries:
-        # A user's blocks, NNI's 64 by 64, say, make no group: which heads are kept shows when there are masks.
+        # A user's blocks, such as NNI's 64 by 64, make no group: the masks decide which heads are kept.
         has_blocks = isinstance(settings.get("granularity"), list)
         for name in order:
             if name in names and name not in left_out and name not in followers:
@@ -312,7 +312,7 @@ def groups_of(
     heads = [name for name in flow.layers if name in by_row and flow.reaches_output(name)]
     if warns and heads:
         _logger.warning("the layer that gives the model's output should be excluded, got %s", ", ".join(heads))
-    # A pruner that can't prune a named layer says so.
+    # For a named layer, a pruner that can't prune it raises instead.
     listed_layers = [name for name in skipped if name in left_out or name not in selection.named]
     found = left_out | in_part | alone
     return DependencyGroups(
@@ -327,32 +327,32 @@ def groups_of(
 
 @dataclasses.dataclass(frozen=True)
 class _Selection:
-    """What a config_list selects."""
+    """The layers that a config_list selects."""
 
-    entries: tuple[tuple[frozenset[str], dict[str, Any]], ...]  # names, and settings other than those that select
+    entries: tuple[tuple[frozenset[str], dict[str, Any]], ...]  # names, and the settings that don't select layers
     named: frozenset[str]  # by ``op_names``
-    by_head: frozenset[str]  # those of which heads are asked for
+    by_head: frozenset[str]  # whose heads are selected
 
     @cached_property
     def layers(self) -> frozenset[str]:
-        """All that any entry selects."""
+        """All selected layers."""
         return frozenset().union(*(names for names, _ in self.entries))
 
     @cached_property
     def by_type(self) -> frozenset[str]:
-        """Those of them that no entry names."""
+        """Selected layers that no entry names."""
         return self.layers - self.named
 
 
 def _select(model: torch.nn.Module, config_list: list[dict[str, Any]]) -> _Selection:
-    """Return what the entries of a config_list select, as NNI reads them, derived classes included."""
+    """Return the layers that a config_list selects, by NNI's rules, and layers of derived classes."""
     listed: Any = ListedModules(model)
     entries, named, by_head = list[tuple[frozenset[str], dict[str, Any]]](), set[str](), set[str]()
     for index, config in enumerate(trans_legacy_config_list(copy.deepcopy(config_list))):
         named.update(config.get("op_names") or ())
         if config.get("op_types"):
             types = {*config["op_types"], *derived_types(model, config["op_types"])}
-            # PyTorch puts a derived class in place of a layer's where it parametrizes a weight.
+            # PyTorch changes a layer's class to a derived one when it parametrizes a weight.
             parametrized = {type(module) for module in model.modules() if is_parametrized(module)}
             types |= {kind.__name__ for kind in parametrized if kind.__bases__[0].__name__ in types}
             config["op_types"] = sorted(types)
@@ -360,14 +360,14 @@ def _select(model: torch.nn.Module, config_list: list[dict[str, Any]]) -> _Selec
         if asks_for_heads:
             del config["granularity"]
         modules, settings, _ = select_modules_by_config(listed, config)
-        # PEFT's layers have the type's name of the layer within them, which is selected by itself, and its weight.
+        # PEFT's layers have the type name and the weight of the layer within them, which is selected anyway.
         modules = {
             name: module
             for name, module in modules.items()
             if is_parametrized(module) or not isinstance(getattr(type(module), "weight", None), property)
         }
         if asks_for_heads:
-            # A pattern for attention modules matches what is in them, too, such as dropout.
+            # A pattern for attention modules also matches modules within them, such as dropout.
             modules = {name: module for name, module in modules.items() if next(module.parameters(), None) is not None}
         if not modules:
             told = f"every entry of a config_list must select a layer, got none for {config}"
@@ -375,7 +375,7 @@ def _select(model: torch.nn.Module, config_list: list[dict[str, Any]]) -> _Selec
             unknown = [kind for kind in config.get("op_types") or () if kind not in kinds]
             hints = [f"; of op_types {kind!r}: {hint_of(kind, kinds)}" for kind in unknown]
             raise ConfigError(f"{told}{''.join(hints)} (config_list[{index}])")
-        derived_types(torch.nn.ModuleList(modules.values()), PruningSetting.registry)  # of named layers, too
+        derived_types(torch.nn.ModuleList(modules.values()), PruningSetting.registry)  # named layers, too
         entries.append((frozenset(modules), settings))
         by_head.update(modules if asks_for_heads else ())
     return _Selection(tuple(entries), frozenset(named), frozenset(by_head))
@@ -384,10 +384,9 @@ def _select(model: torch.nn.Module, config_list: list[dict[str, Any]]) -> _Selec
 def _projections_by_column(
     flow: ChannelFlow, groups: list[list[str]], selection: _Selection, unpruned: Mapping[str, Reasons]
 ) -> dict[str, Attention]:
-    """Return the output projections that lose columns, those of pruned heads, and no rows.
+    """Return the output projections that lose the columns of pruned heads, and no rows.
 
-    An output projection can lose rows, as other layers do, with all layers of its group, if none of these was asked for
-    heads.
+    An output projection loses rows instead if all layers of its group can, and none of these was selected by head.
     """
     prunable = selection.layers - unpruned.keys()
     found = dict[str, Attention]()
@@ -406,7 +405,7 @@ def _projections_by_column(
 
 
 def _parts(names: frozenset[str], flow: ChannelFlow) -> frozenset[str]:
-    """Replace a module that holds attention by the layers of the attention."""
+    """Replace attention modules by their layers."""
     holders = {name for name in names - flow.heads.keys() if name in flow.attention}
     inner = set[str]()
     for name in holders:
@@ -415,7 +414,7 @@ def _parts(names: frozenset[str], flow: ChannelFlow) -> frozenset[str]:
 
 
 def unprunable_layers(analysis: Analysis, names: Sequence[str]) -> dict[str, Reasons]:
-    """Return which of some layers have to keep all channels, and why."""
+    """Return the layers that must keep all channels, and why."""
     flow, held = analysis.flow, analysis.unprunable
     skipped = dict[str, Reasons]()
     for name in names:
@@ -459,14 +458,13 @@ def _is_used(flow: ChannelFlow, model: torch.nn.Module, name: str) -> bool:
 
 
 def held_by_unselected(flow: ChannelFlow, groups: Iterable[Collection[str]]) -> dict[str, tuple[str, ...]]:
-    """Return, by selected layer that can lose no channel, the layers that would have to be selected with it.
+    """Return, by selected layer that can't lose channels, the layers that would have to be selected with it.
 
-    ``groups`` are the selected layers, those that lose the same channels or heads together. An output projection that
-    loses the columns of heads shares its rows with layers that needn't be selected, so a group is held as a whole or
-    not at all.
+    ``groups``: the selected layers, grouped by the channels or heads that they lose together. An output projection that
+    loses columns shares its rows with layers that needn't be selected, so a group is held as a whole or not at all.
     """
     selected = {name for group in groups for name in group}
-    owners = dict[int, list[str]]()  # by shared channel, the layers that aren't selected
+    owners = dict[int, list[str]]()  # by channel, the unselected layers that share it
     for name, layer in flow.layers.items():
         if name not in selected and not layer.depthwise:  # a depth-wise convolution follows the layer before it
             for group_id in set(flow.group_ids_of(name).tolist()) - {FIXED}:
@@ -488,14 +486,14 @@ def _settings(
 ) -> dict[str, dict[str, Any]]:
     """Return the keys that dependency groups add to entries; `projections` lose the columns of heads."""
     blocks = blocks_of(flow)
-    # NNI can state only groups whose layers are tied channel i to channel i.
+    # NNI can express only groups that couple channel i of each layer with channel i of the others.
     stated: dict[tuple[int, ...], list[str]] = {}
     for name in flow.layers:
         own = next(iter(projections[name].channels)) if name in projections else name
         group_ids = tuple(flow.group_ids(flow.unit_channel_ids(own)).tolist())
         if set(group_ids) != {FIXED}:
             stated.setdefault(group_ids, []).append(name)
-    # A recurrent layer is a group of its two weights.
+    # These need a group even alone: recurrent layers, for their two weights, and layers with blocks.
     alone = {name for name, each in flow.heads.items() if each.recurrent}
     alone |= {name for name, count in blocks.items() if count > 1}
     settings: dict[str, dict[str, Any]] = {}
@@ -523,11 +521,11 @@ def _settings(
 
 
 def _followers(flow: ChannelFlow) -> set[str]:
-    """Return depthwise convolutions whose channels come from several layers, in another order, or several from each."""
+    """Return depth-wise convolutions after several layers, with reordered channels, or with several for each input."""
 
     def key(name: str) -> tuple[bytes, bytes]:
-        # By channel and by unit: a depth-wise convolution that makes two channels of each is pruned by single ones, and
-        # no group holds it together with a layer that is pruned by pairs.
+        # By channel and by unit: a depth-wise convolution that makes two channels of each input is pruned by single
+        # ones, so it can't be in a group with a layer that is pruned by pairs.
         return flow.group_ids_of(name).tobytes(), flow.group_ids(flow.unit_channel_ids(name)).tobytes()
 
     owners = [name for name, layer in flow.layers.items() if not layer.depthwise]
@@ -541,7 +539,7 @@ def _followers(flow: ChannelFlow) -> set[str]:
 
 
 def by_reason(skipped: Mapping[str, str]) -> dict[str, list[str]]:
-    """Collect layers by the reason why they keep all channels."""
+    """Group layers by the reason why they keep channels."""
     found: dict[str, list[str]] = {}
     for name, why in skipped.items():
         found.setdefault(why, []).append(name or "the model itself")

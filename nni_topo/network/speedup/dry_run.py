@@ -1,7 +1,7 @@
-"""A dry run: prune random channels, and run the network with them at zero and the one without them node by node.
+"""A dry run: prune random channels, then compare the masked and the smaller network node by node.
 
-This checks what the rules say of single operations on every operation of the model: that it runs on fewer channels at
-all, and that its result for the kept channels doesn't depend on the pruned ones.
+This checks on the whole model what the rules state about single operations: that each runs on fewer channels, and that
+its result for the kept channels doesn't depend on the pruned ones.
 """
 
 from __future__ import annotations
@@ -46,33 +46,33 @@ if TYPE_CHECKING:
 
 _SIDES = (33, 64)  # pixels of small images; strides halve 33 to 17, 9, 5, 3 and 2
 _MOST_COLOURS = 64  # channels of images
-_ROUNDS = 24  # each finds about half of the unprunable channels that weren't found yet
+_ROUNDS = 24  # each finds about half of the remaining unprunable channels
 
-_DRAWS = 5  # of random weights and inputs, as long as the network fails on them
+_DRAWS = 5  # attempts with other random weights and inputs if the network fails
 
 
 @as_written()
 def find_unprunable(analysis: Analysis) -> dict[int, Reason]:
-    """Return the channels that a dry run finds unprunable: the reason, by group id."""
+    """Return the unprunable channels that a dry run finds: the reason, by group id."""
     flow = analysis.flow
     for seed in range(_DRAWS):
         try:
             held = _found_with(analysis, seed)
-        except Exception as error:  # with these weights and inputs a network may fail, in as many ways as it does
+        except Exception as error:  # a network may raise anything on random weights and inputs
             if out_of_memory(error):
                 raise
-            # With others it may not: where a router gives no token to an expert, the expert isn't called.
+            # Others may work: an expert, for example, isn't called if the router gives it no token.
             reason = reasons.dry_run_failed(of=raised(error))
             continue
         if held is not None:
             return held
-        reason = reasons.never_settled()  # where the last round still found channels, nothing is sure
+        reason = reasons.never_settled()  # the last rounds still found channels, so more may be left
         break
     return dict.fromkeys(np.concatenate([flow.group_ids_of(name) for name in flow.layers]).tolist(), reason)
 
 
 def _found_with(analysis: Analysis, seed: int) -> dict[int, Reason] | None:
-    """Return the unprunable channels that dry runs find on random weights and inputs; None if it finds ever more."""
+    """Return the unprunable channels that dry runs find on random weights and inputs; None if the last find some."""
     flow, held = analysis.flow, dict[int, Reason]()
     drawing = np.random.default_rng(0)
     with random_state_kept(), torch.no_grad():
@@ -87,7 +87,7 @@ def _found_with(analysis: Analysis, seed: int) -> dict[int, Reason] | None:
         if analysis.depends_on_size and analysis.second is not None:
             held.update(dict.fromkeys(_differing(flow, analysis.second.flow).tolist(), reasons.depends_on_size()))
         for turn in range(_ROUNDS):
-            # In turn: every block loses a part, as pruners choose; some blocks are pruned as a whole, as masks may.
+            # Alternate: prune part of every block, as pruners do; prune some whole blocks, as masks may.
             in_parts = bool(flow.blocks) and turn % 2 == 0
             is_kept = _draw(flow, held, drawing, halves if in_parts else {}, in_parts=in_parts)
             found = _found_on(calls, _DryRun(flow, is_kept, full))
@@ -99,10 +99,10 @@ def _found_with(analysis: Analysis, seed: int) -> dict[int, Reason] | None:
 
 
 def _differing(flow: ChannelFlow, other: ChannelFlow) -> np.ndarray:
-    """Return the channels whose coupling isn't the same at a second size: group ids of ``flow``, int, (groups,).
+    """Return the channels whose coupling differs at a second size: group ids of ``flow``, int, (groups,).
 
-    ``flow``, ``other``: how channels go through the network at both sizes. The coupling of a channel is the same if
-    both the channels that can only be removed with it and the layers that read it are the same.
+    ``flow``, ``other``: the channel flow at both sizes. The coupling of a channel is the same if the same channels must
+    be removed with it and the same layers read it.
     """
     pairs = [(flow.group_ids_of(name), other.group_ids_of(name)) for name in flow.layers if name in other.layers]
     for name, parameter in flow.free_parameters.items():
@@ -114,7 +114,7 @@ def _differing(flow: ChannelFlow, other: ChannelFlow) -> np.ndarray:
         entering = flow.entering_group_ids(name), other.entering_group_ids(name)
         if len(entering[0]) == len(entering[1]):
             pairs.append(entering)
-        else:  # above all a layer that doesn't run at the first size
+        else:  # usually a layer that doesn't run at the first size
             read_elsewhere.append(entering[1])
     met = np.unique(np.concatenate([np.stack(pair, 1) for pair in pairs]), axis=0)
     ones, others = met.T
@@ -127,14 +127,14 @@ def _differing(flow: ChannelFlow, other: ChannelFlow) -> np.ndarray:
 def _found_on(calls: list[Call], dry_run: _DryRun) -> dict[int, Reason]:
     """Return the unprunable channels that a dry run finds, by group id, and why.
 
-    ``calls``: inputs of the network, small ones first. Those that it doesn't run on, and those that show an unprunable
-    channel, are taken off the list, but for the last one, whose answer counts.
+    ``calls``: inputs of the network, small ones first. Inputs on which it fails or finds an unprunable channel are
+    removed from the list, except the last one, whose result is returned.
     """
     while len(calls) > 1:
         try:
             if not dry_run.run(calls[0][0]):
                 return {}
-        except Exception as error:  # sizes may be written into the graph
+        except Exception as error:  # fixed sizes in the graph may not fit
             if out_of_memory(error):
                 raise
         del calls[0]
@@ -142,12 +142,12 @@ def _found_on(calls: list[Call], dry_run: _DryRun) -> dict[int, Reason]:
 
 
 def _cropped(call: Call, side: int) -> Call:
-    """Return a call with the first two images, cropped to ``side`` pixels; unless all tensors are images: the call."""
+    """Crop the first two images to ``side`` pixels; return the call unchanged unless all tensors are images."""
     if any(each.dim() != 4 for each in tensors_of(call)):
         return call
 
     def crop(images: Tensor) -> Tensor:
-        # Tensors of many channels are taken for features, whose size another input may have to match.
+        # Tensors with many channels are assumed to be features, whose size may have to match another input's.
         return images[:2, :, :side, :side] if images.shape[1] < _MOST_COLOURS else images
 
     small: Call = tree_map_only(Tensor, crop, call)
@@ -155,10 +155,10 @@ def _cropped(call: Call, side: int) -> Call:
 
 
 class _RandomNumbers:
-    """Random numbers for a network's weights, which layers share: to draw them all takes longer than to run it."""
+    """Random weights from one shared buffer, because drawing them all takes longer than running the network."""
 
     _DRAWN = 262_147  # a prime, so that no two rows of a layer hold the same numbers
-    _APART = 4096  # layers begin at different places
+    _APART = 4096  # layers start at different offsets
 
     def __init__(self, draw: Callable[..., Tensor]) -> None:
         self._drawn = draw(self._DRAWN, device="cpu")
@@ -171,14 +171,14 @@ class _RandomNumbers:
         if key not in self._scaled or self._scaled[key].numel() < count:
             scaled = (self._drawn[:count] * scale + shift).to(weight.device)
             self._scaled[key] = scaled.repeat(-(-count // scaled.numel()))
-        # An even place: complex numbers can be seen in the weights from there alone.
+        # An even offset: only there can the numbers be viewed as complex.
         self._start = (self._start + 102) % self._APART
         return self._scaled[key][self._start : self._start + weight.numel()].view(weight.shape)
 
 
 def _randomized(analysis: Analysis) -> tuple[GraphModule, Call]:
     """Return the graph of a model with random weights, in single precision, and the values of its placeholders."""
-    # Weights under which nothing is zero or cancels by chance.
+    # With these weights, nothing is zero or cancels by chance.
     drawn: nn.Module = evaluating(unwrapped_copy(analysis.model, light=True))
     normal, uniform = _RandomNumbers(torch.randn), _RandomNumbers(torch.rand)
 
@@ -197,7 +197,7 @@ def _randomized(analysis: Analysis) -> tuple[GraphModule, Call]:
             return torch.float32
         return torch.complex64 if value is torch.complex128 else value
 
-    # Types that are arguments in the graph.
+    # Convert dtypes that are arguments in the graph.
     for node in full.graph.nodes:
         node.args, node.kwargs = map_aggregate(node.args, single), map_aggregate(node.kwargs, single)
     full.recompile()
@@ -208,9 +208,9 @@ def _randomized(analysis: Analysis) -> tuple[GraphModule, Call]:
 def _draw(
     flow: ChannelFlow, held: dict[int, Reason], drawing: np.random.Generator, halves: Shares, *, in_parts: bool
 ) -> np.ndarray:
-    """Draw which channels stay, bool, by group id: about half of the prunable ones.
+    """Draw which channels are kept, bool, by group id: about half of the prunable ones.
 
-    At least one channel of every layer stays, and one of those that enter it.
+    Every layer keeps at least one output channel and one input channel.
     """
     is_kept: np.ndarray = drawing.random(flow.size) < 0.5
     for blocks in flow.blocks if in_parts else ():
@@ -231,7 +231,7 @@ def _draw(
     for name in flow.layers:
         group_ids = flow.group_ids_of(name)
         is_kept[group_ids[0]] |= not is_kept[group_ids].any()
-        # Of few heads all may be drawn, and then nothing would be said of the layer. Blocks lose equally many already.
+        # With few heads, all may be kept, which would test nothing. ``in_parts``: blocks already lose equally many.
         if not in_parts and is_kept[group_ids].all():
             prunable = np.setdiff1d(group_ids, [FIXED, *flow.at_output, *held])
             is_kept[prunable[1:2]] = False
@@ -242,7 +242,7 @@ def _draw(
 
 
 class _DryRun:
-    """One run of the masked and of the smaller network, node by node."""
+    """Run the masked and the smaller network node by node, and compare them."""
 
     def __init__(self, flow: ChannelFlow, is_kept: np.ndarray, full: GraphModule) -> None:
         self.flow, self.is_kept, self.full = flow, is_kept, full
@@ -263,8 +263,8 @@ class _DryRun:
         if self._uncut:
             return self._uncut
         self._found: dict[int, Reason] = {}
-        self._values: dict[Node, tuple[Any, Any]] = {}  # what a node gives in both networks
-        # By node, the pruned channels that enter it with values other than zero, by the node that they come from.
+        self._values: dict[Node, tuple[Any, Any]] = {}  # a node's outputs in both networks
+        # By node and parent node, the pruned channels that enter with nonzero values.
         self._arriving: dict[Node, dict[Node, np.ndarray]] = {}
         self._args, inputs = args, iter(args)
         last_reader = dict[Node, Node]()
@@ -288,7 +288,7 @@ class _DryRun:
 
     def _step(self, node: Node) -> None:
         if node.op == "get_attr":
-            # Its size is compared where it is used, which may be for its type or device alone.
+            # Its size is compared where it is used: a reader may need only its dtype or device.
             full = self._called(node, self.full, 0)
             self._values[node] = self._masked(node, full), self._called(node, self.small, 1)
             return
@@ -302,7 +302,7 @@ class _DryRun:
         reason: Reason | None = None
         try:
             actual = self._called(node, self.small, 1)
-            # Of attention's outputs the first: its weights are compared where something reads them.
+            # Compare only attention's first output; attention weights are compared where a node reads them.
             compared = slice(1 if self._is_attention(node) else None)
             outputs = (tree_flatten(each)[0][compared] for each in (expected, actual))
             for wanted, given in zip(*outputs, strict=True):
@@ -314,15 +314,15 @@ class _DryRun:
                     reason = reasons.result_depends(node)
                 if reason:
                     break
-        except Exception as error:  # an operation fails in as many ways as there are operations
+        except Exception as error:  # an operation may raise anything
             if out_of_memory(error):
                 raise
             actual, reason = None, reasons.fixed_sizes(node, error)
         if not reason and UNSHOWN in node.meta and full != actual:
-            reason = reasons.number_made(node)  # which the forward of the dense model would compute anew
+            reason = reasons.number_made(node)  # the dense model's forward would compute another number
         if not reason and (reads_others or (arriving and node.name in self.flow.summed)):
-            reason = reasons.result_depends(node)  # though not by much with these numbers
-        # A single picked channel may be used for its size alone: its readers show that.
+            reason = reasons.result_depends(node)  # even if only a little with these numbers
+        # A single selected channel may be used only for its size: its readers show that.
         ids = self.flow.ids.get(node.name)
         is_picked = has_property(node, "picks_one") and isinstance(ids, Tensor) and ids.numel() == 1
         if reason and not (reason.kind == "result_depends" and is_picked):
@@ -333,7 +333,7 @@ class _DryRun:
     def _reads_others(self, node: Node) -> bool:
         """Tell whether a node's result for the kept channels depends on the pruned ones.
 
-        The pruned channels get NaN, which shows wherever they are read, however little their values would matter.
+        Pruned channels are set to NaN, which reaches every result that reads them, however small their influence.
         """
         poisoned = dict[Node, Any]()
         for parent in node.all_input_nodes:
@@ -347,12 +347,12 @@ class _DryRun:
                         pruned = ~self._stays(ids).to(value.device)
                         leaves[at].masked_fill_(pruned.expand(value.shape), torch.nan)
             poisoned[parent] = tree_unflatten(leaves, spec)
-        # Clones, for the node may write into what it gets.
+        # Clones, because the node may change its inputs in place.
         plain = {parent: tree_map_only(Tensor, Tensor.clone, self._values[parent][0]) for parent in poisoned}
         try:
             without_nan = tensors_of(self._cut(node, self._called(node, self.full, 0, values=plain)))
             with_nan = tensors_of(self._cut(node, self._called(node, self.full, 0, values=poisoned)))
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:  # what takes no NaN is compared alone
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:  # rejects NaN: only compared
             if out_of_memory(error):
                 raise
             return False
@@ -370,7 +370,7 @@ class _DryRun:
     ) -> Any:
         """Compute a node's output in one of the networks.
 
-        ``values``: the outputs of the nodes before it, if not those in this network.
+        ``values``: outputs of its parent nodes to use instead of this network's.
         """
         if node.op == "get_attr":
             return attrgetter(str(node.target))(module)
@@ -388,11 +388,11 @@ class _DryRun:
                 value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
             else:
                 value = node.target(*args, **kwargs)  # type: ignore[operator]
-        # Memory that isn't written to yet holds anything, and not the same in both networks.
+        # Uninitialized memory differs between the two networks.
         return value.zero_() if has_property(node, "is_unset") else value
 
     def _without_removed(self, name: str, layer: nn.Module) -> nn.Module:
-        """Return a module that norms without removed channels, or reads zeros in their place; or the module itself."""
+        """Return a copy of a module that computes without removed channels; or the module itself if none is removed."""
         kept = torch.from_numpy(np.asarray(self.is_kept[self.flow.entering_group_ids(name)]))
         pruned = torch.from_numpy(~self.is_kept[self.flow.group_ids_of(name)]) if name in self.flow.layers else ~kept
         if kept.all() and not pruned.any():
@@ -401,14 +401,14 @@ class _DryRun:
         layer._parameters = dict(layer._parameters)
         layer._forward_pre_hooks, layer._forward_pre_hooks_with_kwargs = OrderedDict(), OrderedDict()
         leave_out_of(layer, kept, self.flow, name)
-        if is_recurrent(layer):  # its other units read the pruned ones
+        if is_recurrent(layer):  # other units read the pruned units
             layer = copy.deepcopy(layer)
             for parameter in layer.parameters():
                 parameter[pruned.to(parameter.device)] = 0
         return layer
 
     def _masked(self, node: Node, value: Any) -> Any:
-        """Zero the pruned channels of layers and parameters."""
+        """Zero the pruned channels in a node's output, if it is a layer, parameter or attention."""
         if self._is_attention(node):
             (context, *others), spec = tree_flatten(value)
             pruned = ~self._stays(tree_flatten(self.flow.ids[node.name])[0][0]).to(context.device)
@@ -424,7 +424,7 @@ class _DryRun:
         return torch.from_numpy(np.asarray(self.is_kept[self.flow.group_ids(ids.numpy())]))
 
     def _cut(self, node: Node, value: Any) -> Any:
-        """Take pruned channels out of a node's output tensors."""
+        """Remove pruned channels from a node's output tensors."""
         if self._order is not None and node.name in self._order.reordered:
             return self._order.select(node, value)
         leaves, spec = tree_flatten(value)
@@ -445,7 +445,7 @@ class _DryRun:
         return node.target is attend or not (known is None or known.recurrent)
 
     def _tensors_before(self, node: Node) -> list[Node]:
-        """List the nodes whose tensors a node reads, itself or through sizes computed from them."""
+        """List the nodes whose tensors a node reads, directly or through sizes computed from them."""
         found, waiting = dict[Node, None](), list(node.all_input_nodes)
         while waiting:
             parent = waiting.pop()
@@ -478,15 +478,15 @@ class _DryRun:
         return np.concatenate(found)
 
     def _blame(self, node: Node, entering: dict[Node, np.ndarray], reason: Reason) -> None:
-        """Keep the channels that caused a difference: pruned ones that aren't zero, else the heads', else all inputs'.
+        """Mark the channels that caused a difference: nonzero pruned inputs, else the heads', else all inputs'.
 
-        Where no pruned channel enters, those that a layer itself makes are to blame; of another node, the nearest
-        before it, for sizes that were taken of these may be wrong.
+        If no pruned channel enters, a layer's own output channels are marked; for another node, the nearest pruned
+        channels before it, because sizes computed from these may be wrong.
         """
         alive = np.concatenate([*entering.values(), np.zeros(0, dtype=np.int64)])
         group_ids = np.zeros(0, dtype=np.int64)
         if not len(alive) and self._is_attention(node):
-            # The layers of attention that it reads its input with are cut to it, so the heads come first.
+            # Attention's input layers are cut to fit its input, so blame the heads first.
             holder: Any = node.args[0] if node.target is attend else node
             attention = self.flow.attention[str(holder.target)]
             group_ids = np.unique(np.concatenate([self.flow.group_ids_of(layer) for layer in attention.channels]))
@@ -496,7 +496,7 @@ class _DryRun:
         if not self.is_kept[group_ids].all():
             blamed = group_ids[group_ids > FIXED].tolist()
         elif str(node.target) in self.flow.layers:
-            # Such as a layer with parameters of its own, which aren't cut with its weight.
+            # Such as a layer with additional parameters, which aren't cut with its weight.
             blamed = self._removed_at(str(node.target))
         else:
             blamed, level, seen = list[int](), list(node.all_input_nodes), set[Node]()
@@ -512,11 +512,11 @@ class _DryRun:
             self._found.setdefault(group_id, reason)
 
     def _ids_of(self, nodes: Iterable[Node]) -> list[np.ndarray]:
-        """List the channel ids of the tensors that nodes give."""
+        """List the channel ids of nodes' output tensors."""
         return [ids.numpy().ravel() for node in nodes for ids in tensors_of(self.flow.ids.get(node.name))]
 
     def _source(self, reader: Node) -> Node:
-        """Find the operation that turns pruned channels, zero before it, into the values that enter a node."""
+        """Find the operation that turns pruned channels from zero into the values that enter a node."""
         source = reader
         while True:
             before = source
@@ -528,7 +528,7 @@ class _DryRun:
                 return source
 
     def _removed_at(self, name: str) -> list[int]:
-        """List the pruned channels that enter or leave a module; without any, all pruned channels of the network."""
+        """List the pruned channels that enter or leave a module; if none do, all pruned channels of the network."""
         leaving = [self.flow.group_ids_of(name)] if name in self.flow.layers else []
         return self._pruned([*leaving, self.flow.entering_group_ids(name)]) or self._removed()
 

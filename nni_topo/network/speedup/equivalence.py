@@ -1,8 +1,8 @@
 """The masked model, and the check that a dense model equals it.
 
-NNI's masked model multiplies weights by masks and no more: after a batch norm a removed channel is its
-bias, no longer zero, and what follows sees it. In the dense model the channel isn't there. So
-here everything that works on single channels is pruned with the channel.
+NNI's masked model only multiplies weights by masks: after a batch norm, a removed channel is a constant other than
+zero, which later layers read. The dense model has no such channel. So here the per-channel parameters of later
+operations are masked too.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ from nni_topo.network.speedup.reconcile import (
 from nni_topo.rules import FLAG
 from nni_topo.sharing import find_ties, tie_again, untie
 
-_RTOL = 1e-4  # of the largest output; a tenth of it is above rounding in single precision
+_RTOL = 1e-4  # relative to the largest output; a tenth of it is above rounding in single precision
 _Variation = tuple[float, float]
-"""A factor and a shift of inputs: the shift is added first, then the factor multiplies."""
-# Shifted both ways, as weights that were trained may tell these apart.
+"""A factor and a shift: inputs become ``(input + shift) * factor``."""
+# Shifted both ways, because trained weights may respond to only one.
 _VARIATIONS: tuple[_Variation, ...] = ((0.01, 0.0), (100.0, 0.0), (1.0, 3.0), (1.0, -3.0))
 
 
 def apply_masks(model: torch.nn.Module, masks: FullMasks, *, light: bool = False) -> torch.nn.Module:
     """Return a copy of a model in which weights and biases are multiplied by their masks.
 
-    ``light``: parameters that no mask changes use the memory of the model's, which mustn't be written to then.
+    ``light``: unmasked parameters share the model's memory, so they must not be changed in place.
     """
     reference: torch.nn.Module = detached_copy(model, light=light)
     ties = find_ties(reference)
@@ -85,27 +85,27 @@ def check_equal(
 ) -> str:
     """Raise a SpeedupError unless two models agree, to 1e-4 of the largest output, on random inputs.
 
-    The floats among these come as they are, in other scales and shifted, as small numbers and large ones ask different
-    things of an operation. Returns in words what was compared.
+    Floats are also scaled and shifted, because operations may treat small and large numbers differently. Returns a
+    description of the compared inputs.
     """
     drawn = random_like(call, torch.Generator().manual_seed(1))
     pair, has_floats = (reference, dense), any(each.is_floating_point() for each in tensors_of(drawn))
     variations = _VARIATIONS if has_floats else ()
-    # Usually one run shows it for all inputs at once, in double precision only where that is needed.
+    # Usually one run on a batch of all inputs is enough, in double precision only if needed.
     batch = _together(drawn, variations) if variations else first_samples(drawn)
     is_half = any(each.dtype in (torch.float16, torch.bfloat16) for each in reference.parameters())
     for double in (True,) if is_half else (False, True):
         agreed = None if batch is None else _agreed(pair, batch, 1 + len(variations), double=double)
         if agreed is not None:
             return _told(drawn, [variation for at, variation in enumerate(variations, 1) if at in agreed])
-    # Otherwise each input is looked at.
+    # Otherwise compare each input separately.
     compared = list[_Variation]()
     _check_one(pair, drawn, kept, advise)
     for variation in variations:
         other = _varied(drawn, variation)
         try:
             outputs = _outputs(reference, other, double=True)
-        except Exception:  # a model needn't take all that is a number
+        except Exception:  # a model may reject some numbers
             continue
         if all(bool(each.isfinite().all()) for each in outputs):
             _check_one(pair, other, kept, advise, variation)
@@ -125,7 +125,7 @@ def _varied(call: Call, variation: _Variation) -> Call:
 
 
 def _together(call: Call, variations: tuple[_Variation, ...]) -> Call | None:
-    """Return a batch of a call's first sample and its variations; None if floats aren't samples first."""
+    """Return a batch of a call's first sample and its variations; None if a float tensor isn't a batch."""
     size = batch_size(call)
     for tensor in tensors_of(call):
         if tensor.is_floating_point() and (tensor.dim() == 0 or len(tensor) != size):
@@ -141,7 +141,7 @@ def _together(call: Call, variations: tuple[_Variation, ...]) -> Call | None:
 
 
 def _told(compared: Call, variations: list[_Variation]) -> str:
-    """Return in words on which inputs two models were compared."""
+    """Describe the inputs on which two models were compared."""
     shapes = " and ".join(str(tuple(each.shape[1:])) for each in tensors_of(compared))
     others = "".join(f", {_named(each)}" for each in variations)
     return f"random inputs of shape {shapes}{others}"
@@ -155,16 +155,16 @@ def _named(variation: _Variation) -> str:
 def _agreed(
     pair: tuple[torch.nn.Module, torch.nn.Module], batch: Call, blocks: int, *, double: bool
 ) -> set[int] | None:
-    """Return the inputs of one batch on which two models agree; None unless that is all that give finite numbers."""
+    """Return the indices of a batch's inputs with finite outputs; None unless two models agree on all of these."""
     try:
         expected, actual = (_outputs(model, batch, double=double) for model in pair)
-    except Exception:  # not every model takes another scale or as many samples; or memory is short
+    except Exception:  # a model may reject another scale or batch size, or run out of memory
         return None
     if [each.shape for each in expected] != [each.shape for each in actual]:
         return None
     finite = set(range(blocks))
     for one, other in zip(expected, actual, strict=True):
-        # A loss, say, has no dimension to be cut along.
+        # A loss, for example, has no batch dimension to split.
         parts = blocks if one.dim() and len(one) % blocks == 0 else 1
         pairs = zip(one.chunk(parts), other.chunk(parts), strict=True) if parts > 1 else [(one, other)]
         for at, (wanted, given) in enumerate(pairs):
@@ -183,7 +183,7 @@ def _check_one(
     variation: _Variation | None = None,
 ) -> None:
     """Raise a SpeedupError unless two models agree on one input."""
-    # In double precision two models that are equal differ by 1e-12 and less however deep they are.
+    # In double precision, equal models differ by at most 1e-12, however deep they are.
     for double in (True, False):
         records: list[dict[str, torch.Tensor]] = [{}, {}]
         try:
@@ -191,7 +191,7 @@ def _check_one(
                 _outputs(model, drawn, kept, record, double=double) for model, record in zip(pair, records, strict=True)
             )
             break
-        except Exception as error:  # a user's forward may raise anything, such as for a type that it doesn't take
+        except Exception as error:  # a user's forward may raise anything, for example for an unsupported dtype
             if double:
                 continue
             if out_of_memory(error) or isinstance(error, NniTopoError):
@@ -225,7 +225,7 @@ def _outputs(
     *,
     double: bool = False,
 ) -> list[torch.Tensor]:
-    """Run a copy of a model; ``record`` gets the outputs of the first calls of the modules that are looked at."""
+    """Run a copy of a model; ``record`` gets the output of each ``looked_at`` module's first call."""
     runner = evaluating(in_double(model) if double else detached_copy(model, light=True))
 
     def look(name: str, _: Any, output: Any) -> None:
@@ -237,18 +237,18 @@ def _outputs(
         module = runner.get_submodule(name)
         if not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
             looks.append((module, partial(look, name)))
-    # What a forward does in place to its inputs mustn't reach the other model. Both draw the same random numbers.
+    # Clones, because a forward may change its inputs in place. Both models draw the same random numbers.
     args, kwargs = tree_map_only(torch.Tensor, torch.clone, call_in_precision(call, torch.float64) if double else call)
     with torch.no_grad(), random_state_kept(), watched(leaving=looks):
         return returned_tensors(runner(*args, **kwargs))
 
 
 def _first_difference(expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor], kept: KeptIndices) -> str:
-    """Return in words from which module on the outputs differ."""
+    """Describe which module is the first whose output differs."""
     for name, full in expected.items():
         small = actual.get(name)
         for d, indices in enumerate(kept[name][1:], start=1):
-            # The inputs may have more places than the example, which all stay.
+            # The inputs may have more positions than the example; all are kept.
             if small is not None and small.dim() == full.dim() and len(indices) == small.shape[d] < full.shape[d]:
                 full = full.index_select(d, indices.to(full.device))
         if small is None or small.shape != full.shape:
@@ -262,7 +262,7 @@ def _first_difference(expected: dict[str, torch.Tensor], actual: dict[str, torch
 def masked_model(
     model: torch.nn.Module, example_inputs: Any, masks: MasksLike, *, reconcile: bool = False
 ) -> torch.nn.Module:
-    """Copy a model with its masked channels at zero, through batch norms too.
+    """Copy a model with its masked channels set to zero, also after batch norms.
 
     Parameters
     ----------
@@ -273,32 +273,31 @@ def masked_model(
     masks : mapping of str to mapping of str to Tensor or None
         NNI's masks, ``{module: {parameter: mask}}``.
     reconcile : bool, default=False
-        Make the masks of coupled layers agree first, as `to_dense` does: where they differ, every channel that one of
-        them keeps is kept, with its weights. Without it each layer is masked as its own mask says. Masks of this
-        package's pruners with the list of `dependency_groups` agree already, unless channels are shuffled.
+        First make the masks of coupled layers agree, as `to_dense` does: a channel that any of these layers keeps is
+        kept in all, with its weights. If False, each layer gets its own mask. Masks of this package's pruners on a list
+        from `dependency_groups` agree already, unless channels are shuffled.
 
     Returns
     -------
     torch.nn.Module
-        A copy in which weights and biases are multiplied by their masks. A channel is removed if no layer that shares
-        it keeps it: its bias is zero, and so are its places in a parameter that the model uses by itself, a position
-        embedding say. A layer that reads it reads a zero, weight and bias of a batch norm are zero for it, and a norm
-        over channels runs over those that are left. What layers share, they share in the copy too unless their masks
-        differ.
+        A copy with weights and biases multiplied by their masks. A channel is removed if no layer that shares it keeps
+        it. Then its bias is zero, and so are its entries in free parameters, such as a position embedding, and in the
+        weight and bias of a batch norm. Layers read zeros in its place, and norms over channels run over the kept
+        channels. Shared parameters are shared in the copy too unless their masks differ.
 
     Raises
     ------
     ConfigError
         If masks don't fit the model.
     SpeedupError
-        If the model is still wrapped, a layer would be empty, or it can't be traced.
+        If the model is still wrapped or can't be traced, or a layer would be empty.
     DataError
         If the model holds NaN or infinite values.
 
     Notes
     -----
-    NNI's masked model differs: there a group or layer norm takes its statistics over removed channels too, as zeros,
-    and a constant that an operation makes of a zero, as a sigmoid does, is read.
+    NNI's masked model differs: its group and layer norms count removed channels as zeros in their statistics, and its
+    layers read the constants that operations such as a sigmoid make of zeros.
     """
     check_model(model)
     given, model = model, with_known_layers(model)

@@ -22,36 +22,36 @@ from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dependency import unprunable_layers
 
-# Who asks for an explanation may use either.
+# Readers of an explanation may use either function.
 _LEAVE_OUT = "leave {} out of what is pruned (layers of shrink, exclude_op_names of a config_list)"
 _LISTED = 4  # names that a message lists before it counts the others
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Explanation:
-    """Which channels of a layer can be pruned, and what decides that. Its ``repr`` says it in a few lines.
+    """Which channels of a layer can be pruned, and why others can't. Its ``repr`` is a summary in a few lines.
 
     Parameters
     ----------
     layer : str
         The layer's name.
     channels, kept : int
-        How many channels it makes, and how many of them stay whatever is asked for.
+        The number of its output channels, and how many of them can't be removed.
     coupled : tuple of str, default=()
         Other layers with which it shares channels, in network order.
     in_part : bool, default=False
-        Whether only some of its channels are shared with those layers, or in another order.
+        Whether it shares only some channels with those layers, or shares them in another order.
     couplings : tuple of str, default=()
-        The operations that couple its channels with those layers' or with one another, in network order: with the
-        module in whose forward they stand, and the line of the forward where that is known.
+        The operations that couple its channels with those layers' or with one another, in network order: each with the
+        module whose forward calls it, and the line of the forward if known.
     blocks : int, default=1
-        Blocks of channels that have to lose equally many.
+        Number of blocks of channels that must lose equally many.
     block_places : tuple of str, default=()
         What requires these blocks: grouped convolutions, group norms, chunks, views and attributes, in network order.
     heads : str, default=""
-        The attention or recurrent module of whose heads or units the layer is a part.
+        The attention or recurrent module whose heads or units the layer computes.
     mixes : str, default=""
-        The attention whose heads the layer puts together: it loses columns with them.
+        The attention module whose output projection the layer is: it loses columns with the heads.
     reasons : tuple of Reason, default=()
         Why channels are kept; empty if all can be pruned.
     """
@@ -70,7 +70,7 @@ class Explanation:
 
     @property
     def advice(self) -> tuple[str, ...]:
-        """What can be changed so that more of the channels can be pruned."""
+        """What to change so that more channels can be pruned."""
         with in_context(leaves_out=_LEAVE_OUT):
             return reasons.advice(self.reasons)
 
@@ -90,7 +90,7 @@ class Explanation:
         if self.couplings:
             lines.append(f"coupled by {_first(self.couplings)}")
         if self.blocks > 1:
-            lines.append(f"{self.blocks} blocks of channels lose equally many each, for {_first(self.block_places)}")
+            lines.append(f"{self.blocks} blocks of channels lose equally many, because of {_first(self.block_places)}")
         if self.heads:
             lines.append(f"channels are pruned by whole heads or units of {self.heads}")
         if self.mixes:
@@ -109,7 +109,7 @@ def _first(names: Sequence[str]) -> str:
 
 @public(model=MODEL, example_inputs=INPUTS)
 def explain(model: nn.Module, example_inputs: Any, layer: str) -> Explanation:
-    """Say which channels of a layer can be pruned, with which layers it is coupled, and why it keeps the others.
+    """Explain which channels of a layer can be pruned, which layers it is coupled with, and why it keeps others.
 
     Parameters
     ----------
@@ -118,20 +118,20 @@ def explain(model: nn.Module, example_inputs: Any, layer: str) -> Explanation:
     example_inputs : Tensor, tuple, list or mapping of str to Any
         Inputs of the model: one tensor, positional or keyword arguments.
     layer : str
-        The name of a layer that makes channels, as ``model.named_modules()`` gives it.
+        The name of a layer with output channels, as in ``model.named_modules()``.
 
     Returns
     -------
     Explanation
-        What `dependency_groups` and `to_dense` go by. Its ``reasons`` have a kind, the operation, and the line of the
-        forward that calls it where that is known.
+        The facts that `dependency_groups` and `to_dense` use. Each of its ``reasons`` has a kind, the operation, and
+        the line of the forward that calls it if known.
 
     Raises
     ------
     ConfigError
-        If the model has no such layer, the module makes no channels, or the inputs don't fit the model.
+        If the model has no such layer, the module has no output channels, or the inputs don't fit the model.
     DataError
-        If there isn't the memory to run the model.
+        If memory is too small to run the model.
 
     See Also
     --------
@@ -151,7 +151,7 @@ def explain(model: nn.Module, example_inputs: Any, layer: str) -> Explanation:
     """
     check_unwrapped(model)
     model = with_known_layers(model)
-    counts = dict[str, int]()  # by layer, the channels that it makes, those of a recurrent layer's state
+    counts = dict[str, int]()  # by layer, its output channels; of a recurrent layer, its units
     for name, each in model.named_modules(remove_duplicate=False):
         module: Any = each
         made = module.hidden_size if isinstance(module, RECURRENT) else output_channels(module)

@@ -1,8 +1,8 @@
-"""A network of full width that computes the kept channels as the dense network does.
+"""A full-width network that computes the kept channels as the dense network does.
 
-A layer reads zeros in place of removed channels, whatever value an operation before it has given them. A norm over
-channels, or a convolution along them, runs over the kept channels. All other operations treat each channel by itself.
-So the kept channels have the values that they have in the dense network.
+Layers read zeros in place of removed channels, even if an earlier operation turned these into other values. Norms over
+channels and channel-wise convolutions run over the kept channels only. All other operations treat each channel
+separately. So kept channels have the same values as in the dense network.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from nni_topo.network.layers.slicing import cut, keep
 
 
 def leave_out(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, *, of_norms_alone: bool = False) -> None:
-    """Let modules compute without removed channels, in place; ``is_kept``: which channels are kept, by group id.
+    """Make modules compute without removed channels, in place; ``is_kept``: which channels are kept, by group id.
 
-    No other network may share the model's parameters. ``of_norms_alone``: only norms over channels, and gates, leave
-    them out.
+    The model must not share parameters with another network. ``of_norms_alone``: change only norms over channels and
+    gates.
     """
     for name, module in model.named_modules():
         kept = torch.from_numpy(np.asarray(is_kept[flow.entering_group_ids(name)]))
@@ -36,7 +36,7 @@ def leave_out(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, *, of_no
 
 
 def leave_out_of(module: nn.Module, kept: Tensor, flow: ChannelFlow, name: str) -> None:
-    """Let one module compute without removed channels; ``kept``: which of its input channels are kept, bool."""
+    """Make one module compute without removed channels; ``kept``: which of its input channels are kept, bool."""
     if bool(kept.all()):
         return
     if is_normalizing(module) or is_depthwise(module):
@@ -53,15 +53,15 @@ def leave_out_of(module: nn.Module, kept: Tensor, flow: ChannelFlow, name: str) 
 
 
 class _ReadZeros:
-    """A hook by which a layer reads zeros in place of removed channels."""
+    """A hook that puts zeros in place of a layer's removed input channels."""
 
-    undone_by_copying = True  # `unwrapped_copy` takes it off, as it does NNI's masks
+    undone_by_copying = True  # `unwrapped_copy` removes this hook, as it removes NNI's masks
 
     def __init__(self, kept: Tensor, dim: int) -> None:
         self.kept, self.dim = kept, dim
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Return the arguments with zeros; the state of a recurrent layer is left as it is."""
+        """Return the arguments with removed channels zeroed; a recurrent layer's state is unchanged."""
         if isinstance(module, nn.RNNBase) and args:
             return (tree_map_only(Tensor, self._zeroed, args[0]), *args[1:]), kwargs
         return tree_map_only(Tensor, self._zeroed, (args, kwargs))
@@ -77,18 +77,18 @@ class _ReadZeros:
 
 
 class OverKept(nn.Module):
-    """A norm, or a convolution along channels, of full width that runs over the kept channels; the others are zero."""
+    """A full-width norm or channel-wise convolution that runs over the kept channels; the others are zero."""
 
     whole: type[nn.Module]  # the module's own class
     kept: Tensor  # int64, (kept channels,)
     kept_dim: int  # the dimension of the channels
-    gives_none: bool  # whether no channels leave it
+    gives_none: bool  # whether its output has no channels, such as a spatial gate's
 
     def __reduce__(self) -> Any:
-        return _made, (self.whole,), dict(vars(self))  # its class has no name by which pickle finds it
+        return _made, (self.whole,), dict(vars(self))  # made at run time, so pickle can't find the class by name
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        """Run on the kept channels of the one argument, ``(batch, channels, ...)`` or ``(..., channels)``."""
+        """Run on the kept channels of the only argument, ``(batch, channels, ...)`` or ``(..., channels)``."""
         (x,) = (*args, *kwargs.values())
         small: Any = copy.copy(self)
         small.__class__ = self.whole
@@ -97,7 +97,7 @@ class OverKept(nn.Module):
         kept, dim = self.kept.to(x.device), self.kept_dim
         if self.whole is not nn.Conv1d:
             cut("", small, kept, kept)
-            # views of the module's own parameters, so that these get the gradients
+            # selected from the module's own parameters, so that these get the gradients
             for name, parameter in self._parameters.items():
                 if parameter is not None:
                     small._parameters[name] = numbers_of(parameter, kept)
@@ -109,7 +109,7 @@ class OverKept(nn.Module):
 
 
 def run_over_kept(module: Any, kept: Tensor) -> None:
-    """Let a module of full width run over some channels alone, in place; ``kept``: their indices, int64."""
+    """Make a full-width module run over some channels only, in place; ``kept``: their indices, int64."""
     whole = module.whole if isinstance(module, OverKept) else type(module)
     if not isinstance(module, OverKept):
         module.kept_dim = 2 if whole is nn.Conv1d else channel_dim(module)

@@ -1,4 +1,4 @@
-"""Masks: checked, completed, and reconciled where layers share channels, by keeping more channels, never fewer."""
+"""Check and complete masks, and make masks of coupled layers agree by keeping more channels, never fewer."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from nni_topo.network.runtime.arguments import MASKS
 _logger = logging.getLogger(__name__)
 
 MasksLike = Mapping[str, Mapping[str, torch.Tensor | None]]
-"""What users give as masks; `check_masks` makes `FullMasks` of it."""
+"""Masks as users pass them; `check_masks` makes `FullMasks` of these."""
 
 FullMasks = dict[str, dict[str, torch.Tensor]]
 
 KeptIndices = dict[str, list[torch.Tensor]]
-"""By module that gives one tensor, the indices of each dimension that stay."""
+"""By module that returns one tensor, the kept indices of each dimension."""
 
 
 def check_masks(model: torch.nn.Module, masks: MasksLike) -> FullMasks:
-    """Check masks and expand them to their parameters' shapes, types and devices, biases included."""
+    """Check masks, expand them to their parameters' shapes, types and devices, and add masks of biases."""
     MASKS.check("masks", masks, "masks")
     modules = dict(model.named_modules(remove_duplicate=False))
-    # Masks are kept under the first of the names of a module.
+    # Masks are stored under a module's first name.
     first_names = {id(module): name for name, module in model.named_modules()}
     full: FullMasks = {}
     for name, targets in masks.items():
@@ -47,7 +47,7 @@ def check_masks(model: torch.nn.Module, masks: MasksLike) -> FullMasks:
         for target, mask in targets.items():
             if mask is not None:
                 checked[target] = _check_mask(modules[name], target, mask, f"{name}.{target}")
-        # The bias, and other parameters by row, of every output channel whose weights are all masked, are masked too.
+        # If all weights of an output channel are masked, mask its bias and other parameters by row, too.
         kept = kept_channels(modules[name], checked)
         for row in row_names(modules[name]):
             if kept is not None and isinstance(rows := getattr(modules[name], row, None), torch.Tensor):
@@ -71,7 +71,7 @@ def _check_mask(module: torch.nn.Module, target: str, mask: torch.Tensor, place:
     values = mask.detach() if mask.is_floating_point() else mask.to(torch.float32)
     if values.numel() and bool((values * values).sub_(values).abs_().amax()):
         raise ConfigError(f"a mask must hold zeros and ones, got other values or NaN ({place})")
-    # Fewer dimensions would be aligned with the last ones: a number for each channel would mask a kernel, or inputs.
+    # Fewer dimensions would broadcast to the last ones: a number for each channel would mask kernel elements or inputs.
     fits = mask.dim() == parameter.dim() and all(
         size in (1, whole) for size, whole in zip(mask.shape, parameter.shape, strict=True)
     )
@@ -87,31 +87,31 @@ def _check_mask(module: torch.nn.Module, target: str, mask: torch.Tensor, place:
 
 
 Scores = Callable[[], np.ndarray]
-"""By group id, the importance of channels; only computed where any come back."""
+"""Returns the importance of channels, by group id; only called if any are restored."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Resolved:
-    """Masks without contradictions, and the channels that were kept for that."""
+    """Masks that agree, and the channels that were restored for that."""
 
     masks: FullMasks
-    is_kept: np.ndarray  # which channels stay, by group id: bool
-    reasons: dict[str, Reasons]  # why masked layers keep channels that their masks remove; of those that do
-    kept: dict[str, str]  # how many and why, by layer that keeps any but for ``round_to``
+    is_kept: np.ndarray  # which channels are kept, by group id: bool
+    reasons: dict[str, Reasons]  # by layer, why it keeps masked channels
+    kept: dict[str, str]  # by layer, how many masked channels it keeps and why, except for ``round_to``
 
 
 _NAMED = 3  # layers in a warning
 
 
 def resolve_masks(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, round_to: int | None = None) -> Resolved:
-    """Resolve masks of coupled channels as `resolve` does, and warn of layers that keep channels for it."""
+    """Make masks of coupled channels agree, as `resolve` does, and warn of layers that keep masked channels."""
     resolved = resolve(model, flow, masks, round_to)
     warn_of_kept(resolved.kept)
     return resolved
 
 
 def warn_of_kept(kept: Mapping[str, str]) -> None:
-    """Warn once of all layers that keep masked channels: how many and why, by layer; of the first few by name."""
+    """Log one warning that names the first few layers that keep masked channels; ``kept``: the text, by layer."""
     if kept:
         told = "; ".join(f"{name} {text}" for name, text in itertools.islice(kept.items(), _NAMED))
         more = (
@@ -129,7 +129,7 @@ def resolve(
     """Make masks of coupled channels agree; ``round_to``: every pruned layer keeps a multiple of it, or all."""
     given = _given(model, flow, masks)
     kept = flow.kept(given)
-    # Before rounding brings channels back: a mask on the output is a mistake even where this would undo it.
+    # Check before rounding restores channels: a mask on the output is a mistake even if rounding would undo it.
     pruned_output = flow.at_output[~kept[flow.at_output]]
     for name in given:
         if np.isin(flow.group_ids_of(name), pruned_output).any():
@@ -137,10 +137,10 @@ def resolve(
                 f"the shape of the model's output must not change: {leaving_out('the layer that gives it')}, "
                 f"got a mask that prunes channels of it ({name})"
             )
-    # Equal blocks and rounding bring back the largest weights first, by L1 norm over tied channels.
+    # Channels with the largest weights, by L1 norm over coupled channels, are restored first.
     shared, scores = kept.copy(), cache(partial(_scores, model, flow))
     read = keep_read(flow, kept, scores)
-    # In two steps, to tell the channels that come back for equal blocks from those for rounding.
+    # In two steps, to tell channels restored for equal blocks from those restored for rounding.
     grow(flow, kept, scores, 1, set(given))
     evened = kept.copy()
     grow(flow, kept, scores, round_to or 1, set(given))
@@ -157,12 +157,12 @@ def resolve(
 
 
 def union(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks) -> np.ndarray:
-    """Return which channels are kept, by group id: those of which a coupled one is kept, or has no mask."""
+    """Return which channels are kept, by group id: those with a coupled channel that is kept or has no mask."""
     return flow.kept(_given(model, flow, masks))
 
 
 def _given(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks) -> dict[str, np.ndarray]:
-    """Return the channels that masks keep, for the layers that have a mask."""
+    """Return the channels that a layer's own mask keeps, by layer that has one."""
     given = {}
     for name in flow.layers:
         kept = kept_channels(model.get_submodule(name), masks.get(name, {}))
@@ -172,7 +172,7 @@ def _given(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks) -> dict[
 
 
 def keep_read(flow: ChannelFlow, kept: np.ndarray, scores: Scores) -> dict[int, Reason]:
-    """Restore one channel of each reader that would get none: return which, and why."""
+    """Restore one channel for each reader that would get none; return which, and why."""
     found = dict[int, Reason]()
     for group_ids, reader in flow.read():
         if not kept[group_ids].any():
@@ -184,7 +184,7 @@ def keep_read(flow: ChannelFlow, kept: np.ndarray, scores: Scores) -> dict[int, 
 def grow(flow: ChannelFlow, kept: np.ndarray, scores: Scores, round_to: int, masked: set[str]) -> None:
     """Restore channels until blocks are equal and widths are rounded."""
     layers = [flow.group_ids_of(name) for name in flow.layers if name in masked]
-    # Evening out one set of blocks may unbalance another that shares its channels. Channels only come back, so it ends.
+    # Evening out some blocks may unbalance others that share channels. Channels are only restored, so this ends.
     before, in_place = -1, flow.shuffles and stays_in_place(flow, kept)
     while before != int(kept.sum()):
         before = int(kept.sum())
@@ -197,13 +197,13 @@ def grow(flow: ChannelFlow, kept: np.ndarray, scores: Scores, round_to: int, mas
         in_place = in_place and (before == int(kept.sum()) or stays_in_place(flow, kept))
         uneven = [flow.group_ids(blocks.ids) for blocks in flow.blocks if blocks.is_uneven]
         if uneven and not in_place and before == int(kept.sum()) and not stays_in_place(flow, kept):
-            # No smaller number of each fits.
+            # No smaller equal number per block fits.
             kept[np.concatenate(uneven)] = True
 
 
 def _even_out(flow: ChannelFlow, blocks: Blocks, is_kept: np.ndarray, scores: Scores) -> None:
     """Restore channels until all blocks that aren't removed as a whole keep equally many."""
-    # A block goes only if it goes on all sides; where any side keeps a channel of it, all are filled up.
+    # A block is removed only if all sides remove it; if one side keeps a channel of it, all sides are filled up.
     sides, remains = [list(map(flow.group_ids, side)) for side in blocks.sides], []
     for block_on_sides in zip(*sides, strict=True):
         has_channels = any(is_kept[block].any() for block in block_on_sides)
@@ -215,13 +215,13 @@ def _even_out(flow: ChannelFlow, blocks: Blocks, is_kept: np.ndarray, scores: Sc
 
 
 def _bring_back(group_ids: np.ndarray, kept: np.ndarray, scores: Scores, wanted: int) -> None:
-    """Restore the pruned channels with the largest scores until so many are kept."""
+    """Restore the pruned channels with the largest scores until ``wanted`` are kept."""
     if int(kept[group_ids].sum()) >= wanted:
         return
     pruned = np.unique(group_ids[~kept[group_ids]])
     best = pruned[descending(scores()[pruned])]
     for group_id in best:
-        # Counted anew each time: several channels of the layer may have one group id.
+        # Count again: several channels of the layer may have the same group id.
         if int(kept[group_ids].sum()) >= wanted:
             return
         kept[group_id] = True
@@ -235,8 +235,8 @@ def _scores(model: torch.nn.Module, flow: ChannelFlow) -> np.ndarray:
         weight = weight_of(module).detach()
         sums = weight.abs().double().transpose(0, channel_dimension(module)).flatten(1).sum(1).cpu().numpy()
         group_ids = flow.group_ids_of(name)
-        # A grouped transposed convolution has one column for the outputs at one place of every group, which share its
-        # sum. Group ids may repeat: each has to add.
+        # In a grouped transposed convolution, output i of every group has the same column of the weight, and so the
+        # same sum. Group ids may repeat: each must add.
         np.add.at(scores, group_ids, np.resize(sums, len(group_ids)))
     return scores
 
@@ -251,12 +251,12 @@ def _why_kept(
 ) -> Reasons:
     """Return why a masked channel of a layer was restored, by the stage that restored it.
 
-    ``single``: channels that stay whatever others do, by group id, with the reason.
+    ``single``: channels restored as the only one that a reader gets, by group id, with the reason.
     """
     group_ids = flow.group_ids_of(name)
     shared, evened, rounded = (kept[group_ids] & ~given[name] for kept in stages)
     if shared.any():
-        # They are coupled with channels that stay: of other layers, or pinned ones.
+        # They are coupled with kept channels of other layers, or with pinned ones.
         held = group_ids[shared]
         if (held == FIXED).any():
             return flow.why_pinned(name)
@@ -287,13 +287,13 @@ def _new_masks(
         old = given.get(name, np.ones_like(keep))
         if not (name in given or layer.depthwise) or np.array_equal(keep, old):
             continue
-        # Masked channels of a kept head stay masked, and so do those of keys and values that all heads share.
+        # Masked channels of a kept head, and of keys and values that all heads share, stay masked.
         has_heads = name in flow.heads or name in flow.shared
         back = keep & ~(shared[flow.group_ids_of(name)] if has_heads else old)
         changed, keep_all = torch.from_numpy(back), torch.from_numpy(keep)
         targets = new.setdefault(name, {})
         weight = targets.get(weight_name(module), spread(module, torch.ones(layer.channels)))
-        # Channels that came back get all of their weights; in the others single masked weights stay masked.
+        # Restored channels get all of their weights; in other channels, single masked weights stay masked.
         targets[weight_name(module)] = torch.maximum(weight, spread(module, changed)) * spread(module, keep_all)
         for own in row_names(module):
             if isinstance(rows := getattr(module, own, None), torch.Tensor):
@@ -304,14 +304,14 @@ def _new_masks(
 
 
 def mask_what_follows(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, kept: np.ndarray) -> FullMasks:
-    """Mask what goes with pruned channels and isn't zero for masked rows: by group id, which channels are ``kept``.
+    """Mask what pruned channels contribute although their rows are masked; ``kept``: bool, by group id.
 
-    These are free parameters and buffers that the channels are tied to, and the columns by which output projections
-    read heads that have an output although their rows are masked.
+    This masks free parameters and buffers tied to the channels, and the columns with which output projections read
+    heads whose output isn't zero although their rows are masked.
     """
     for name, attention in flow.output_projections().items():
         stays = torch.from_numpy(kept[flow.entering_group_ids(name)])
-        # Norms shift what a head without rows gives; without queries it gives the mean of the values that all share.
+        # A masked head's output isn't zero after a norm, or with shared values: without queries it is their mean.
         if (attention.shifted or attention.shared) and not bool(stays.all()):
             weight = weight_of(model.get_submodule(name)).detach()
             targets = masks.setdefault(name, {})

@@ -1,4 +1,4 @@
-"""Cut a model: take out the pruned channels."""
+"""Cut a model: remove its pruned channels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from nni_topo.network.speedup.reconcile import KeptIndices
 
 
 class Cutter:
-    """Cut a model in place, given how channels flow through it and which of them stay, by group id."""
+    """Cut a model in place, given its channel flow and which channels are kept, by group id."""
 
     def __init__(self, model: torch.nn.Module, flow: ChannelFlow, is_kept: np.ndarray) -> None:
         self.model, self.flow, self.is_kept = model, flow, is_kept
@@ -32,7 +32,7 @@ class Cutter:
 
     @torch.no_grad()
     def cut(self) -> None:
-        """Cut the modules that the forward calls, free parameters, and what heads hold."""
+        """Cut the modules that the forward calls, free parameters, and parameters by head."""
         flow, model = self.flow, self.model
         for name in self._names:
             module, (ins, outs) = model.get_submodule(name), self.kept(name)
@@ -58,17 +58,17 @@ class Cutter:
             resize(model.get_submodule(attention), found, len(heads), len(self.kept(layer)[0]))
 
     def _indices(self, ids: np.ndarray) -> torch.Tensor:
-        """List the places, ascending, at which channels stay."""
+        """Return the positions of the kept channels, ascending."""
         return torch.from_numpy(np.flatnonzero(self.is_kept[self.flow.group_ids(ids)]))
 
     def _channel_ids(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """List the ids of the channels that enter and leave a module."""
+        """Return the ids of the channels that enter and leave a module."""
         entering = self.flow.entering_channel_ids(name)
         is_layer = output_channels(self.model.get_submodule(name)) is not None and name in self.flow.layers
         return entering, self.flow.channel_ids_of(name) if is_layer else entering
 
     def cut_unused(self, ties: Iterable[Iterable[str]]) -> None:
-        """Cut modules that the forward doesn't use as those of their kind that had the same tensor: by its names."""
+        """Cut each unused module like a used one of its class that shares a tensor; ``ties``: names of each tensor."""
         names = {*self._names, *self.flow.layers}
         done = set[str]()
         for places in ties:
@@ -85,7 +85,7 @@ class Cutter:
                     cut(owner, module, ins, outs)
 
     def kept(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """List the places of the kept channels that enter and leave a module, in the dense model's order."""
+        """Return the positions of the kept channels that enter and leave a module, in the dense model's order."""
         entering, leaving = self._channel_ids(name)
         ins, outs = self._indices(entering), self._indices(leaving)
         if self.order is None or not len(entering):
@@ -103,10 +103,10 @@ class Cutter:
 
 
 def _set_weight_size(module: Any, dim: int, size: int) -> None:
-    """Set what a module says of its weight's size along a dimension; the forward reads the weight by itself.
+    """Set a module's size attribute for one dimension of its weight, which a forward reads without calling the module.
 
-    DeBERTa reads that of an embedding so, Mamba those of a linear layer and of a convolution, and a recurrent layer its
-    own where it gets packed sequences.
+    DeBERTa reads an embedding's weight this way, Mamba a linear layer's and a convolution's, and a recurrent layer its
+    own for packed sequences.
     """
     if isinstance(module, torch.nn.Embedding) and dim == 1:
         module.embedding_dim = size
@@ -121,7 +121,7 @@ def _set_weight_size(module: Any, dim: int, size: int) -> None:
 
 
 def _cut_by_head(module: torch.nn.Module, attention: Attention, heads: torch.Tensor) -> None:
-    """Keep the entries of some heads in tensors with an entry for each head, such as a table of positions."""
+    """Keep some heads' entries in parameters with an entry for each head, such as a table of positions."""
     if len(heads) == attention.heads:
         return
     for name, dim in attention.by_head.items():
@@ -135,11 +135,11 @@ def _cut_by_head(module: torch.nn.Module, attention: Attention, heads: torch.Ten
 
 
 def kept_outputs(flow: ChannelFlow, is_kept: np.ndarray) -> KeptIndices:
-    """List the kept indices of each dimension of the output at the first call, by module whose output is one tensor."""
+    """Return the kept indices of each dimension of a module's first output, by module that returns one tensor."""
     kept: KeptIndices = {}
     for node in flow.traced.graph.nodes:
         shape = tensor_shape(node)
-        # A layer with operations after its convolution: its node stands for the convolution alone.
+        # Of a layer with operations after its convolution, the node is only the convolution.
         if node.op == "call_module" and shape is not None and not node.meta.get(HEAD):
             kept.setdefault(str(node.target), kept_slices(flow.ids[node.name], shape, flow, is_kept))
     return kept
@@ -148,11 +148,11 @@ def kept_outputs(flow: ChannelFlow, is_kept: np.ndarray) -> KeptIndices:
 def kept_slices(
     ids: torch.Tensor, shape: tuple[int, ...], flow: ChannelFlow, is_kept: np.ndarray
 ) -> list[torch.Tensor]:
-    """List the indices of each dimension of a tensor at which anything stays."""
+    """Return the indices of each dimension of a tensor at which any channel is kept."""
     stays = torch.from_numpy(np.asarray(is_kept[flow.group_ids(ids.numpy())]))
     found = []
     for d, size in enumerate(shape):
-        # Ids have length 1 where nothing differs, and where there is only one place.
+        # Ids have size 1 in a dimension along which they don't differ, or whose size is 1.
         rows = stays.movedim(d, -1).reshape(-1, stays.shape[d]).any(0) if stays.shape[d] == size > 0 else None
         found.append(torch.arange(size) if rows is None else rows.nonzero().flatten())
     return found

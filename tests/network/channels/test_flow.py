@@ -110,7 +110,7 @@ def test_single_weights_of_one_of_two_places():
     for made in (masked_model(model, IMAGES, masks), to_dense(model, IMAGES, masks)):
         assert made.two.weight.count_nonzero() == made.two.weight.numel()
         assert torch.equal(made(IMAGES), zeroed(TiedConvolutions(), masks)(IMAGES))
-    assert made.report.notes == ("modules that shared these have one each now, as they differ: one.weight, two.weight",)
+    assert made.report.notes == ("no longer shared, because their values differ now: one.weight, two.weight",)
 
 
 @pytest.mark.parametrize(("make", "pruner"), [(TiedConvolutions, "l1"), (TiedNorms, "random"), (TwoNames, "random")])

@@ -88,7 +88,7 @@ def test_shared_layers_keep_each_its_own():
     masks = {name: filter_mask(net.get_submodule(name), GONE) for name in ("first", "other")}
     dense = to_dense(net, rows, masks, constants="keep")
     assert dense.third.weight is dense.second.weight
-    assert "modules that shared these have one each now, as they differ: second.bias, third.bias" in dense.report.notes
+    assert "no longer shared, because their values differ now: second.bias, third.bias" in dense.report.notes
     for name in ("first", "other"):
         layer = net.get_submodule(name)
         layer.weight[GONE], layer.bias[GONE] = 0, 0
@@ -114,7 +114,7 @@ def test_what_no_layer_can_keep_is_named(shape, last):
     net, images = Shifted(shape, last).eval(), torch.randn(2, 3, 6, 6)
     masks = {"first": filter_mask(net.first, GONE)}
     (note,) = to_dense(net, images, masks, constants="keep").report.notes
-    assert note == "what pruned channels contribute is no constant that can be kept, and is dropped: last"
+    assert note == "contributions of pruned channels were dropped because they can't be kept as constants: last"
     assert to_dense(net, images, masks).report.notes == ()
 
 

@@ -153,7 +153,7 @@ def test_a_layer_that_can_be_pruned_is_explained_by_its_blocks_and_what_it_is_co
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=4), nn.GroupNorm(2, 8), nn.Conv2d(8, 2, 1))
     found = explain(model, images(), "1")
     assert (found.kept, found.blocks, found.reasons, found.advice) == (0, 4, (), ())
-    assert "4 blocks of channels lose equally many each, for 1: Conv2d, 2: GroupNorm" in str(found)
+    assert "4 blocks of channels lose equally many, because of 1: Conv2d, 2: GroupNorm" in str(found)
     follows = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 2, 1))
     assert (explain(follows, images(), "0").coupled, explain(follows, images(), "1").coupled) == (("1",), ("0",))
 
