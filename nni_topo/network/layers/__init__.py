@@ -1,1 +1,1 @@
-"""Layers: what kinds there are, where they hold channels, and how they lose some."""
+"""Layers: their kinds, where they hold channels, and how channels are removed."""

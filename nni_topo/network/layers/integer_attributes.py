@@ -1,7 +1,7 @@
-"""Whole numbers that attributes of a model hold: where they are, which a forward reads, and how to replace them.
+"""Integers in a model's attributes: where they are, and how to replace them.
 
-What a number counts isn't known here: `network.graph.traced_int` sees it where a forward reads the number, and the
-table in `network.speedup.width_attributes` says it of other attributes.
+This module doesn't know what a number counts: `network.graph.traced_int` finds it out if a forward reads the number,
+and the table in `network.speedup.width_attributes` says it for other attributes.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from torch import nn
 from nni_topo.network.runtime.modules import put_attribute
 
 Place = tuple[str, str, tuple[int | str, ...]]
-"""A module, its attribute, and the keys that lead to a number in it where that is a list or a dict."""
+"""A module, its attribute, and the keys that lead to a number in it if it is a list or a dict."""
 
-_MANY = 1000  # numbers that an attribute may hold
-_DEEP = 4  # lists and dicts within one another
-# PyTorch's own, and the line numbers of torch.fx's modules.
+_MANY = 1000  # at most so many numbers in an attribute
+_DEEP = 4  # at most so many nested lists and dicts
+# PyTorch's own attributes, and the line numbers of torch.fx's modules.
 _TABLES = {*vars(nn.Module()), "_lineno_map", "_prologue_start"}
 
 
 def numbers_in(value: Any) -> dict[tuple[int | str, ...], int] | None:
     """List the integers in a value by their keys: the value itself, or those in a list, tuple or dict of plain values.
 
-    None where it holds anything else, as tensors, no integer, or very many.
+    None if it holds anything else, such as tensors, no integer, or more than 1000.
     """
     found: dict[tuple[int | str, ...], int] = {}
 
@@ -53,12 +53,12 @@ def with_numbers(value: Any, numbers: Mapping[tuple[int | str, ...], int], path:
 
 
 def numbers_read(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Any]]:
-    """List the attributes of a model's own modules that hold integers, see `numbers_in`: with name and key.
+    """Yield the attributes of modules outside torch.nn that hold integers, see `numbers_in`: module, name, key, value.
 
-    So are the lists in the ``config`` of modules, as models of Transformers have one. The key of such a list has a dot:
-    ``config.hidden_sizes``. A config that several modules hold is listed with the one that contains the others. It is
-    left out where none does, or where a further config holds it: there a forward may read numbers from it that
-    `put_sizes` wouldn't reach.
+    This includes lists in the ``config`` of modules, as in Transformers. The key of such a list has a dot:
+    ``config.hidden_sizes``. A config that several modules hold is listed once, with the module that contains the
+    others. It is left out if none does, or if another config holds it: then a forward may read numbers that `put_sizes`
+    wouldn't reach.
     """
     for name, module in model.named_modules():
         for key, value in () if type(module).__module__.startswith("torch.nn.") else list(vars(module).items()):
@@ -87,9 +87,9 @@ def numbers_read(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Any]]:
 
 
 def numbers_of(model: nn.Module) -> dict[Place, int]:
-    """List the numbers that attributes of a model's own modules hold, by place.
+    """Return the integers in attributes of modules outside torch.nn, by place.
 
-    With them those in timm's objects that describe features, by the key ``feature_info.info``.
+    This includes timm's descriptions of features, with the key ``feature_info.info``.
     """
     held = [(name, key, value) for _, name, key, value in numbers_read(model)]
     for name, module in model.named_modules():
@@ -112,7 +112,7 @@ def put_sizes(model: nn.Module, sizes: dict[Place, int]) -> None:
             held = getattr(module, owner)
             described = copy.copy(held)  # other models may hold the same object
             setattr(described, listed, with_numbers(getattr(described, listed), {path: size}))
-            for each in module.modules():  # those within may hold it too
+            for each in module.modules():  # submodules may hold it too
                 if vars(each).get(owner) is held:
                     put_attribute(each, owner, described)
         else:

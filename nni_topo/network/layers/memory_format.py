@@ -1,8 +1,7 @@
-"""Where a network's channels lie in memory while it learns: last, as CPUs convolve faster, but where that isn't safe.
+"""Train with the memory format ``channels_last``, in which CPUs convolve faster, except in layers where it isn't safe.
 
-Of convolutions of single pixels that skip some, with few channels, oneDNN writes the weights' gradient past its
-workspace if channels come last: it is wrong, or the process dies [1]_. Pruning makes such layers of a ResNet's
-shortcuts.
+For strided 1x1 convolutions with few channels in ``channels_last``, oneDNN writes the weights' gradient past its
+workspace: it is wrong, or the process dies [1]_. Pruning makes such layers of a ResNet's shortcuts.
 
 References
 ----------
@@ -29,11 +28,11 @@ _FEW = 16  # channels that a vector register holds, at most
 def lay_out(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.Module:
     """Give a model's weights the format ``channels_last``, in place, except where that isn't safe; return the model.
 
-    Where the model then doesn't run, as with a ``view`` of a feature map, channels stay first.
+    If the model then doesn't run, as with a ``view`` of a feature map, all weights stay contiguous.
     """
     _put(model, torch.channels_last)
     for layer in _fragile(model):
-        # Of a 1x1 kernel both layouts have the same order, so that only a copy has the strides of the usual one.
+        # A 1x1 kernel has the same order in both formats, so only a copy gets the contiguous strides.
         layer.weight.data = layer.weight.data.clone(memory_format=torch.contiguous_format)
     try:
         with evaluation_mode(model), inputs_laid_out(model), torch.no_grad():
@@ -51,7 +50,7 @@ def lay_back(model: nn.Module) -> None:
 
 
 def _put(model: nn.Module, layout: torch.memory_format) -> None:
-    # Tensors of other dimensions, such as kernels of volumes, have no such layout.
+    # Only tensors with four dimensions have this format.
     model._apply(lambda tensor: tensor.to(memory_format=layout) if tensor.dim() == 4 else tensor)
 
 
@@ -67,7 +66,7 @@ def _fragile(model: nn.Module) -> list[nn.Conv2d]:
     for layer in model.modules():
         if not isinstance(layer, nn.Conv2d):
             continue
-        # By which stride another class convolves its attributes needn't say.
+        # An overridden forward may use another stride than the attribute.
         skips = max(layer.stride) > 1 or has_own_forward(layer)
         if max(layer.kernel_size) == 1 and skips and layer.in_channels // layer.groups < _FEW:
             found.append(layer)

@@ -1,9 +1,9 @@
-"""Norms over channels, and other modules that treat all channels alike: found by what they do, cut with the channels.
+"""Norms over channels, and other modules that treat all channels alike: found by running them, cut with the channels.
 
-A norm of a library's own, such as LLaMA's RMS norm or ConvNeXt's response norm, is found by running it: it has one
-number a channel in each of its parameters, and if its channels and these numbers change places, so do its results.
-Such a norm of fewer channels is the same module with fewer numbers. So is a gate of places by the mean and the maximum
-over the channels (CBAM's), which holds nothing for each channel and gives the channels that it has gated, or the gate.
+A library's own norm, such as LLaMA's RMS norm or ConvNeXt's response norm, is found by running it: each of its
+parameters has one number a channel, and if its channels and these numbers are permuted, so are its results. With fewer
+channels it is the same module with fewer numbers. The same holds for a spatial gate by the mean and the maximum over
+the channels (CBAM's), which holds no number for each channel and returns the gated channels or the gate.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from nni_topo.network.runtime.modules import put_attribute
 from nni_topo.network.runtime.switches import random_state_kept
 
-_NEAR = 1e-4  # of values near one, with squares in single precision
+_NEAR = 1e-4  # tolerance for values near one, whose squares are in single precision
 
 
 class Over(NamedTuple):
     """How a module works over channels."""
 
-    dim: int  # of the channels: -1 or 1
-    gives_channels: bool = True  # False: what it gives has the same size for any number of channels
+    dim: int  # dimension of the channels: -1 or 1
+    gives_channels: bool = True  # False: its output has the same size for any number of channels
 
 
 def channel_dim(norm: nn.Module) -> int | None:
@@ -35,7 +35,7 @@ def channel_dim(norm: nn.Module) -> int | None:
 
 
 def gives_no_channels(module: nn.Module) -> bool:
-    """Tell whether a module works over channels and its output has none of them, as that of a gate of places."""
+    """Tell whether a module works over channels and its output has none of them, such as a spatial gate."""
     found = _over(module)
     return found is not None and not found.gives_channels
 
@@ -45,11 +45,11 @@ def _over(norm: nn.Module) -> Over | None:
         return Over(1)
     if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)) and type(norm).__module__.startswith("torch.nn."):
         return Over(-1) if len(norm.normalized_shape) == 1 else None
-    # accelerate puts a forward of its own in place, which runs the module that it was given
+    # accelerate replaces a module's forward by one that runs the original module, even in a copy
     if type(norm).__module__.startswith(("torch.", "nni_topo.")) or norm._buffers or "forward" in vars(norm):
         return None
     own, parts = [each for each in norm._parameters.values() if each is not None], list(norm.modules())
-    if len(parts) > _MOST_PARTS or len(inspect.signature(norm.forward).parameters) != 1:  # a gate may enter it, too
+    if len(parts) > _MOST_PARTS or len(inspect.signature(norm.forward).parameters) != 1:  # another may be a gate
         return None
     if own:
         has_others = any(True for part in parts[1:] for _ in part.parameters())
@@ -58,7 +58,7 @@ def _over(norm: nn.Module) -> Over | None:
             return None
     held = [{name: each for name, each in vars(part).items() if name not in _USUAL} for part in parts]
     if not all(_is_plain(each) for values in held for each in values.values()):
-        # A part may hold anything, such as a function that it calls: then a norm is tried each time, and no gate.
+        # A part may hold anything, such as a function that it calls. Then norms are tried each time, and gates aren't.
         return _tried(norm, own) if own else None
     numbers = list(norm.parameters())
     if not own and (any(each.is_meta for each in numbers) or sum(each.numel() for each in numbers) > _MOST_NUMBERS):
@@ -70,13 +70,13 @@ def _over(norm: nn.Module) -> Over | None:
     return _KNOWN[key]
 
 
-_KNOWN: dict[Any, Over | None] = {}  # by class, shapes, numbers and parts of a module, for it is asked often
+_KNOWN: dict[Any, Over | None] = {}  # cache, by class, shapes, attributes and parts of a module
 _USUAL = vars(nn.Module()).keys() - {"training"}
-_MOST_PARTS = 12  # of a module that works over channels: pools, a convolution of what they give, an activation
-_MOST_NUMBERS = 256  # that it holds; CBAM's gate has 98 weights
-_FEW = 2  # channels on which a module of more has to run, too
-_WIDTHS = ("dim", "size", "width", "channel", "feature", "hidden", "shape")  # in the names of numbers of channels
-_WIDTHS_TRIED = (6, 4099)  # of a module that holds nothing for each channel
+_MOST_PARTS = 12  # modules in a gate: itself, pools, a convolution of their results, an activation
+_MOST_NUMBERS = 256  # parameters of a gate; CBAM's has 98
+_FEW = 2  # a module must run on so few channels, too
+_WIDTHS = ("dim", "size", "width", "channel", "feature", "hidden", "shape")  # in names of channel counts
+_WIDTHS_TRIED = (6, 4099)  # for a module that holds nothing for each channel
 
 
 def _is_plain(value: Any) -> bool:
@@ -91,17 +91,17 @@ def _tried(norm: nn.Module, own: list[nn.Parameter]) -> Over | None:
     if norm._modules:
         try:
             norm = copy.deepcopy(norm).to("cpu", torch.float32).eval()
-        except Exception:  # it may hold a lock, say
+        except Exception:  # it may hold a lock, for example
             return None
     if width is not None:
         return _tried_at(norm, own, width)
-    # At the larger width channels that are picked by a fixed number or slice show.
+    # The larger width reveals modules that select channels by a fixed index or slice.
     found = _tried_at(norm, own, _WIDTHS_TRIED[0])
     return found if found is None or _tried_at(norm, own, _WIDTHS_TRIED[1]) == found else None
 
 
 def _tried_at(norm: nn.Module, own: list[nn.Parameter], width: int) -> Over | None:
-    """Run a module on inputs of so many channels."""
+    """Run a module on inputs of one width to find how it works over channels."""
     holds_width = _width_held(norm) is not None
     drawing = torch.Generator().manual_seed(0)
     order = torch.cat([torch.arange(1, width, 2), torch.arange(0, width, 2)])  # across groups and neighbours
@@ -111,8 +111,8 @@ def _tried_at(norm: nn.Module, own: list[nn.Parameter], width: int) -> Over | No
     cut_norm(fewer, kept)
     other = _with_parameters(norm, [each.flatten()[order].view(each.shape) for each in numbers])
     images = torch.randn(2, 3, 4, width, generator=drawing)
-    # Norms with the channels first may take texts, of three dimensions, alone. What holds nothing for each channel may
-    # treat places alike, and only images with the channels first tell these from channels.
+    # Norms with the channels first may take only texts, of three dimensions. A module that holds nothing for each
+    # channel may treat positions alike, and only images with the channels first tell these from channels.
     for x in (images, images.flatten(1, 2)) if holds_width else (images,):
         for dim in (-1, 1) if holds_width else (1,):
             try:
@@ -122,7 +122,7 @@ def _tried_at(norm: nn.Module, own: list[nn.Parameter], width: int) -> Over | No
                     others = torch.cat([x[..., :1], 1 - x[..., 1:]], -1)
                     changed = one.forward(others.movedim(-1, dim)).movedim(dim, -1)
                     narrow = fewer.forward(x[..., kept].movedim(-1, dim)).movedim(dim, -1)
-            except Exception:  # a forward fails in as many ways as it is written
+            except Exception:  # a forward may raise anything
                 continue
             gives_channels = given.shape == x.shape
             if gives_channels:
@@ -132,7 +132,7 @@ def _tried_at(norm: nn.Module, own: list[nn.Parameter], width: int) -> Over | No
                 is_alike = not holds_width and given.shape[:-1] == x.shape[:-1] and narrow.shape == given.shape
                 is_alike = is_alike and _agree(given, turned)
                 changes = not _agree(given, changed)
-            # What treats each channel by itself is no norm.
+            # A module that treats each channel separately is no norm.
             if is_alike and changes:
                 return Over(dim, gives_channels)
     return None
@@ -143,7 +143,7 @@ def _agree(one: Tensor, other: Tensor) -> bool:
 
 
 def _with_parameters(norm: Any, numbers: list[Tensor]) -> Any:
-    """Return a module that computes what a norm does, on the CPU, in single precision and with these parameters."""
+    """Return a shallow copy of a norm with these values of its parameters."""
     made = copy.copy(norm)
     made._parameters = dict(norm._parameters)
     names = [name for name, each in norm._parameters.items() if each is not None]
@@ -153,7 +153,7 @@ def _with_parameters(norm: Any, numbers: list[Tensor]) -> Any:
 
 
 def is_over_channels(module: nn.Module) -> bool:
-    """Tell whether a module combines channels, all in the same way, as layer, RMS and group norms and gates do."""
+    """Tell whether a module combines channels, all in the same way, like layer, RMS and group norms and gates."""
     return not isinstance(module, nn.modules.batchnorm._NormBase) and channel_dim(module) is not None
 
 
@@ -163,7 +163,7 @@ def numbers_of(parameter: Tensor, kept: Tensor) -> Tensor:
 
 
 def cut_norm(norm: Any, kept: Tensor) -> None:
-    """Keep some channels of a norm over all of them, in place."""
+    """Keep some channels of a norm over channels, in place."""
     width = _width_held(norm)
     if width is None:
         return
@@ -181,7 +181,7 @@ def cut_norm(norm: Any, kept: Tensor) -> None:
 
 
 def _width_held(norm: nn.Module) -> int | None:
-    """Return the number of channels for which a norm holds numbers, or that it is made for; None if it takes any."""
+    """Return the number of channels that a norm is made for; None if it takes any number."""
     own = [each for each in norm._parameters.values() if each is not None]
     shape = getattr(norm, "normalized_shape", ())
     if own:

@@ -1,9 +1,4 @@
-"""Cut channels out of a module in place, so that it keeps its type, mode, hooks and precision.
-
-A channel-wise convolution runs over the channels of another layer, as in ECA nets. Once channels are pruned, neighbours
-in the dense network weren't neighbours before. So each tap of the kernel looks its channel up; the pruned channels were
-zero, as is everything beyond the border.
-"""
+"""Cut channels out of a module in place, so that it keeps its type, mode, hooks and precision."""
 
 from __future__ import annotations
 
@@ -24,7 +19,7 @@ def cut(name: str, module: Any, ins: torch.Tensor, outs: torch.Tensor) -> None:
     """Keep some input and output channels, ascending indices, in place; an embedding has no input channels."""
     if not len(outs) or not (len(ins) or isinstance(module, torch.nn.Embedding)):
         raise SpeedupError(f"a layer must keep at least one channel, got none left ({name})")
-    fold(module)  # its weight depends on all inputs
+    fold(module)  # a computed weight depends on all inputs
     if isinstance(module, CONVOLUTIONS + TRANSPOSED):
         _cut_convolution(name, module, ins, outs)
     elif isinstance(module, torch.nn.Linear):
@@ -47,7 +42,7 @@ def cut(name: str, module: Any, ins: torch.Tensor, outs: torch.Tensor) -> None:
         RULES[type(module)].cut(module, outs)
     elif isinstance(module, _BATCH_NORMS):
         _cut_vectors(module, outs)
-        # An instance norm without parameters may be called on more channels than it names.
+        # An instance norm without parameters may be called on more channels than ``num_features``.
         module.num_features = min(module.num_features, len(outs))
     elif isinstance(module, torch.nn.GroupNorm):
         _cut_group_norm(name, module, outs)
@@ -61,7 +56,7 @@ def cut(name: str, module: Any, ins: torch.Tensor, outs: torch.Tensor) -> None:
 
 
 def _cut_units(module: Any, rows: torch.Tensor) -> None:
-    """Keep some units of a recurrent layer, given the rows of their gates: the same in all levels and directions."""
+    """Keep some units of a recurrent layer in all stacked layers and directions, given the rows of their gates."""
     units = rows[rows < module.hidden_size]
     from_below = torch.cat([units, units + module.hidden_size]) if module.bidirectional else units
     for name in (weight_name(module), *row_names(module)):
@@ -75,10 +70,10 @@ def _cut_units(module: Any, rows: torch.Tensor) -> None:
 
 
 def _part(weight: torch.Tensor, *places: torch.Tensor) -> torch.Tensor:
-    """Select entries, in any order, along the first dimensions of a weight: a new tensor."""
+    """Select entries, in any order, along the first dimensions of a weight; return a new tensor."""
     part = weight
     for d, each in enumerate(places):
-        # Indexing with brackets would look up the entries of a second dimension one by one.
+        # Faster than brackets, which look up the entries of a second dimension one by one.
         if len(each) < weight.shape[d] or bool((each[1:] < each[:-1]).any()):
             part = part.index_select(d, each)
     return part.clone() if part is weight else part
@@ -131,7 +126,7 @@ def _cut_convolution(name: str, module: Any, ins: torch.Tensor, outs: torch.Tens
             "groups of a convolution must keep equally many channels, got "
             f"{_brief(counts[0])} in and {_brief(counts[1])} out ({name})"
         )
-    # The weight holds (out, in / groups, ...), transposed (in, out / groups, ...).
+    # The weight's shape is (out, in / groups, ...), or transposed (in, out / groups, ...).
     rows, columns = (ins, outs % out_step) if isinstance(module, TRANSPOSED) else (outs, ins % in_step)
     if module.groups == 1:
         keep(module, "weight", _part(module.weight, rows, columns))

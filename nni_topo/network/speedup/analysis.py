@@ -1,4 +1,4 @@
-"""What a model does with channels, found by tracing and running it; each fact is found once and then kept."""
+"""How a model uses channels, found by tracing and running it; each fact is computed once and stored."""
 
 from __future__ import annotations
 
@@ -34,34 +34,34 @@ from nni_topo.network.runtime.switches import as_written, random_state_kept
 from nni_topo.network.speedup.dry_run import find_unprunable
 
 _logger = logging.getLogger(__name__)
-_COMPARED = (TreeSpec, tuple, bool, int, float, str)  # of other objects only the same one is equal
-_SMALL = 64  # places, which any input may have
-_MULTIPLES = (8, 16, 32)  # by which networks divide the sides of images
+_COMPARED = (TreeSpec, tuple, bool, int, float, str)  # other objects are compared by identity
+_SMALL = 64  # positions, allowed for any input
+_MULTIPLES = (8, 16, 32)  # divisors that networks require of image sides
 
 Compared = tuple[tuple[int, int], ...]
-"""Sizes that a forward compared with numbers, and these numbers."""
+"""Pairs of a size and the number with which a forward compared it."""
 
 
 @dataclass(frozen=True)
 class Trace:
-    """A model's graph and how channels go through it, without the model's weights."""
+    """A model's graph and channel flow, without the model's weights."""
 
     assembled: Callable[..., GraphModule]  # puts the graph on the modules of a model
-    flow: ChannelFlow  # its modules are without values
-    reads_values: bool  # values of tensors decided what the forward did
+    flow: ChannelFlow  # its modules hold no values
+    reads_values: bool  # whether the forward depends on values of tensors, as in a branch
     compared: Compared
 
 
 class Facts:
-    """What was found about a model on inputs of some shapes. It holds no weights.
+    """Facts about a model on inputs of given shapes, without weights.
 
-    It is handed on together with the model, or with a copy of it that has other weights, so that nothing is found out
-    twice. It says nothing of inputs of other shapes, nor of other values where values decide what the forward does.
+    They are passed on with the model, or with a copy that has other weights, so that nothing is computed twice. They
+    don't hold for inputs of other shapes, or for other values if the forward depends on values.
     """
 
     def __init__(self) -> None:
         self.inputs: list[Any] = []  # shapes, types and devices of tensors, and all other values
-        self.values: list[Tensor] = []  # of the tensors, where these decide what the forward does
+        self.values: list[Tensor] = []  # of the tensors, if the forward depends on these
         self.trace: Trace | None = None
         self.sizes: LayerSizes | None = None
         self.unprunable: dict[int, Reason] | None = None
@@ -83,20 +83,20 @@ class Facts:
         return all(torch.equal(one, other) for one, other in zip(values, self.values, strict=False))
 
     def __reduce__(self) -> Any:
-        return Facts, ()  # a copy, or another process, finds out anew
+        return Facts, ()  # a copy, or another process, starts without facts
 
 
 class Analysis:
-    """What is known of a model on a call. A model that NNI has wrapped is analysed unwrapped; all in evaluation mode.
+    """Facts about a model on a call, in evaluation mode and without NNI's wrappers, computed when first needed.
 
     Parameters
     ----------
     model : torch.nn.Module
-        The model. It isn't changed. Between two questions only its weights may change.
+        The model. It isn't changed. Only its weights may change between two uses.
     call : Call
         Arguments of the model.
     facts : Facts or None, default=None
-        What is known of it already; used if it fits the call.
+        Known facts; used if they fit the call.
     """
 
     def __init__(self, model: nn.Module, call: Call, facts: Facts | None = None) -> None:
@@ -107,16 +107,16 @@ class Analysis:
 
     @classmethod
     def on(cls, model: nn.Module, example_inputs: Any, facts: Facts | None = None) -> Analysis:
-        """Take a model with example inputs, whatever container they come in."""
+        """Analyse a model on example inputs in any container."""
         return cls(model, call_arguments(example_inputs, model), facts)
 
     def of(self, model: nn.Module) -> Analysis:
-        """Return the analysis of a copy of the model that has other weights."""
+        """Return an analysis with the same facts, for a copy of the model that has other weights."""
         return Analysis(model, self.call, self.facts)
 
     @property
     def flow(self) -> ChannelFlow:
-        """How channels go through the network; its modules are without values."""
+        """The channel flow of the network; its modules hold no values."""
         return self.trace.flow
 
     @property
@@ -130,21 +130,21 @@ class Analysis:
 
     @property
     def sizes(self) -> LayerSizes:
-        """Shapes of what enters and leaves each layer, by call."""
+        """Input and output shapes of each layer, by call."""
         if self.facts.sizes is None:
             self.facts.sizes = layer_sizes(self.model, self.call)
         return self.facts.sizes
 
     @property
     def unprunable(self) -> dict[int, Reason]:
-        """The channels that a dry run finds to be unprunable although nothing pins them: by group id, the reason."""
+        """Channels that a dry run finds unprunable although nothing pins them: by group id, the reason."""
         if self.facts.unprunable is None:
             self.facts.unprunable = find_unprunable(self)
         return self.facts.unprunable
 
     @property
     def planes(self) -> dict[str, tuple[Size, Size]]:
-        """Sizes in pixels of what enters and leaves each convolution, transposed or not, at its first call."""
+        """Input and output sizes, in pixels, of each convolution, transposed or not, at its first call."""
         found = dict[str, tuple[Size, Size]]()
         for name, calls in self.sizes.items():
             module = self.model.get_submodule(name)
@@ -155,15 +155,15 @@ class Analysis:
 
     @property
     def depends_on_size(self) -> bool:
-        """Whether the forward compares sizes with numbers or joins channels with places.
+        """Whether the forward compares sizes with numbers or joins channels with positions.
 
-        Then the coupling of channels may not be the same at another size.
+        Then channels may be coupled differently at another size.
         """
         return bool(self.trace.compared) or self.flow.mixes_places
 
     @property
     def second(self) -> Analysis | None:
-        """The same model on inputs of another size; None if there is none that it takes and can be traced on."""
+        """The analysis on inputs of another size; None if the model runs on none that was tried, or can't be traced."""
         known = self.facts
         if not known.is_second_known:
             copied: nn.Module = evaluating(unwrapped_copy(self.model, light=True))
@@ -180,7 +180,7 @@ class Analysis:
         return None if known.second_call is None else Analysis(self.model, known.second_call, known.second)
 
     def graph(self, model: nn.Module, call: Call | None = None) -> tuple[GraphModule, tuple[Any, ...]]:
-        """Put the graph on the modules of a model of this structure and run it on a call, by default its own."""
+        """Put the graph on the modules of a model with this structure, and run it, by default on the analysed call."""
         graph_module = self.trace.assembled(model)
         args = arguments(graph_module.graph, model, call or self.call)
         with torch.no_grad(), random_state_kept(), as_written():
@@ -191,7 +191,7 @@ class Analysis:
 def _trace(model: nn.Module, call: Call) -> Trace:
     """Trace a model.
 
-    Some forwards reshape the output of their layers to the width of the forward's input. Where such a forward can be
+    Some forwards reshape the output of their layers to the width of the forward's input. If such a forward can be
     rewritten without that width, the rewritten one is traced.
     """
     found = _traced_with(model, call, {})
@@ -202,15 +202,15 @@ def _trace(model: nn.Module, call: Call) -> Trace:
     for name, (dim, by_kept, _) in foreign.items():
         if name not in modules or has_own_forward(modules[name]):
             continue
-        # If the forward also computes with the width, the input and the reshaped channels must be equally many. Where
-        # channels that stay are reshaped, they can't be.
+        # A forward that also computes with the width needs as many reshaped channels as inputs, so it isn't rewritten,
+        # unless the reshaped channels can't be removed.
         if take_own_width(modules[name], dim, wholly=not by_kept):
             own_widths[name] = dim
     while own_widths:
         rewritten = _traced_with(model, call, own_widths)
         left = set[str]()
         for name, (_, by_kept, times) in rewritten.flow.foreign_widths().items():
-            # Where the width is still taken in fewer places, these are of other layers, which have as many channels.
+            # If fewer reshapes take the width than before, the rest reshape other layers with as many channels.
             if name in own_widths and by_kept >= foreign[name].by_kept and times >= foreign[name].times:
                 left.add(name)
         if not left:
@@ -228,7 +228,7 @@ def _traced_with(original: nn.Module, call: Call, own_widths: dict[str, int]) ->
             take_own_width(model.get_submodule(name), dim)
         adopt(model)
         for module in model.modules():
-            channel_dim(module)  # which runs it: not while the model is recorded
+            channel_dim(module)  # runs the module, so call it before recording
         return model
 
     model = copied()
@@ -240,7 +240,7 @@ def _traced_with(original: nn.Module, call: Call, own_widths: dict[str, int]) ->
         read = _read_in_training(copied(), unused, call)
     try:
         flow = ChannelFlow(graph_module, recording.args, read)
-    except Exception as error:  # a forward may do with tensors what no rule has seen yet
+    except Exception as error:  # a forward may do what no rule covers yet
         if isinstance(error, NniTopoError) or out_of_memory(error):
             raise
         raise SpeedupError(
@@ -249,7 +249,7 @@ def _traced_with(original: nn.Module, call: Call, own_widths: dict[str, int]) ->
     flow.own_widths = own_widths
     graph = copy.deepcopy(graph_module.graph)
     held = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-    # The copy holds the tensors that the forward makes itself. All others are read from the model, as they are then.
+    # Store the tensors that the forward makes itself. All others are read from the model when the graph is assembled.
     constants = dict[str, Any]()
     for name in held:
         try:
@@ -271,18 +271,18 @@ def _assembled(graph: Graph, constants: dict[str, Any], model: nn.Module) -> Gra
 
 
 def _described(call: Call) -> list[Any]:
-    """List what a trace depends on in a call: containers, shapes and types of tensors, and all other values."""
+    """List what a trace depends on in a call: containers, tensors' shapes, types and devices, and all other values."""
     leaves, structure = tree_flatten(call)
     shapes = [(leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     return [structure, *shapes]
 
 
 def _second_call(model: nn.Module, call: Call, compared: Compared) -> Call | None:
-    """Return inputs of another size that a model runs on, of two samples if it takes these; None if none is found.
+    """Return inputs of another size that a model runs on, with two samples if it takes these; None if none is found.
 
-    Dimensions of one size, such as height and width, or the lengths of tokens and their mask, change together.
-    These sizes are tried: one on the other side of a number that the forward compares sizes with, then one place more,
-    then the next multiple of 8, 16 and 32. ``model`` is a copy in evaluation mode.
+    Dimensions of equal size, such as height and width, or the lengths of tokens and their mask, change together. First,
+    sizes on the other side of numbers that the forward compares sizes with are tried, then the size plus one, then the
+    next multiples of 8, 16 and 32. ``model`` is a copy in evaluation mode.
     """
     few = first_samples(call)
     for start in (few, call) if few is not call else (call,):
@@ -294,7 +294,7 @@ def _second_call(model: nn.Module, call: Call, compared: Compared) -> Call | Non
                 try:
                     with torch.no_grad(), random_state_kept():
                         model(*args, **kwargs)
-                except Exception:  # a model that doesn't take a size may raise anything; or memory is short
+                except Exception:  # a model may raise anything on other sizes, or run out of memory
                     continue
                 found = tried
                 break
@@ -304,10 +304,10 @@ def _second_call(model: nn.Module, call: Call, compared: Compared) -> Call | Non
 
 
 def _other_sizes(size: int, compared: Compared) -> Iterator[int]:
-    """Yield sizes to try in place of one, each once."""
+    """Yield the sizes to try instead of ``size``, each once."""
     found = list[int]()
     for known, number in compared:
-        # What is compared may be the size of a feature map, which grows as the input does.
+        # The compared size may be a feature map's, which grows with the input.
         threshold = size * number / known if known > 0 else 0
         for multiple in (32, 16, 8, 1):
             below = int(threshold - 1e-9) // multiple * multiple
@@ -324,7 +324,7 @@ def _other_sizes(size: int, compared: Compared) -> Iterator[int]:
 
 
 def _resized(call: Call, size: int, other: int) -> Call:
-    """Change all dimensions of one size but the first; where they grow, the values begin again."""
+    """Resize all dimensions of one size except the first; if they grow, the values repeat."""
 
     def resize(tensor: Tensor) -> Tensor:
         for d in range(1, tensor.dim()):
@@ -350,17 +350,17 @@ def unused_tensors(model: nn.Module, graph: Graph) -> list[str]:
             used.update(id(tensor) for tensor in (*found.parameters(), *found.buffers()))
         else:
             used.add(id(found))
-    # A number, and what counts or masks, has no channels.
+    # Scalars, counters and masks have no channels.
     held = [(name, each) for name, each in model.named_buffers() if each.dim() and each.is_floating_point()]
     return [name for name, each in (*model.named_parameters(), *held) if id(each) not in used]
 
 
 def _read_in_training(model: nn.Module, unused: list[str], call: Call) -> dict[str, tuple[np.ndarray, Reason]]:
-    """Find the channels that modules read which run in training mode only, such as auxiliary heads.
+    """Find the channels that are read only in training mode, by modules such as auxiliary heads.
 
-    The model is traced a second time, with the modules in training mode that hold parameters that its graph of
-    evaluation mode doesn't use, ``unused``. Returns by layer which of its channels have to stay for training mode,
-    bool, (channels,), and why; no layers if the model can't be traced in that mode. ``model``: in evaluation mode.
+    The model, in evaluation mode, is traced a second time, with modules that contain ``unused`` parameters in training
+    mode; the first graph doesn't use these. Returns by layer which channels must be kept for training mode, bool,
+    (channels,), and why; no layers if the model can't be traced in that mode.
     """
     try:
         # The copy has weights of its own, because a forward may write into them in training mode.
@@ -368,8 +368,8 @@ def _read_in_training(model: nn.Module, unused: list[str], call: Call) -> dict[s
         for name in unused:
             owners = name.split(".")[:-1]
             for length in range(len(owners) + 1):
-                # Only the modules that contain the parameter: dropout and batch norms beside it would compute something
-                # else in training mode, and don't decide where data goes, and neither do layers of PyTorch's.
+                # Only the modules that contain the parameter. Dropout, batch norms and PyTorch's other layers don't
+                # decide where data goes, and would compute something else in training mode.
                 owner = trained.get_submodule(".".join(owners[:length]))
                 is_layer = type(owner).__module__.startswith("torch.nn.modules.") and not isinstance(
                     owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -380,14 +380,14 @@ def _read_in_training(model: nn.Module, unused: list[str], call: Call) -> dict[s
         if is_in_parts(graph):
             raise SpeedupError("a model must be traced as a whole to follow training mode, got one traced in parts")
         for node in graph.nodes:
-            node.meta.pop(RANDOM, None)  # dropout, in training mode; what is random in evaluation mode stays anyway
+            node.meta.pop(RANDOM, None)  # of dropout; channels that are random in evaluation mode are kept anyway
         flow = ChannelFlow(recording.graph_module, recording.args)
     except Exception as error:  # a user's forward may raise anything
         if out_of_memory(error):
             raise
         _logger.debug("%s can't be followed in training mode", type(model).__name__, exc_info=True)
         return {}
-    # The nodes that depend on an input, or whose values meet one or the output later.
+    # The nodes that depend on an input, or whose values are later combined with such a node or returned.
     met = set[Node]()
     for node in graph.nodes:
         if node.op in ("placeholder", "output") or not met.isdisjoint(node.all_input_nodes):
@@ -395,7 +395,7 @@ def _read_in_training(model: nn.Module, unused: list[str], call: Call) -> dict[s
     for node in reversed(graph.nodes):
         if not met.isdisjoint(node.users):
             met.add(node)
-    readers = dict[int, str]()  # by group of channels, the module that reads them
+    readers = dict[int, str]()  # by group id, the module that reads the channel
     for node in graph.nodes:
         name = str(node.target)
         if node.op not in ("call_module", "get_attr") or node not in met:
@@ -403,7 +403,7 @@ def _read_in_training(model: nn.Module, unused: list[str], call: Call) -> dict[s
         if not any(each == name or each.startswith(f"{name}.") for each in unused):
             continue
         for user in (node,) if node.op == "call_module" else node.users:
-            for tensor in (*user.all_input_nodes, user):  # what is coupled with a module's output stays, too
+            for tensor in (*user.all_input_nodes, user):  # channels coupled with a module's output are kept, too
                 for ids in tensors_of(flow.ids[tensor.name]):
                     for group in np.unique(flow.group_ids(ids.numpy().ravel())).tolist():
                         readers.setdefault(group, name)

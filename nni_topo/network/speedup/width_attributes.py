@@ -1,11 +1,11 @@
-"""Attributes that count channels, and of which tensor: a table that users extend, counted anew in the dense network.
+"""Attributes that count the channels of tensors: a table that users extend, with new numbers for the dense network.
 
-Code around a network, and methods that its forward doesn't call, rely on such attributes: a pyramid reads
-``feature_info``, a new classifier is made as wide as ``num_features``, ultralytics' exporter splits by ``c``. The table
-says of which tensor an attribute counts the channels. The tensor is measured in the unpruned and in the dense network.
-Where it has as many channels in the unpruned one as the attribute says, the attribute gets the number of the dense one.
-An entry of the table whose tensor has another number of channels, or can't be measured, stays, and is named as stale.
-Attributes that a forward reads are followed while it is traced, see `network.graph.traced_int`. All others stay.
+Code around a network, and methods that its forward doesn't call, use such attributes: a pyramid reads ``feature_info``,
+a new classifier is as wide as ``num_features``, ultralytics' exporter splits by ``c``. The table says which tensor's
+channels an attribute counts. The tensor is measured in the unpruned and in the dense network. If the attribute equals
+the unpruned number of channels, it gets the dense number. If it differs, or if the tensor can't be measured, the
+attribute is unchanged and reported as stale. Attributes that a forward reads are followed while it is traced, see
+`network.graph.traced_int`. All other attributes are unchanged.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Described:
 
     module: str  # the name of a module
     part: Literal["input", "output", "features"]  # what enters or leaves it, or what its ``forward_features`` returns
-    at: int | None = None  # which of several outputs; by default all have that number of channels
+    at: int | None = None  # index of one of several outputs; by default all have that number of channels
 
 
 Shape = tuple[int, ...]
@@ -43,13 +43,13 @@ _TABLE: dict[tuple[type[nn.Module] | str, str], Described] = {
     **{
         (nn.Module, name): Described("", "output") for name in ("out_channels", "out_features", "out_chs", "out_planes")
     },
-    ("torchvision.models.resnet.ResNet", "inplanes"): Described("layer4", "output"),  # by which a pyramid is made
+    ("torchvision.models.resnet.ResNet", "inplanes"): Described("layer4", "output"),  # read by feature pyramids
     ("torchvision.models.mobilenetv2.MobileNetV2", "last_channel"): Described("classifier", "input"),
     ("ultralytics.nn.modules.block.C2f", "c"): Described("m.0", "input"),
     ("ultralytics.nn.modules.block.C2fAttn", "c"): Described("m.0", "input"),
     ("ultralytics.nn.modules.block.RepNCSPELAN4", "c"): Described("cv2", "input"),
 }
-"""By class, or by its full name, and attribute: the tensor, of a module that is named from this one on."""
+"""By class, or its full name, and attribute: the tensor, whose module is named relative to the class's module."""
 
 
 @checked(
@@ -61,29 +61,28 @@ _TABLE: dict[tuple[type[nn.Module] | str, str], Described] = {
 def register_width_attribute(
     kind: type[nn.Module] | str, attribute: str, module: str = "", part: Literal["input", "output"] = "output"
 ) -> None:
-    """Say of which tensor an attribute of a module counts the channels, so that it follows when channels are removed.
+    """Register which tensor's channels an attribute of a module counts, so that pruning updates it.
 
-    Attributes that the module's forward reads follow by themselves. Others, which methods beside the forward or code
-    around the network read, keep the number of the unpruned network unless a table says what they count. The table
-    knows attributes of timm, torchvision and ultralytics.
+    Attributes that the module's forward reads are updated anyway. Others, which other methods or code around the
+    network read, keep the number of the unpruned network unless a table says what they count. The table has attributes
+    of timm, torchvision and ultralytics.
 
     Parameters
     ----------
     kind : type or str
-        The module's class, or its full name, ``"package.module.Class"``, which needn't be imported. Classes derived
-        from it count.
+        The module's class, or its full name, ``"package.module.Class"``, which needn't be imported. Derived classes are
+        included.
     attribute : str
         The attribute, which holds an integer.
     module : str, default=""
-        The name of a module within such a module, as `torch.nn.Module.get_submodule` takes it; ``""``: the module
-        itself.
+        The name of a submodule, as for `torch.nn.Module.get_submodule`; ``""``: the module itself.
     part : {"input", "output"}, default="output"
-        Whether the attribute counts the channels of the first tensor that enters that module, or of what it returns.
+        Whether the attribute counts the channels of that module's first input or of its output.
 
     Raises
     ------
     ConfigError
-        If an argument isn't what it must be.
+        If an argument is invalid.
 
     See Also
     --------
@@ -91,8 +90,8 @@ def register_width_attribute(
 
     Notes
     -----
-    `to_dense` measures the tensor in the unpruned and in the dense network. It leaves the attribute where the unpruned
-    tensor has another number of channels, and names it in ``report.stale``.
+    `to_dense` measures the tensor in the unpruned and in the dense network. If the attribute differs from the unpruned
+    tensor's number of channels, it is unchanged, and ``report.stale`` lists it if a layer of that width lost channels.
 
     Examples
     --------
@@ -109,9 +108,9 @@ def register_width_attribute(
 
 
 def _claims(name: str, module: nn.Module) -> Iterator[tuple[Place, Described]]:
-    """List what attributes of a module count; of two claims on one attribute the later one holds."""
+    """Yield a module's attributes and the tensors whose channels they count; later claims override earlier ones."""
     prefix = f"{name}." if name else ""
-    # Of timm's networks a list; of those that return features alone (``features_only``) an object that holds one.
+    # In timm's networks a list; in networks that return only features (``features_only``) an object that holds one.
     held: Any = vars(module).get("feature_info")
     entries, key, outputs = held, "feature_info", dict[int, int]()
     if hasattr(held, "out_indices") and getattr(held, "info", None):
@@ -124,14 +123,14 @@ def _claims(name: str, module: nn.Module) -> Iterator[tuple[Place, Described]]:
             if index in outputs:
                 described = Described(name, "output", outputs[index])
             yield (name, key, (index, "num_chs")), described
-    # The widths by which timm's networks, and their heads, make a new classifier.
+    # The widths that timm's networks, and their heads, use to make a new classifier.
     if hasattr(module, "forward_features"):
         for width in ("num_features", "embed_dim"):
             yield (name, width, ()), Described(name, "features")
         holder: Any = module
         try:
             classifier = holder.get_classifier()
-        except Exception:  # a method of the user's, if there is one
+        except Exception:  # missing, or a user's own method
             classifier = None
         for inner, each in module.named_modules():
             if each is (classifier[0] if isinstance(classifier, tuple) else classifier):
@@ -139,7 +138,7 @@ def _claims(name: str, module: nn.Module) -> Iterator[tuple[Place, Described]]:
     elif "pre_logits" in getattr(getattr(type(module).forward, "__code__", None), "co_varnames", ()):
         for width in ("num_features", "hidden_size"):
             yield (name, width, ()), Described(f"{prefix}{'fc' if 'fc' in module._modules else 'fc2'}", "input")
-    # A class that is derived from another has its rows of the table, and may have its own.
+    # A derived class inherits entries of the table, and may have its own.
     for kind in reversed(type(module).__mro__):
         for (owner, attribute), described in _TABLE.items():
             if owner in (kind, f"{kind.__module__}.{kind.__qualname__}"):
@@ -149,9 +148,9 @@ def _claims(name: str, module: nn.Module) -> Iterator[tuple[Place, Described]]:
 def count_anew(original: nn.Module, dense: nn.Module, call: Call) -> dict[str, int]:
     """Write the dense network's numbers into the attributes of the table, and return those that may be stale.
 
-    These are attributes, by name, whose tensor doesn't have the number of channels that they say, or can't be measured,
-    while a parameter of their module had this size and is smaller now. Attributes that the forward of their module
-    reads are left alone: what it computes with them mustn't change.
+    Returns values by name. An attribute may be stale if its tensor has another number of channels or can't be measured,
+    and a parameter of its module had this size and is smaller now. Attributes that their module's forward reads are
+    skipped: what it computes with them mustn't change.
     """
     claims: dict[Place, tuple[int, Described]] = {}
     numbers, numbers_left = numbers_of(original), numbers_of(dense)
@@ -161,7 +160,7 @@ def count_anew(original: nn.Module, dense: nn.Module, call: Call) -> dict[str, i
         kind: Any = type(module)
         read = _read_in_forward(kind)
         for place, described in _claims(name, module):
-            # An attribute that has another number already was counted anew with the layers.
+            # An attribute with another number was updated with the layers.
             if place in numbers and place[1] not in read and numbers[place] == numbers_left.get(place):
                 claims[place] = numbers[place], described
     if not claims:
@@ -175,7 +174,7 @@ def count_anew(original: nn.Module, dense: nn.Module, call: Call) -> dict[str, i
         if found is not None:
             sizes[place] = found
             continue
-        # A layer that was replaced may have parameters of other names.
+        # A replaced layer may have parameters with other names.
         shapes = {each: parameter.shape for each, parameter in dense.get_submodule(name).named_parameters()}
         for each, parameter in original.get_submodule(name).named_parameters():
             pairs = zip(parameter.shape, shapes.get(each, parameter.shape), strict=False)
@@ -187,7 +186,7 @@ def count_anew(original: nn.Module, dense: nn.Module, call: Call) -> dict[str, i
 
 @lru_cache(maxsize=1024)
 def _read_in_forward(kind: type) -> frozenset[str]:
-    """Return the names that a class's forward reads, and those read by the methods and properties that it uses."""
+    """Return the names read by a class's forward, and by the methods and properties that it uses."""
     names, left = set[str](), ["forward"]
     while left:
         found = inspect.getattr_static(kind, left.pop(), None)
@@ -203,9 +202,9 @@ def _read_in_forward(kind: type) -> frozenset[str]:
 
 
 def _channels_kept(number: int, before: list[Shape], after: list[Shape]) -> int | None:
-    """Return how many of so many channels tensors still have, given their shapes; None where that isn't certain.
+    """Return how many of ``number`` channels tensors still have, given their shapes; None if that isn't certain.
 
-    A dimension may have the same size by chance, as that of places. The channels are those that became fewer.
+    Another dimension, such as the height, may have the same size by chance. The channels are the dimension that shrank.
     """
     found = set[int]()
     if len(before) != len(after) or not before:
@@ -222,7 +221,7 @@ def _channels_kept(number: int, before: list[Shape], after: list[Shape]) -> int 
 
 
 def _shapes(model: nn.Module, wanted: set[Described], call: Call) -> dict[Described, list[Shape]]:
-    """Run a model and return the shapes of the tensors that are there, of each at the first call of its module."""
+    """Run a model and return the shapes of the wanted tensors that it computes, at the first call of each module."""
     values: dict[Described, Any] = {}
     modules = dict(model.named_modules())
 
