@@ -27,9 +27,9 @@ class Reason:
         A short identifier of the reason.
     place : str, default=""
         The operation, with the module whose forward calls it ("add in layer1.0"), or the module that keeps the
-        channels; empty if there is none.
+        channels; empty without one.
     layer : str, default=""
-        The layer or module that the text is about; empty if there is none.
+        The layer or module that the text is about; empty without one.
     text : str, default=""
         The reason in words.
     line : str, default=""

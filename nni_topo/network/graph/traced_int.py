@@ -165,7 +165,7 @@ def _note_other_uses(operands: Iterable[Any]) -> None:
 
 
 def _arithmetic(function: Callable[..., int], first: Any, second: Any) -> Any:
-    """Compute with two numbers, of which at least one is traced."""
+    """Compute with two numbers; at least one is traced."""
     traced = [each for each in (first, second) if isinstance(each, TracedInt)]
     if not (isinstance(first, int) and isinstance(second, int)):
         for each in traced:

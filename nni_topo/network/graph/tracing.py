@@ -89,8 +89,8 @@ def trace(model: nn.Module, inputs: Call) -> Recording:
     for name, module in model.named_modules():
         if is_scripted(module):
             raise ConfigError(
-                f"a model must have no modules that torch.jit has compiled, got one ({name}); put the module there "
-                "that torch.jit was given"
+                f"a model must have no modules that torch.jit has compiled, got one ({name}); replace it by the "
+                "module that was given to torch.jit"
             )
     try:
         return _trace_whole(model, inputs)
