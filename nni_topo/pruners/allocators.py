@@ -50,7 +50,7 @@ class ConfigAllocator(SparsityAllocator):
         ]
         if more:
             _logger.warning(
-                "layers that share channels must ask for widths that fit together, and some channels have to stay; "
+                "layers that share channels can't have just any widths, and some channels can't be removed: "
                 "more channels are kept in %s",
                 "; ".join(more),
             )

@@ -75,7 +75,7 @@ class Budget:
         one on held-out images (:func:`nni_topo.shrink` only).
     equal_blocks : bool, optional
         Layers of equal width keep equally many channels, and attention layers with equally many heads keep equally
-        many heads, so that a Transformers config can describe the network. The cost gets less near to the budget. Only
+        many heads, so that a Transformers config can describe the network. The budget is met less exactly. Only
         with ``"uniform"``. None: False; but :func:`nni_topo.shrink` uses True for a Transformers model, and doesn't
         prune layers whose width a config can't express.
     latency_table : LatencyTable, str, Path or None, default=None
@@ -159,11 +159,11 @@ class BudgetOutcome:
     asked: float  # share of the unpruned network's cost to keep, in (0, 1]
     left: float  # share that is kept
     is_met: bool  # whether `left` is at most `asked` plus `tolerance`
-    why: str = ""  # why `left` isn't within `tolerance` of `asked`; empty where it is
+    why: str = ""  # why `left` isn't within `tolerance` of `asked`; empty if it is
 
     @property
     def tolerance(self) -> float:
-        """How far ``left`` may be from ``asked``: 0.01, or 10 % of ``asked`` where that is less.
+        """How far ``left`` may be from ``asked``: 0.01, or 10 % of ``asked`` if that is less.
 
         For latency at least 5 % of ``asked``.
         """
@@ -172,7 +172,7 @@ class BudgetOutcome:
 
     @property
     def is_near(self) -> bool:
-        """Whether ``left`` is within ``tolerance`` of ``asked``; one that costs even less also meets the budget."""
+        """Whether ``left`` is within ``tolerance`` of ``asked``; a network that costs less also meets the budget."""
         return abs(self.left - self.asked) <= self.tolerance + _ROUNDING
 
     def __str__(self) -> str:
@@ -473,7 +473,7 @@ def network_time(
         timed = time_shares(ready, whole, example_inputs, wanted, seconds=_SECONDS * len(nets))
         for found, off in timed:
             level = logging.WARNING if off > max(_MISSED_TIME, abs(found - wanted) / found) else logging.INFO
-            _logger.log(level, "widths that were timed take %.4g of the time, known to %.1f %%", found, 100.0 * off)
+            _logger.log(level, "the timed widths take %.4g of the unpruned time, to within %.1f %%", found, 100.0 * off)
         return [found for found, _ in timed]
 
     return shares

@@ -242,7 +242,7 @@ def _check_module(name: str, module: nn.Module) -> None:
         )
     if isinstance(module, nn.RNNBase) and not is_recurrent(module):
         raise ConfigError(
-            f"units must be those of PyTorch's LSTM, GRU or RNN, without a projection, got {module} ({name})"
+            f"a pruned recurrent layer must be PyTorch's LSTM, GRU or RNN without a projection, got {module} ({name})"
         )
     if isinstance(getattr(type(module), "weight", None), property):
         raise ConfigError(

@@ -238,7 +238,7 @@ def merging_losses(parts: list[FeatureCloud]) -> FloatArray:
 
     heights = np.zeros((len(parts), len(parts[0].points)))
     for part, cloud in enumerate(parts if heights.shape[1] > 1 else ()):
-        # The j-th cluster is worth the distance at which Ward's agglomeration goes from j to j - 1 clusters.
+        # The j-th cluster is worth the distance of Ward's merge from j to j - 1 clusters, the first as much as the 2nd.
         merges = linkage(cloud.points, "ward")[::-1, 2]
         heights[part] = np.concatenate([merges[:1], merges])
     mean = heights.mean()
@@ -254,8 +254,8 @@ class FeaturePruner(StructuredPruner):
     def pairs(self) -> dict[str, dict[int, int]]:
         """By layer, the kept neuron that replaces each pruned one, for the latest masks.
 
-        For ``nni_topo.compensate(model, masks, calibration, method=nni_topo.recovery.Pair(pruner.pairs))``, the
-        correlation-based update.
+        The correlation-based update uses them:
+        ``nni_topo.compensate(model, masks, calibration, method=nni_topo.recovery.Pair(pruner.pairs))``.
         """
         return self.calculator.pairs
 

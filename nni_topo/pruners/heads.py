@@ -112,7 +112,7 @@ def scale_by_heads(model: Any, target_spaces: TargetSpaces) -> None:
 
 
 def _gates_of(module: Any) -> dict[str, Any] | None:
-    """Return NNI's settings for the parameters of a recurrent layer, whose number depends on its levels, else None."""
+    """Return NNI's settings for the parameters of all levels of a recurrent layer; None for other layers."""
     if not is_recurrent(module):
         return None
     names = (weight_name(module), *row_names(module))

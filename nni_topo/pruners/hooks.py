@@ -48,7 +48,7 @@ class PruningContext:
     model: nn.Module  # the wrapped one
     target_spaces: TargetSpaces  # NNI's, with the current ratios: a scheduled pruner changes them at each step
     evaluator: Evaluator | None = None  # the pruner's
-    parameter_names: Mapping[str, str] = field(default_factory=dict)  # before and after wrapping, for the evaluator
+    parameter_names: Mapping[str, str] = field(default_factory=dict)  # by name before wrapping, for the evaluator
     planner: Planner = field(default_factory=Planner)  # says how many blocks are kept
     # For layers that share some channels with others, the group id of each channel: equal ids are pruned together.
     ties: ChannelCoupling = field(default_factory=dict)
@@ -147,7 +147,7 @@ class SparsityAllocator(ABC):
 
     @abstractmethod
     def allocate(self, metrics: Metrics, context: PruningContext) -> Masks:
-        """Return the masks of every target that ``context`` lets the pruner mask."""
+        """Return the masks of all pruned targets and of the targets aligned to them."""
 
 
 def unit_scores(unit: PruningUnit, metrics: Metrics) -> Tensor:

@@ -1,6 +1,6 @@
 """Matrix pruning: whole rows and columns of the weight matrices, by their norm.
 
-A channel is a row of its own layer's matrix and a column (of a convolution, a block of columns) of each matrix that
+A channel is a row of its own layer's matrix and a column (in a convolution, a block of columns) of each matrix that
 reads it. Both are pruned together, so the matrices stay dense and get smaller.
 
 Source: "Network Structure Pruning", AVLSI final project report, section VI (matrix-based pruning).

@@ -26,7 +26,7 @@ _logger = logging.getLogger(__name__)
 
 FloatArray = NDArray[np.float64]
 Losses = Callable[[PruningUnit], FloatArray]
-"""From a unit to its blocks' losses, ``(blocks,)``, in any order; called only for thresholds and global groups."""
+"""From a unit to its blocks' losses, ``(blocks,)``, in any order; called only to compare layers or for thresholds."""
 
 
 @dataclass(kw_only=True)

@@ -44,15 +44,15 @@ def prune_in_rounds(
     rewind: Mapping[str, Tensor] | None = None,
     on_round: Callable[[Round], None] | None = None,
 ) -> list[Round]:
-    """Prune by any of NNI's one-shot pruners in rounds with training in between.
+    """Prune with any of NNI's one-shot pruners in rounds, with training in between.
 
     Parameters
     ----------
     pruner : nni.compression.base.compressor.Pruner
-        A pruner of NNI's or of this package with ``sparse_ratio`` targets, its model wrapped.
+        A pruner of NNI or of this package with ``sparse_ratio`` targets and a wrapped model.
     steps : sequence of float
         One per round, rising, in (0, 1]. A round brings every target with a final ratio ``s`` to
-        ``1 - (1 - s) ** step``; 1 is the final ratio.
+        ``1 - (1 - s) ** step``; at step 1 this is the final ratio.
     train : callable
         Trains the wrapped model; called once per round, after its masks are set. Optimizers must be made inside.
     rewind : mapping of str to Tensor or None, default=None

@@ -136,7 +136,7 @@ class SubclusterPruner(FeaturePruner):
     config_list : list of dict
         NNI's config_list, which names the layers; no ratio is needed. ``max_sparse_ratio``, and ``sparse_ratio`` if
         given, are the largest share that may be pruned: clusters are split further until enough neurons are kept.
-        ``min_sparse_ratio`` ends the splitting early. ``sparse_threshold`` takes the place of the HoH threshold, in the
+        ``min_sparse_ratio`` ends the splitting early. ``sparse_threshold`` replaces the HoH threshold, in the
         unit of the features' covariances. The members of a ``dependency_group_id`` are clustered together; the ratio of
         a ``global_group_id`` caps what the group loses.
     energy : float or mapping of str to float, default=0.5

@@ -271,7 +271,7 @@ class TopologicalPruner(StructuredPruner):
         calibration : iterable or None, default=None
             The first batch is used for a ``budget`` without ``example_inputs``.
         combine : {"max", "sum"}, default="sum"
-            Whether the degrees' distances are added, or the largest counts. At a fixed ratio the largest is H0's and
+            Whether the degrees' distances are added, or the largest counts. At a fixed ratio the largest is H0's: it is
             the same for nearly all subsets, so that the search can't tell them apart (a warning says so).
         homology_dimensions : sequence of int, default=(0, 1)
             Degrees whose diagrams are compared.

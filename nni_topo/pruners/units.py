@@ -1,8 +1,8 @@
 """Pruning units: groups of config_list targets that have to lose the same blocks.
 
 NNI hands a pruner one target space per parameter. A *unit* is one such target, or all targets that share a
-``dependency_group_id``. It has ``blocks`` scores (one per filter or neuron at the default granularity), of which
-``parts`` equal segments lose the same number each (NNI's ``internal_metric_block``, for grouped convolutions).
+``dependency_group_id``. It has ``blocks`` scores (one per filter or neuron at the default granularity). They form
+``parts`` equal segments, which lose the same number each (NNI's ``internal_metric_block``, for grouped convolutions).
 """
 
 from __future__ import annotations

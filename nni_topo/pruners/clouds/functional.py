@@ -199,7 +199,7 @@ def _reading(
 
 
 def _places(channels: IntArray, entering: IntArray) -> IntArray:
-    """Return the input positions of each channel, ``(channels, places)``; channels with fewer end in -1."""
+    """Return the input positions of each channel, ``(channels, places)``, padded with -1."""
     order = np.argsort(entering, kind="stable")
     first, end = (np.searchsorted(entering[order], channels, side) for side in ("left", "right"))
     # All channels that can't be removed, and constants, have the id FIXED.

@@ -103,7 +103,7 @@ class PopulationAccuracy:
         whole = [layer.weight for layer in self._layers]
         if not self._tails:
             return MaskedScores(whole, [layer.bias for layer in self._layers], self._accuracy)(population)
-        # Bytes per individual, roughly, in float32: three of the largest activation; the masks and the masked weights.
+        # Bytes per individual, roughly, in float32: three times the largest activation; masks and masked weights.
         genes = sum(int(weight.numel()) for weight in whole)
         each = 4 * (3 * max(tail.elements for tail in self._tails) + 2 * genes)
         # The population may be a generator: taking it in chunks bounds memory.
