@@ -1,7 +1,7 @@
-"""What a config of Transformers says of a model: how wide its layers are, and how many heads they have.
+"""Configs of Transformers: which layers' widths, and which numbers of heads, their settings count.
 
-What a setting counts is found by trying: the model is built by its config once more, with another value of the setting,
-on the meta device, where it has shapes and no values.
+To find what a setting counts, the model is built from its config again, with another value of the setting, on the meta
+device, where it has shapes and no values.
 """
 
 from __future__ import annotations
@@ -26,46 +26,46 @@ from nni_topo.network.runtime.switches import random_state_kept
 from nni_topo.sharing import named_tensors
 
 Widths = dict[str, dict[str, int]]
-"""By setting of a config, the layers whose output channels it counts, with how many these are."""
+"""By setting of a config, the layers whose output channels it counts, with their number."""
 HEADS = "the number of heads"
-"""What stands for the settings that count heads."""
+"""Stands for all settings that count heads."""
 
 _HEAD_SIZES = ("head_dim", "d_kv")
 _logger = logging.getLogger(__name__)
-_known: dict[tuple[type, str], Widths] = {}  # every dense network of a model asks again
+_known: dict[tuple[type, str], Widths] = {}  # cache: every dense network of a model needs it
 
 
 def is_pretrained(model: Any) -> bool:
     """Tell whether a model is one of Transformers, which needn't be installed."""
-    # Whoever has such a model has imported Transformers. What PEFT and diffusers make has a config, too.
+    # A model of Transformers exists only if Transformers is imported. Models of PEFT and diffusers have a config, too.
     base: Any = getattr(sys.modules.get("transformers"), "PreTrainedModel", ())
     return isinstance(model, base)
 
 
 def built_by_config(model: Any, config: Any) -> Any:
-    """Return a model of the same class, built by a config on the meta device, or raise what its constructor raises."""
+    """Build a model of the same class from a config, on the meta device; raise what its constructor raises."""
     with torch.device("meta"):
         return type(model)(copy.deepcopy(config))
 
 
 def described_layers(model: Any) -> dict[str, str]:
-    """Return the layers of which the config of a model of Transformers can say that they have fewer channels.
+    """Return the layers whose reduced number of channels a config of Transformers can express.
 
-    By name, with the setting that says so: all layers of one setting keep the same share of their channels.
+    By name, with the setting that counts the channels: all layers of one setting must keep the same share of them.
     """
     found = {layer: setting for setting, layers in widths_by_setting(model).items() for layer in layers}
     return found | dict.fromkeys(_layers_of_heads(model), HEADS)
 
 
 def widths_by_setting(model: Any) -> Widths:
-    """Return the settings of a config that count output channels of layers, and change only what reads these.
+    """Return the settings of a config that change only output channels of layers and the inputs that read these.
 
-    The width of the residual stream is none of them, for norms and embeddings have it too.
+    The width of the residual stream isn't included, because norms and embeddings have it too.
     """
     key = type(model), json.dumps(model.config.to_dict(), default=str, sort_keys=True)
     if key not in _known:
         _known[key] = _tried_settings(model)
-    own = dict(model.named_modules())  # an argument may leave out parts: add_pooling_layer=False
+    own = dict(model.named_modules())  # an argument may leave out parts, as add_pooling_layer=False does
     return {
         setting: {name: width for name, width in layers.items() if name in own}
         for setting, layers in _known[key].items()
@@ -79,7 +79,7 @@ def _tried_settings(model: Any) -> Widths:
     of_heads = {layer for each in attention.values() for layer in each.channels}
     widths = {width for name, shape in shapes.items() if _layer_of(modules, name) for width in shape[:2]}
     for setting, value in _settings(model.config).items():
-        # One layer may make gates and values: twice as many channels.
+        # One layer may compute gates and values: twice as many channels.
         if value < 2 or not any(width % value == 0 for width in widths):
             continue
         changed, less = copy.deepcopy(model.config), value // 2
@@ -98,13 +98,13 @@ def _tried_settings(model: Any) -> Widths:
             if shape[at] != others[name][at]:
                 layers[layer] = shape[at]
                 is_width = shape[at] * less == others[name][at] * value
-        if layers and is_width and not of_heads & layers.keys():  # else it counts the channels of a head
+        if layers and is_width and not of_heads & layers.keys():  # else it counts a head's channels
             found[setting] = layers
     return found
 
 
 def _settings(config: Any) -> dict[str, int]:
-    """Return the whole numbers of a config by name; those of a config within it, as of CLIP's texts, with its name."""
+    """Return the integers of a config by name; those of a nested one, such as ``text_config``, with a dotted name."""
     found: dict[str, int] = {}
     for key, value in vars(config).items():
         if callable(getattr(value, "to_dict", None)):
@@ -124,24 +124,24 @@ def _put(config: Any, setting: str, value: int) -> None:
 
 
 def _tried(model: Any, config: Any) -> tuple[dict[str, tuple[int, ...]], dict[str, nn.Module]]:
-    """Return the shapes and the modules of a model that is built by a config; none where it can't be built."""
+    """Return the shapes and the modules of a model that is built from a config; none if it can't be built."""
     try:
         built = built_by_config(model, config)
-    except Exception:  # a constructor may want more than a config, or refuse its numbers, each in its own words
+    except Exception:  # a constructor may need more than a config, or raise anything for its numbers
         return {}, {}
     shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(built).items()}
     return shapes, dict(built.named_modules())
 
 
 def _layer_of(modules: dict[str, nn.Module], tensor: str) -> str | None:
-    """Return the layer that a tensor is the weight or bias of; None for other tensors."""
+    """Return the name of the layer whose weight or bias a tensor is; None for other tensors."""
     name = tensor.rpartition(".")[0]
     module = modules.get(name)
     return name if module is not None and (isinstance(module, WEIGHTED) or is_transposed_linear(module)) else None
 
 
 def _layers_of_heads(model: Any) -> list[str]:
-    """Return the layers that make queries, keys and values, if a config can say that all have fewer heads."""
+    """Return the layers that compute queries, keys and values, if a config can express fewer heads for all."""
     found, accepted = find_attention(model), accepted_heads(model)
     shares: set[float] = set()
     for attention in found.values():
@@ -162,15 +162,15 @@ def _layers_of_heads(model: Any) -> list[str]:
         layer = _layer_of(modules, name)
         if layer in of_heads and others[name][0] == shape[0] * share:
             fewer.add(layer)
-        elif layer is None or others[name][0] != shape[0]:  # not what reads the heads
+        elif layer is None or others[name][0] != shape[0]:  # isn't a layer that reads the heads
             return []
     return sorted(of_heads) if fewer == of_heads else []
 
 
 def put_heads(config: Any, model: nn.Module, before: dict[str, Attention], share: float) -> bool:
-    """Let a config have a share of the heads, each as large as before; say whether it can say how large they are.
+    """Set a share of the heads in a config, each as large as before; return False if it can't hold a head size.
 
-    ``before``: the attention of the unpruned network, whose names are those of ``model``.
+    ``before``: the attention of the unpruned network, by names in ``model``.
     """
     size = None
     for key in _HEAD_SIZES:
@@ -180,7 +180,7 @@ def put_heads(config: Any, model: nn.Module, before: dict[str, Attention], share
             break
     sizes = {each.head_size for each in before.values()}
     if size is None and share != 1.0 and len(sizes) == 1:
-        # Some constructors ask for a head's size that the config needn't have, and else divide the width by the heads.
+        # Some constructors read an optional ``head_dim``, and without it divide the width by the number of heads.
         kinds: list[Any] = [type(model.get_submodule(name)) for name in before]
         if all("head_dim" in inspect.unwrap(kind.__init__).__code__.co_consts for kind in kinds):
             size = "head_dim"
@@ -197,14 +197,14 @@ def put_heads(config: Any, model: nn.Module, before: dict[str, Attention], share
 
 
 def tell_config(model: Any, original: nn.Module, call: Call) -> None:
-    """Put the pruned widths into the ``config`` of a model of Transformers, where all blocks have the same.
+    """Write the pruned widths into the ``config`` of a model of Transformers, if all blocks have the same.
 
-    ``call``: inputs, on which a model that is built by a narrower residual stream is known by its outputs.
+    ``call``: inputs, on which a model built with a narrower residual stream is compared.
     """
     if not is_pretrained(original):
         return
     found, before = find_attention(model), find_attention(original)
-    # Heads of queries: of two sets that share keys and values, one may be left, whose heads then all share them.
+    # Count heads of queries: if one of two sets that share keys and values is left, all its heads share them.
     shares = {each.query_heads / before[name].query_heads for name, each in found.items()}
     if len(shares) == 1:
         put_heads(model.config, model, {name: before[name] for name in found}, shares.pop())
@@ -216,14 +216,14 @@ def tell_config(model: Any, original: nn.Module, call: Call) -> None:
 def _tell_hidden_size(
     model: Any, original: Any, found: dict[str, Attention], before: dict[str, Attention], call: Call
 ) -> None:
-    """Put the pruned width of the residual stream into a config, if a model built by that config computes the same.
+    """Write the pruned width of the residual stream into a config, if a model built from that config computes the same.
 
-    ``found``, ``before``: the attention of both networks. Where the width over the heads is the size of one, fewer
-    heads belong to it. Gemma multiplies by the root of the width that its config says, so its config keeps the old one.
+    ``found``, ``before``: the attention of both networks. If the heads together have that width, the number of heads is
+    set too. Gemma multiplies by the root of its config's width, so its config keeps the old one.
     """
     config, key = model.config, original.config.attribute_map.get("hidden_size", "hidden_size")
     old_width = getattr(original.config, key, None)
-    # Norms tell the width. Norms without numbers, as OLMo's, leave it to matrices, which have other widths as well.
+    # Norms show the width. If norms have no parameters, as OLMo's, matrices show it, which have other widths as well.
     widths = {1: set[int](), 2: set[int]()}
     shapes = {name: tensor.shape for name, tensor in named_tensors(model).items()}
     for name, tensor in named_tensors(original).items():
@@ -240,7 +240,7 @@ def _tell_hidden_size(
                 if isinstance(vars(original.config).get(count), int):
                     setattr(changed, count, round(getattr(original.config, count) * next(iter(shares))))
         elif len(sizes := {each.head_size for each in found.values()}) == 1:
-            changed.head_dim = sizes.pop()  # which OLMo's config needn't have, and its attention reads
+            changed.head_dim = sizes.pop()  # optional in OLMo's config, but its attention reads it
         told = dict(vars(config))
         with left_alone(model), torch.no_grad(), random_state_kept():
             wanted = tensors_of(run_few(model, call))
@@ -251,14 +251,14 @@ def _tell_hidden_size(
                 built = built.to(device_of(model)).to(next(model.parameters()).dtype).eval()
                 if all(agree(wanted, tensors_of(run_few(each, call)), SAME_CHANNELS) for each in (model, built)):
                     return
-            except Exception:  # a constructor may refuse a number, and a forward may raise anything
+            except Exception:  # a constructor, and a forward, may raise anything
                 _logger.debug("no model is built by a hidden size of %d", width, exc_info=True)
             vars(config).clear()
             vars(config).update(told)
 
 
 def put_widths(config: Any, original: Any, left: dict[str, int]) -> None:
-    """Put the widths that all layers of a setting have into a config; ``left``: output channels of some layers."""
+    """Write each width that all layers of a setting have into a config; ``left``: output channels of some layers."""
     for setting, layers in widths_by_setting(original).items():
         value = _settings(original.config)[setting]
         found = {value * left[name] / width for name, width in layers.items() if name in left}
@@ -267,17 +267,17 @@ def put_widths(config: Any, original: Any, left: dict[str, int]) -> None:
 
 
 def accepted_heads(model: nn.Module) -> dict[str, list[int]]:
-    """Return the numbers of heads that configs of Transformers accept, by layer that makes queries, keys or values.
+    """Return the numbers of heads that configs of Transformers accept, by layer that computes queries, keys or values.
 
-    Transformers 5 checks its configs, and of most classes the number of heads has to divide the width, also where the
-    size of a head is given on its own. Layers whose config accepts every number are left out.
+    Transformers 5 checks its configs: in most classes the number of heads must divide the width, even if the size of a
+    head is given separately. Layers whose config accepts every number are left out.
     """
     found = dict[str, list[int]]()
     known: dict[tuple[int, int], list[int]] = {}  # blocks share a config
     for name, attention in find_attention(model).items():
         module: Any = model.get_submodule(name)
         config: Any = getattr(module, "config", getattr(model, "config", None))
-        # Transformers 4 checks nothing, and a config may have a setting of that name
+        # Transformers 4 has no such method, but a config may have a setting with its name
         if not callable(getattr(config, "validate", None)):
             continue
         heads = attention.heads
@@ -291,7 +291,7 @@ def accepted_heads(model: nn.Module) -> dict[str, list[int]]:
                         setattr(changed, count, getattr(changed, count) // heads * kept)
                 try:
                     changed.validate()
-                except Exception:  # each class has errors of its own
+                except Exception:  # each class has its own errors
                     continue
                 known[key].append(kept)
         if len(known[key]) < heads:

@@ -3,7 +3,8 @@
 Heads are independent up to the output projection. So the queries, keys and values of a head are pruned together, and
 heads that share keys and values (grouped-query attention) are pruned together too. Such a set is called a head here. So
 is a unit of a recurrent layer, which is pruned with its rows in all gates. Where all heads share one key and one value
-(multi-query attention [1]_), these stay, and a head is pruned with its queries and the columns that read its output.
+(multi-query attention [1]_), these are kept, and a head is pruned with its queries and the columns that read its
+output.
 
 References
 ----------
@@ -36,7 +37,7 @@ from nni_topo.network.runtime.modules import put_attribute
 
 IntArray = NDArray[np.int64]
 
-# Queries, keys, values; possible names of the output projection, where it is a part of the module.
+# Queries, keys, values; possible names of the output projection, if it is a part of the module.
 _APART = (
     ("q_proj", "k_proj", "v_proj", ("o_proj", "out_proj", "dense")),
     ("query", "key", "value", ("out_proj",)),
@@ -50,12 +51,12 @@ _TOGETHER = (
     ("to_qkv", ("merge",)),
     ("Wqkv", ("Wo",)),
     ("query_key_value", ("dense",)),
-    ("qkv_proj", ("o_proj",)),  # keys and values may be of fewer heads
+    ("qkv_proj", ("o_proj",)),  # keys and values may have fewer heads
 )
 # Layers whose rows are ordered by head (its queries, keys, values); in all others, queries of all heads come first.
 _HEAD_BY_HEAD = ("query_key_value",)
 COUNTS = ("num_attention_heads", "num_heads", "n_heads")
-# Other names of the same number, in modules that hold one of these, too: of the heads on one device, say.
+# Other names of the same number, in modules that also hold one of these: the heads on one device, for example.
 _FURTHER_COUNTS = (
     "n_local_heads", "num_local_heads", "n_head", "num_head", "nhead", "nheads", "heads", "n_q_heads", "num_q_heads",
     "num_query_heads",
@@ -65,7 +66,7 @@ SHARED_COUNTS = (
     "num_kv_head", "kv_heads", "num_heads_kv", "n_heads_kv", "n_head_kv", "kv_n_heads", "n_query_groups",
     "num_query_groups",
 )  # fmt: skip
-# Heads for each head of keys and values.
+# Heads of queries for each head of keys and values.
 _PER_SHARED = (
     "num_key_value_groups", "num_kv_groups", "n_kv_groups", "kv_groups", "n_rep", "num_rep", "repeats", "q_per_kv",
     "queries_per_kv", "num_queries_per_kv",
@@ -75,7 +76,7 @@ _WIDTHS = (
     "all_head_size", "hidden_size", "inner_dim", "attn_dim", "dim", "embed_dim", "split_size", "output_dim",
     "hidden_size_output",
 )  # fmt: skip
-# Parameters with an entry for each head, and along which dimension; the last layer of what computes such a table.
+# Parameters with an entry for each head, and the dimension of the heads; also of a layer that outputs such a table.
 _BY_HEAD = {
     "relative_position_bias_table": 1, "relative_attention_bias.weight": 1,
     "relative_position_bias.relative_position_bias_table": 1, "logit_scale": 0, "cpb_mlp.2.weight": 0,
@@ -90,30 +91,30 @@ class Attention:
     heads: int  # sets of heads that are pruned together
     size: int  # channels of a head
     channels: dict[str, IntArray]  # by layer, its output channels of each head: (heads, channels)
-    context: tuple[str, IntArray]  # a layer, and which of its channels are the values that the heads mix, in order
-    out: str | None  # the output projection; None where it isn't a part of the module
+    context: tuple[str, IntArray]  # the layer of values, and its channels in the order of the heads' outputs
+    out: str | None  # the output projection; None if it isn't a part of the module
     width: int  # channels that enter
-    by_head: dict[str, int] = field(default_factory=dict)  # parameters with an entry for each head, which dimension
+    by_head: dict[str, int] = field(default_factory=dict)  # parameters with an entry for each head, and its dimension
     recurrent: bool = False  # heads are units, each with one output channel, that read one another
     also: tuple[str, ...] = ()  # further arguments that the layers of queries and keys read: positions
     shifted: bool = False  # norms within add an offset to the heads' outputs, also to pruned ones
-    # By layer, its output channels that all heads share: keys, then values. Each (1, channels); then `channels` has
-    # those of the queries alone.
+    # By layer, its output channels that all heads share: keys, then values, each (1, channels). With these, `channels`
+    # has only the queries'.
     shared: dict[str, list[IntArray]] = field(default_factory=dict)
 
     @property
     def layers(self) -> list[str]:
-        """The layers that make queries, keys and values."""
+        """The layers that compute queries, keys and values."""
         return list(dict.fromkeys([*self.channels, *self.shared]))
 
     @property
     def is_fused(self) -> bool:
-        """Whether one layer makes queries, keys and values."""
+        """Whether one layer computes queries, keys and values."""
         return len(self.layers) == 1
 
     @property
     def outputs(self) -> tuple[str, IntArray]:
-        """A layer, and which of its channels the heads' outputs are pruned with, in order."""
+        """A layer, and its channels with which the heads' outputs are pruned, in order."""
         if not self.shared:
             return self.context
         ((layer, channels),) = self.channels.items()
@@ -121,9 +122,9 @@ class Attention:
 
     @property
     def parts(self) -> list[tuple[str, IntArray]]:
-        """The layers that make queries, keys and values, each with its channels of each head: (heads, channels).
+        """The layers that compute queries, keys and values, each with its channels of each head: (heads, channels).
 
-        Of keys and values that all heads share there is one row.
+        Keys and values that all heads share have one row.
         """
         if self.shared:
             own = list(self.channels.items())
@@ -136,16 +137,16 @@ class Attention:
 
     @property
     def head_size(self) -> int:
-        """Channels of the keys of a head."""
+        """Channels of a head's keys."""
         return int(self.parts[1][1].shape[1])
 
     @property
     def query_heads(self) -> int:
-        """How many heads there are, of which some may share keys and values."""
+        """The number of heads of queries, of which some may share keys and values."""
         return self.parts[0][1].size // self.head_size
 
     def granularity(self, layer: str) -> list[int]:
-        """Return NNI's granularity at which a layer of it loses heads; where `is_fused` of queries, keys or values."""
+        """Return NNI's granularity at which a layer loses heads; if `is_fused`, for one of queries, keys and values."""
         return [self.size if self.is_fused else self.channels[layer].shape[1], -1]
 
 
@@ -180,8 +181,8 @@ def is_attention(module: nn.Module) -> bool:
 def _attention(name: str, module: Any) -> Attention | None:
     prefix = f"{name}." if name else ""
     if isinstance(module, nn.MultiheadAttention):
-        # Not known: keys or values of another width, which have weights of their own; appended keys or values, which
-        # belong to no head; subclasses, which may compute something else.
+        # Not supported: keys or values of another width, which have weights of their own; appended keys or values,
+        # which belong to no head; subclasses, which may compute something else.
         is_known = is_fused_attention(module) or type(module) is PrunedMultiheadAttention
         if not is_known or module.bias_k is not None or module.add_zero_attn:
             return None
@@ -201,7 +202,7 @@ def _attention(name: str, module: Any) -> Attention | None:
         by_head = {
             key: dim for key, dim in _BY_HEAD.items() if key in parameters and parameters[key].shape[dim] == count
         }
-        # All its other parameters must be shared by all heads, as those of norms of queries and keys are.
+        # All heads must share all other parameters, such as those of norms of queries and keys.
         by_name = {*names, *by_head} if out is None else {*names, *by_head, out}
         known_parts = {path.partition(".")[0] for path in by_name}
         others: list[Tensor] = []
@@ -211,7 +212,7 @@ def _attention(name: str, module: Any) -> Attention | None:
         for key, part in parts.items():
             if key not in known_parts:
                 others += part.parameters()
-        # Of as many heads as channels in each, (heads, 1, 1) says that there is an entry for each head.
+        # If a head has as many channels as there are heads, only a shape such as (heads, 1, 1) shows an entry by head.
         are_shared = all(other.numel() == size and (other.dim() == 1 or other.shape[0] == 1) for other in others)
         if not are_shared and not _is_pooled(module):
             return None
@@ -221,17 +222,17 @@ def _attention(name: str, module: Any) -> Attention | None:
             parts_of_heads = [np.arange(layer.out_features).reshape(-1, size) for layer in layers]
         else:
             whole = layers[0].out_features
-            shared = count  # how many keys and values there are
+            shared = count  # number of heads of keys and values
             if names[0] == "qkv_proj":
                 shared, by_head = getattr(module, "num_key_value_heads", count), {}
             elif whole == (count + 2) * size:
                 shared = 1
             elif not any(key in vars(module) for key in COUNTS) and any(key in vars(module) for key in _SIZES):
-                # The config may be the whole model's, with another number.
+                # The config may be the whole model's, with another number of heads.
                 count = shared = whole // (3 * size)
             if not shared or count % shared or whole != (count + 2 * shared) * size:
                 return None
-            # GPT-BigCode's rows are ordered by head too, where each head has keys and values of its own.
+            # GPT-BigCode's rows are ordered by head too, if each head has keys and values of its own.
             is_ordered_by_head = names[0] in _HEAD_BY_HEAD or getattr(module, "multi_query", None) is False
             if is_ordered_by_head and shared == count:
                 parts_of_heads = list(np.arange(whole).reshape(count, 3, size).swapaxes(0, 1))
@@ -270,7 +271,7 @@ def _with_rows(
             shared.setdefault(layer, []).append(own)
         context = layers[2], np.tile(values.ravel(), times)
         return Attention(name, times, size, {layers[0]: queries}, context, out, width, by_head, shared=shared)
-    # Parameters by head don't say which of the heads that share keys an entry belongs to.
+    # If heads share keys, it isn't known which of them an entry of a parameter by head belongs to.
     if by_head and times > 1:
         return None
     channels: dict[str, IntArray] = {}
@@ -281,7 +282,7 @@ def _with_rows(
 
 
 def _adds_residual(module: nn.Module) -> bool:
-    """Tell whether a module adds an argument to what its output projection gives, as BLOOM's attention does."""
+    """Tell whether a module adds an argument to its output projection's result, as BLOOM's attention does."""
     forward = inspect.unwrap(getattr(type(module), "forward", None))  # type: ignore[arg-type]
     if not inspect.isfunction(forward):
         return False
@@ -304,7 +305,7 @@ def _is_pooled(module: nn.Module) -> bool:
 
 
 def attend(attention: Any, out: str, *args: Any, **kwargs: Any) -> Any:
-    """Run attention without its output projection: it returns the heads' values."""
+    """Run attention without its output projection, and return the heads' outputs."""
     if (kind := unfused_class(attention)) is not None:
         return partial(kind.forward, attention, mix=lambda context: context)(*args, **kwargs)
     place, _, key = out.rpartition(".")
@@ -318,7 +319,7 @@ def attend(attention: Any, out: str, *args: Any, **kwargs: Any) -> Any:
 
 
 def states_read(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, list[Tensor]]:
-    """Return, by linear layer within attention, which of the attention's arguments enter it; empty if not known."""
+    """Return, by linear layer within attention, the attention's arguments that enter it; empty if not known."""
     given: dict[Any, Any] = {**dict(enumerate(args[2:] if node.target is attend else args)), **kwargs}
     read = {}
     for layer, places in (node.meta.get("reads") or {}).items():
@@ -330,14 +331,14 @@ def states_read(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
 
 
 Given = tuple[bool, dict[str, list[int | str]]]
-"""Whether attention gives several values, and by layer which of its arguments it reads as they are; empty: not known"""
+"""Whether attention returns several values; by layer, which arguments it reads unchanged, empty if unknown."""
 
 
 def open_attention(graph_module: GraphModule, given: dict[str, Given]) -> None:
     """Give each output projection of attention a node of its own in a graph; see `attend`.
 
-    ``given``: by name of the attention modules that run. ``meta["reads"]`` of their nodes gets which arguments their
-    layers read.
+    ``given``: by name, for the attention modules that run. ``meta["reads"]`` of their nodes stores which arguments
+    their layers read.
     """
     if not given:
         return
@@ -350,7 +351,7 @@ def open_attention(graph_module: GraphModule, given: dict[str, Given]) -> None:
         if attention.out is None:
             continue
         picked = {user: user.args[1] for user in node.users if user.target is operator.getitem}
-        # A call that gives one tensor, where others give several values, has readers that take it as it is.
+        # If a call returns one tensor, although others return several values, its readers use it as it is.
         apart = len(picked) == len(node.users) and all(isinstance(at, int) for at in picked.values())
         if many and not apart:
             continue
@@ -375,7 +376,7 @@ def open_attention(graph_module: GraphModule, given: dict[str, Given]) -> None:
 
 
 def resize(module: Any, attention: Attention, kept: int, width: int) -> None:
-    """Set how many heads of a module are kept, and its input width; its layers are cut already."""
+    """Set a module's number of heads and its input width; its layers are cut already."""
     old = attention.heads
     is_smaller = kept < old or width < attention.width
     if is_smaller and is_fused_attention(module):
@@ -391,10 +392,10 @@ def resize(module: Any, attention: Attention, kept: int, width: int) -> None:
         return
     of_heads, config = len(attention.context[1]), vars(module).get("config")
     if attention.is_fused and config is not None and not any(key in vars(module) for key in COUNTS):
-        # It reads the number of heads in the model's config; other blocks may keep more.
+        # It reads the number of heads from the model's config; other blocks may keep more.
         put_attribute(module, "config", copy.copy(config))
         module.config.num_attention_heads = config.num_attention_heads // old * kept
-    # Of keys and values that all heads share there is one, and more heads for it than any count of these says.
+    # If all heads share one key and value, their count stays, and the count of heads for each changes.
     counts = (*COUNTS, *_FURTHER_COUNTS, *(_PER_SHARED if attention.shared else SHARED_COUNTS))
     for key, value in vars(module).items():
         if key in counts and isinstance(value, int) and value % old == 0:

@@ -1,12 +1,12 @@
-"""What a layer with a forward of its own computes: the convolution, or the product, within it.
+"""Layers with a forward of their own: find the convolution, or the linear product, that they compute.
 
-A class derived from one of PyTorch's layers may pad its input in its own way, compute the weight from another, or go on
-with a norm or an activation. Then the attributes that it has from PyTorch's class, ``padding`` say, tell nothing. What
-it does is seen by running it, up to the call of PyTorch's function.
+A class derived from one of PyTorch's layers may pad its input differently, compute its weight from another tensor, or
+add a norm or an activation. Then inherited attributes, such as ``padding``, may not hold. So the layer is run, up to
+its call of PyTorch's function.
 
-Some compute the weight that they convolve with, as weight standardization does. Such a weight depends on all inputs of
-the layer. It has to stay the same when some are pruned, so it is computed once and becomes the layer's
-own. A plain layer is also what other tools know, and takes less time.
+Some layers compute their weight, as weight standardization does. Such a weight depends on all inputs of the layer. It
+must stay the same when some are pruned, so it is computed once and becomes the layer's own. A plain layer is also
+faster, and known to other tools.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _FUNCTIONS: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
     functional.conv_transpose3d: (nn.ConvTranspose3d, _SPREAD),
     functional.linear: (nn.Linear, ("input", "weight", "bias")),
 }
-# The same as a linear layer where the last factor is a weight's transpose: `x @ self.weight.T`.
+# The same as a linear layer if the last factor is a weight's transpose: `x @ self.weight.T`.
 _PRODUCTS = (torch.matmul, torch.mm, torch.addmm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 _KINDS = tuple(kind for kind, _ in _FUNCTIONS.values())
 Size = tuple[int, ...]
@@ -63,7 +63,7 @@ class InnerCall:
     entering: Tensor
     weight: Tensor
     bias: Tensor | None
-    stride: tuple[int, ...]  # () of a linear layer, as all that follow
+    stride: tuple[int, ...]  # a number for each axis; () for a linear layer
     padding: tuple[tuple[int, int], ...]  # before and after each axis, with zeros
     dilation: tuple[int, ...]
     groups: int
@@ -76,25 +76,25 @@ class InnerCall:
 
     @property
     def padded(self) -> Tensor:
-        """What enters, with the padding."""
+        """The padded input."""
         ends = [amount for pair in reversed(self.padding) for amount in pair]
         return functional.pad(self.entering, ends) if any(ends) else self.entering
 
     @property
     def padded_size(self) -> tuple[int, ...]:
-        """Pixels of what enters, with the padding."""
+        """Size of the padded input, in pixels."""
         size = self.entering.shape[self.entering.dim() - len(self.kernel) :]
         return tuple(length + sum(pair) for length, pair in zip(size, self.padding, strict=True))
 
     @property
     def output_size(self) -> tuple[int, ...]:
-        """Pixels of what leaves a convolution; () of a linear layer."""
+        """Size of a convolution's output, in pixels; () for a linear layer."""
         given = {name: each.to("meta") if isinstance(each, Tensor) else each for name, each in self.given.items()}
         return tuple(self.function(**given).shape[2:]) if self.kernel else ()
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Settings as attributes of one of PyTorch's layers hold them, as far as they were given."""
+        """The given settings, in the form of a PyTorch layer's attributes."""
         found: dict[str, Any] = {}
         for name in ("stride", "padding", "dilation", "output_padding"):
             value = self.given.get(name)
@@ -105,7 +105,7 @@ class InnerCall:
         return found
 
     def run(self) -> Tensor:
-        """Compute what the function gives."""
+        """Call the function."""
         found: Tensor = self.function(**self.given)
         return found
 
@@ -120,14 +120,14 @@ class InnerCall:
 
 
 class Within(TorchFunctionMode):
-    """While a layer runs, hand its calls of convolutions and products to a function that computes them."""
+    """While a layer runs, pass its calls of convolutions and products to ``meet``, which returns their results."""
 
     def __init__(self, meet: Callable[[InnerCall], Any]) -> None:
         super().__init__()
         self._meet = meet
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Hand a call over, or compute it."""
+        """Pass a call to ``meet``, or compute it."""
         if func in _FUNCTIONS:
             return self._meet(_call(func, args, kwargs or {}))
         if func in _PRODUCTS and (weight := _transposed(args[-1])) is not None:
@@ -146,17 +146,17 @@ def _transposed(factor: Any) -> Tensor | None:
 
 
 def is_inner(func: Any) -> bool:
-    """Tell whether a function is one that layers call: a convolution or a product."""
+    """Tell whether a function is a convolution or linear product of PyTorch's."""
     return func in _FUNCTIONS
 
 
 def kind_of(module: nn.Module) -> type[nn.Module] | None:
-    """Return the weighted layer of PyTorch's that a module is, or is derived from."""
+    """Return the class of PyTorch's weighted layers that a module has, or is derived from; None if neither."""
     return next((kind for kind in _KINDS if isinstance(module, kind)), None)
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Tell whether a layer's class has a forward of its own, other than that of PyTorch's class it is derived from."""
+    """Tell whether a layer's class overrides the forward of the PyTorch class that it is derived from."""
     kind: Any = kind_of(module)
     if kind is None:
         return False
@@ -167,13 +167,13 @@ _INNER = ("_conv_forward",)  # what the forward of PyTorch's convolutions calls
 
 
 def forward_of(module: nn.Module, *args: Any) -> Any:
-    """Run the forward of a layer's class, without what NNI or a hook has put in its place."""
+    """Run the forward of a layer's class, even if NNI or a hook has replaced it in the layer."""
     forward: Any = type(module).forward
     return forward(module, *args)
 
 
 def call_of(module: Any, entering: Tensor) -> InnerCall:
-    """Return the call of PyTorch's function that a layer makes on some inputs; TypeError if it makes none."""
+    """Return a layer's call of PyTorch's function on an input; raise a TypeError if it makes none."""
     try:
         with Within(_stop):
             forward_of(module, entering)
@@ -183,7 +183,7 @@ def call_of(module: Any, entering: Tensor) -> InnerCall:
 
 
 class _Reached(BaseException):
-    """Raised to leave a forward at its call; no ``except`` in a layer's code catches it."""
+    """Raised to leave a forward at its call; ``except Exception`` in a layer's code doesn't catch it."""
 
     def __init__(self, call: InnerCall) -> None:
         super().__init__()
@@ -206,7 +206,7 @@ def _call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inner
     dilation, padding = several("dilation", 1), given.get("padding", 0)
     if padding == "same":
         spare = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
-        # Where an odd number is added, PyTorch puts the spare pixel at the end.
+        # If the padding is odd, PyTorch puts the spare pixel at the end.
         pairs = tuple((total // 2, total - total // 2) for total in spare)
     else:
         pairs = tuple((each, each) for each in _several(0 if padding == "valid" else padding, dims))
@@ -225,23 +225,23 @@ def _call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inner
 
 @dataclass(frozen=True)
 class Inner:
-    """What a layer with a forward of its own was seen to do: one call, and nothing after it that needs the input."""
+    """The one call that a layer with a forward of its own makes; nothing after the call needs the input."""
 
     kind: type[nn.Module]  # PyTorch's layer that calls the same function
     groups: int
-    reads_input: bool  # the call reads what enters the layer as it is; else that is padded, say
-    is_bare: bool  # it gives what the call gives; else it goes on with that
-    is_own: bool  # weight and bias are the parameters themselves; else they are computed, from no input
-    settings: dict[str, Any]  # stride, padding and dilation of the call, which a layer of PyTorch's would need
+    reads_input: bool  # the call reads the layer's input unchanged; else the input is padded, for example
+    is_bare: bool  # the layer returns the call's result; else it computes more with it
+    is_own: bool  # weight and bias are the parameters themselves; else they are computed, without the input
+    settings: dict[str, Any]  # stride, padding and dilation that a PyTorch layer would need
     weight: Tensor
     bias: Tensor | None
 
 
 def inner_of(module: Any) -> Inner | None:
-    """Run a layer with a forward of its own on trial inputs, and return what it does; None if it does anything else.
+    """Run a layer with a forward of its own on trial inputs, and return its call; None if it doesn't work as follows.
 
-    It makes one call, with a weight of its parameter's shape; before that it may do anything to its input that takes no
-    parameters; what it does after that depends on the call's result alone.
+    It makes one call, with a weight of its parameter's shape. Before the call it may transform its input without
+    parameters. What it computes after the call depends only on the call's result.
     """
     if not has_own_forward(module) or not isinstance(getattr(module, "weight", None), Tensor):
         return None
@@ -249,14 +249,14 @@ def inner_of(module: Any) -> Inner | None:
 
 
 def _inner_on(module: Any, inputs: list[Tensor]) -> Inner | None:
-    """Run a layer on these trial inputs."""
+    """Run a layer on these trial inputs, and return its call."""
     tried: Any = evaluating(detached_copy(module, light=True))
     found: list[Inner] = []
     with torch.no_grad():
         for x in inputs:
             try:
                 one = _tried(tried, x)
-            except Exception:  # a forward fails in as many ways as it is written
+            except Exception:  # a forward may raise anything
                 return None
             if one is None or (found and not _alike(one, found[0])):
                 return None
@@ -265,7 +265,7 @@ def _inner_on(module: Any, inputs: list[Tensor]) -> Inner | None:
 
 
 def trial_inputs(module: Any) -> list[Tensor]:
-    """Make trial inputs of several sizes: with one size alone, two ways of padding may look the same."""
+    """Make trial inputs of several sizes, because with one size two kinds of padding may look the same."""
     if isinstance(module, nn.Linear):
         shapes = [(2, module.in_features), (3, module.in_features)]
     else:
@@ -313,7 +313,7 @@ def _tried(module: Any, x: Tensor) -> Inner | None:
         return None
     is_bare = out is result and torch.equal(result, before)
     if not is_bare:
-        # What comes after the call mustn't read the input again.
+        # Operations after the call mustn't read the input again.
         with Within(lambda _: before.clone()):
             again = forward_of(module, 0.5 * x + 0.25)
         pairs = list(zip(tree_leaves(out), tree_leaves(again), strict=True))
@@ -343,16 +343,16 @@ def weight_used(module: Any) -> Tensor:
 
 
 def is_followed(module: nn.Module) -> bool:
-    """Tell whether a layer computes more after its convolution or product; a graph has it in parts, see `head`."""
+    """Tell whether a layer computes more after its convolution or product; a graph splits it, see `head`."""
     inner = inner_of(module)
     return inner is not None and inner.is_own and not inner.is_bare
 
 
 class _UpToCall(nn.Module):
-    """A layer that ends with its convolution or product, without what its class computes afterwards."""
+    """A layer that stops after its convolution or product."""
 
     def forward(self, *args: Any) -> Any:
-        """Compute that."""
+        """Return the result of the convolution or product."""
         try:
             with Within(_stop):
                 super().forward(*args)
@@ -362,11 +362,11 @@ class _UpToCall(nn.Module):
 
 
 HEAD = "nni_topo_head"
-"""In the meta of a node that calls a layer up to its call alone, as `head` gives it."""
+"""Key in a node's meta: the node runs a layer only up to its convolution or product, see `head`."""
 
 
 def with_heads(graph_module: GraphModule) -> GraphModule:
-    """Replace such layers in a graph by their parts up to the call; return the graph module."""
+    """Replace layers of nodes with `HEAD` by their parts up to the call; return the graph module."""
     for node in graph_module.graph.nodes:
         if node.meta.get(HEAD):
             graph_module.set_submodule(str(node.target), head(graph_module.get_submodule(str(node.target))))
@@ -377,12 +377,12 @@ _HEADS: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def is_head(module: nn.Module) -> bool:
-    """Tell whether a module is a layer up to its call alone."""
+    """Tell whether a module is a layer that stops after its call."""
     return isinstance(module, _UpToCall)
 
 
 def head(module: nn.Module) -> nn.Module:
-    """Return a layer up to its call, with the same parameters and children; the graph holds the rest."""
+    """Return a layer that stops after its call, with the same parameters and children; the graph holds the rest."""
     if is_head(module):
         return module
     kind = type(module)
@@ -394,7 +394,7 @@ def head(module: nn.Module) -> nn.Module:
 
 
 LayerSizes = dict[str, list[tuple[Size, Size]]]
-"""``{layer: shapes that enter and leave it, call by call}``, of all layers that are called."""
+"""``{layer: input and output shapes, call by call}``, for all layers that are called."""
 
 
 def spatial(module: Any, size: Size) -> Size:
@@ -403,13 +403,13 @@ def spatial(module: Any, size: Size) -> Size:
 
 
 def call_at(module: Any, input_size: Size) -> InnerCall:
-    """Return how a convolution, of PyTorch's class or one derived from it, convolves an input of so many pixels."""
+    """Return the call that a convolution, PyTorch's or derived, makes on an input of a size in pixels."""
     with torch.no_grad(), evaluation_mode(module):
         return call_of(module, module.weight.new_zeros(1, module.in_channels, *input_size))
 
 
 def padded_size(module: Any, input_size: Size) -> Size:
-    """Return the size of what a convolution convolves, of an input of a size, with all padding."""
+    """Return the size of a convolution's input, in pixels, with all padding."""
     return call_at(module, input_size).padded_size
 
 
@@ -424,7 +424,7 @@ def check_covers_kernel(name: str, call: InnerCall) -> None:
 
 
 def graph_of_convolution(module: Any, input_size: Size) -> LayerGraph:
-    """Return the graph of a convolution's Toeplitz matrix; its input's size is without padding."""
+    """Return the graph of a convolution's Toeplitz matrix; ``input_size`` is without padding."""
     call = call_at(module, input_size)
     return convolution_graph(
         tuple(call.weight.shape), call.padded_size, stride=call.stride, dilation=call.dilation, groups=call.groups
@@ -432,7 +432,7 @@ def graph_of_convolution(module: Any, input_size: Size) -> LayerGraph:
 
 
 class PaddedAlike(nn.Conv2d):
-    """A convolution with TensorFlow's "SAME" padding: it depends on the input's size, an odd pixel is the last."""
+    """A convolution with TensorFlow's "SAME" padding: it depends on the input's size; an odd pixel is the last."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``(batch, channels, height, width)``."""
@@ -448,10 +448,10 @@ class PaddedAlike(nn.Conv2d):
 @torch.no_grad()
 @as_written()
 def fold(module: Any) -> bool:
-    """Replace a layer that computes its weight by a plain one with that weight, in place; False for other layers."""
+    """Turn a layer that computes its weight into a plain one with that weight, in place; False for other layers."""
     if isinstance(module, PaddedAlike) or not has_own_forward(module):
         return False
-    # Of a wrapped layer NNI holds the parameters, and of a parametrized one they are computed before.
+    # NNI holds a wrapped layer's parameters, and a parametrized layer's are computed before the forward.
     if not isinstance(module._parameters.get("weight"), Tensor) or "_nni_wrapper" in module._modules:
         return False
     inner = inner_of(module)
@@ -485,10 +485,10 @@ def fold(module: Any) -> bool:
 @torch.no_grad()
 @as_written()
 def plain_layer(module: Any) -> nn.Module | None:
-    """Return PyTorch's linear layer or convolution that computes what a module of another class does with its weight.
+    """Return the linear layer or convolution of PyTorch's that computes the same as a module of another class.
 
-    It has the module's weight and bias, or what the module makes of them from no input. None if the class is PyTorch's
-    or derived from it, or does more. The module is run to find out.
+    It has the module's weight and bias, or those that the module computes without its input. None if the class is
+    PyTorch's or derived from it, or computes more. The module is run to find out.
     """
     if isinstance(module, torch.jit.ScriptModule):
         return None
@@ -498,7 +498,7 @@ def plain_layer(module: Any) -> nn.Module | None:
         return None
     if weight.dim() not in (2, 3, 4, 5) or not weight.is_floating_point():
         return None
-    # Large enough for any usual dilation and stride, and of several sizes, on which ways to pad differ.
+    # Large enough for any usual dilation and stride, and of several sizes, which tell kinds of padding apart.
     groups = getattr(module, "groups", 1)
     channels = weight.shape[1] * (groups if isinstance(groups, int) else 1)
     sizes = [[max(16, 4 * kernel) + more for kernel in weight.shape[2:]] for more in range(4)]
@@ -511,7 +511,7 @@ def plain_layer(module: Any) -> nn.Module | None:
     if inner.kind not in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
         return None
     held = {*module._parameters, *module._buffers, *module._modules}
-    if inner.is_own and held - {"weight", "bias"}:  # which modules around it may read
+    if inner.is_own and held - {"weight", "bias"}:  # other modules may read these
         return None
     kind: Any = inner.kind
     settings: dict[str, Any] = {"bias": inner.bias is not None, "device": "meta", "dtype": weight.dtype}
@@ -529,7 +529,7 @@ def plain_layer(module: Any) -> nn.Module | None:
 
 
 def adopt(model: nn.Module) -> None:
-    """Make modules of a model that `plain_layer` knows PyTorch's layers, in place; the model itself keeps its class."""
+    """Turn modules of a model that `plain_layer` knows into PyTorch's layers, in place; the model keeps its class."""
     for name, module in list(model.named_modules()):
         plain = plain_layer(module) if name else None
         if plain is None:
@@ -543,7 +543,7 @@ def adopt(model: nn.Module) -> None:
 
 
 def with_known_layers(model: nn.Module) -> nn.Module:
-    """Return a model, or if `plain_layer` knows modules of it a light copy in which these are PyTorch's layers."""
+    """Return a model, or a light copy in which the modules that `plain_layer` knows are PyTorch's layers."""
     if all(not name or plain_layer(module) is None for name, module in model.named_modules()):
         return model
     copied: nn.Module = detached_copy(model, light=True)
@@ -552,9 +552,9 @@ def with_known_layers(model: nn.Module) -> nn.Module:
 
 
 def give_back_classes(model: nn.Module, changed: nn.Module) -> None:
-    """Make layers of a network that was made of `with_known_layers` of a model modules of the model's classes again.
+    """Undo `with_known_layers` in a network made from its result: layers get back their classes in ``model``.
 
-    Those that compute their weight, or need its size, stay PyTorch's.
+    Layers that compute their weight, or whose class needs the old size, stay PyTorch's.
     """
     for name, module in model.named_modules():
         plain = plain_layer(module) if name else None

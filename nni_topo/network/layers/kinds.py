@@ -1,4 +1,4 @@
-"""Layers: how many channels they output, where their weights hold these, what norms and pruned weights do to them."""
+"""Kinds of layers: how many channels they output, where their weights hold these, and what norms do to channels."""
 
 from __future__ import annotations
 
@@ -51,18 +51,18 @@ RULES: dict[type[torch.nn.Module], ChannelRule] = {}
 
 @checked()
 def register_module(kind: type[torch.nn.Module], cut: Callable[[Any, torch.Tensor], None], *, dim: int = 1) -> None:
-    """Say how channels are cut out of a module that works on each channel by itself, where tracing can't show that.
+    """Register how to cut channels out of a module that treats each channel separately, if tracing can't show that.
 
-    `dependency_groups` checks that what the module makes of a channel depends on this channel alone, and is zero where
-    the channel is.
+    `dependency_groups` checks that each output channel depends only on the same input channel, and is zero where that
+    is.
 
     Parameters
     ----------
     kind : type
         The module's class. It isn't traced into; its output has the shape of its first input.
     cut : callable
-        Gets such a module and the kept channels, ascending or in the order they come, int64, shape (kept,), and
-        makes it smaller in place.
+        Called with such a module and the indices of the kept channels, ascending or in the order in which they enter,
+        int64, shape (kept,); makes the module smaller in place.
     dim : int, default=1
         The dimension of the input that holds the channels, -1 for the last.
 
@@ -85,8 +85,8 @@ def register_module(kind: type[torch.nn.Module], cut: Callable[[Any, torch.Tenso
 def as_torch_layers(model: torch.nn.Module) -> torch.nn.Module:
     """Return a copy of a model with PyTorch's plain layers in place of custom ones that compute the same.
 
-    A ``Conv1D``, as GPT-2 has them, is a linear layer whose weight, of shape (inputs, outputs), lies the other way
-    round; NNI, and this package, would take its inputs for outputs.
+    ``Conv1D``, as in GPT-2, is a linear layer with a transposed weight, of shape (inputs, outputs); NNI, and this
+    package, would mistake its inputs for outputs.
 
     Parameters
     ----------
@@ -97,9 +97,9 @@ def as_torch_layers(model: torch.nn.Module) -> torch.nn.Module:
     -------
     torch.nn.Module
         A model that computes the same, with linear layers for ``Conv1D``. Linear layers and convolutions of classes
-        that aren't derived from PyTorch's, as PyTorch Geometric's ``Linear``, are PyTorch's; their parameter is called
-        ``weight``. Weights that weight norm, spectral norm, another parametrization or the masks of
-        ``torch.nn.utils.prune`` compute are plain ones with the values that they have in evaluation mode.
+        that aren't derived from PyTorch's, such as PyTorch Geometric's ``Linear``, become PyTorch's if their parameter
+        is called ``weight``. Weights computed by weight norm, spectral norm, another parametrization or the masks of
+        ``torch.nn.utils.prune`` become plain ones with their values in evaluation mode.
     """
     return with_linear_layers(with_plain_weights(model))
 
@@ -108,7 +108,7 @@ _CLASS = "class_with_transposed_weight"
 
 
 def with_linear_layers(model: torch.nn.Module) -> torch.nn.Module:
-    """Put a linear layer in the place of each ``Conv1D``, in place; it notes which class it stands for."""
+    """Replace each ``Conv1D`` by a linear layer, in place, which stores the replaced class."""
 
     def linear(module: Any) -> torch.nn.Module | None:
         if not is_transposed_linear(module):
@@ -122,7 +122,7 @@ def with_linear_layers(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def with_transposed_weights(model: torch.nn.Module) -> torch.nn.Module:
-    """Put each ``Conv1D`` back that `with_linear_layers` replaced, of the size that it has by now, in place."""
+    """Restore each ``Conv1D`` that `with_linear_layers` replaced, in its current size, in place."""
 
     def transposed(module: Any) -> torch.nn.Module | None:
         with torch.device("meta"):
@@ -137,7 +137,7 @@ def with_transposed_weights(model: torch.nn.Module) -> torch.nn.Module:
 def _with_transposed(
     model: torch.nn.Module, make: Callable[[torch.nn.Module], torch.nn.Module | None]
 ) -> torch.nn.Module:
-    """Put others, of transposed weights, in the place of the layers of which ``make`` makes one."""
+    """Replace each layer for which ``make`` returns another, which gets the transposed weight."""
     made: dict[torch.nn.Module, Any] = {}  # a module with two names stays one
     for name, module in list(model.named_modules(remove_duplicate=False)):
         old: Any = module
@@ -152,7 +152,7 @@ def _with_transposed(
     return model
 
 
-# How what computes a weight before each call is taken off, such that the weight that it computed stays.
+# How to remove a hook that computes a weight before each call, such that the computed weight stays.
 _REMOVERS: dict[type[Any], tuple[str, Callable[[Any, str], Any]]] = {
     WeightNorm: ("name", remove_weight_norm),
     SpectralNorm: ("name", remove_spectral_norm),
@@ -163,13 +163,13 @@ _REMOVERS: dict[type[Any], tuple[str, Callable[[Any, str], Any]]] = {
 def with_plain_weights(model: torch.nn.Module) -> torch.nn.Module:
     """Return a copy of a model whose weights are parameters, with the values that they have in evaluation mode.
 
-    Linear layers and convolutions of classes of its own are PyTorch's in it.
+    Linear layers and convolutions of other classes become PyTorch's in it.
     """
     copied: torch.nn.Module = detached_copy(model)
     with evaluation_mode(copied):
         for module in copied.modules():
             if is_parametrized(module):
-                # PyTorch's own function would take the weight off the class, which copies share.
+                # PyTorch's own function would remove the weight from the class, which copies share.
                 held: Any = module.parametrizations
                 computed = {name: getattr(module, name).detach().clone() for name in held}
                 trained = {name: any(each.requires_grad for each in held[name].parameters()) for name in held}
@@ -206,8 +206,8 @@ def is_recurrent(module: Any) -> bool:
 
 
 def recurrent_products(module: torch.nn.Module) -> int:
-    """Count the products of a recurrent layer, or of a cell, at one step: each of its weights takes part in one."""
-    # By name, for NNI's wrapper keeps as parameters of its own those that are pruned.
+    """Count the multiplications of a recurrent layer, or of a cell, at one step: one for each weight."""
+    # By name, because NNI's wrapper holds the pruned weights itself.
     names = module._flat_weights_names if isinstance(module, torch.nn.RNNBase) else ("weight_ih", "weight_hh")
     return sum(getattr(module, name).numel() for name in names if name.startswith("weight"))
 
@@ -225,12 +225,12 @@ def is_one(module: torch.nn.Module) -> bool:
         inner = inner_of(module)
         if inner is None or not (inner.is_bare or inner.is_own):
             return not any(True for _ in module.children())
-        return inner.is_bare  # else what it does after its convolution is followed, see `head`
+        return inner.is_bare  # else the operations after its convolution are followed, see `head`
     return is_normalizing(module) and channel_dim(module) is not None
 
 
 def is_normalizing(module: torch.nn.Module) -> bool:
-    """Tell whether a module is a norm of PyTorch's, or one over channels of another class."""
+    """Tell whether a module is a norm of PyTorch's, or a norm over channels of another class."""
     return isinstance(module, NORMALIZING) or channel_dim(module) is not None
 
 
@@ -241,7 +241,7 @@ def per_channel_names(norm: torch.nn.Module) -> list[str]:
 
 
 def has_no_width(norm: torch.nn.Module) -> bool:
-    """Tell whether a norm holds no number for any channel and treats each by itself, so that it runs on any number."""
+    """Tell whether a norm holds no number for any channel and treats each separately, so that it runs on any width."""
     held = ("weight", "bias", "running_mean", "running_var")
     is_by_channel = isinstance(norm, torch.nn.modules.batchnorm._NormBase)  # instance norms too
     return is_by_channel and not any(isinstance(getattr(norm, name), torch.Tensor) for name in held)
@@ -265,19 +265,19 @@ def follows_channels(module: torch.nn.Module) -> bool:
 
 
 def has_complex_weights(module: torch.nn.Module) -> bool:
-    """Tell whether a layer's own parameters are complex numbers, by which no pruner selects channels."""
+    """Tell whether a layer's own parameters are complex numbers, which no pruner supports."""
     return any(each is not None and each.is_complex() for each in module._parameters.values())
 
 
 def weight_is_computed(module: torch.nn.Module) -> bool:
     """Tell whether a layer's weight is computed from other parameters, as under weight norm."""
-    # NNI's wrapper makes a plain tensor of it too, and holds the weight itself.
+    # NNI's wrapper also replaces a weight by a plain tensor, and holds the parameter itself.
     names = [name for name, _ in module.named_parameters() if not name.startswith("_nni_wrapper")]
     return "weight" not in module._parameters and any("weight" in name for name in names)
 
 
 def is_depthwise(module: torch.nn.Module) -> bool:
-    """Tell whether a convolution filters each of several input channels by itself."""
+    """Tell whether a convolution filters each of several input channels separately."""
     if not isinstance(module, CONVOLUTIONS + TRANSPOSED):
         return False
     return module.groups == module.in_channels and module.groups > 1
@@ -292,19 +292,19 @@ def output_channels(module: torch.nn.Module) -> int | None:
     if isinstance(module, torch.nn.MultiheadAttention) and module.in_proj_weight is not None:
         return len(module.in_proj_weight)
     if is_recurrent(module):
-        return len(weight_of(module))  # of all gates
+        return len(weight_of(module))  # rows of all gates
     return int(module.embedding_dim) if isinstance(module, torch.nn.Embedding) else None
 
 
 def has_channels(module: torch.nn.Module) -> bool:
-    """Tell whether a module makes channels of its own, even if they can't be removed yet, as those of a ``Conv1D``."""
+    """Tell whether a module has output channels of its own, even if they can't be removed yet, as in a ``Conv1D``."""
     if isinstance(module, (torch.nn.MultiheadAttention, *RECURRENT)) or is_transposed_linear(module):
         return True
     return output_channels(module) is not None
 
 
 def entering_channels(module: Any) -> int:
-    """Count the input channels of a linear layer, or of what makes the queries, keys and values of attention."""
+    """Count the input channels of a linear layer or of ``MultiheadAttention``."""
     return int(module.embed_dim if isinstance(module, torch.nn.MultiheadAttention) else module.in_features)
 
 
@@ -323,7 +323,7 @@ def weight_of(module: torch.nn.Module) -> torch.Tensor:
 def row_names(module: torch.nn.Module) -> tuple[str, ...]:
     """Return the names of the other parameters with an entry for each output channel: the bias."""
     if isinstance(module, torch.nn.RNNBase):
-        # Of all levels and both directions; weights first.
+        # Of all stacked layers and both directions; weights first.
         names = [name for name in module._flat_weights_names if name != "weight_ih_l0"]
         return tuple(sorted(names, key=lambda name: name.startswith("bias")))
     return ("in_proj_bias" if isinstance(module, torch.nn.MultiheadAttention) else "bias",)
@@ -337,12 +337,12 @@ def has_bias(module: torch.nn.Module) -> bool:
 
 
 def channel_dimension(module: torch.nn.Module) -> int:
-    """Tell which dimension of a layer's weight holds its output channels."""
+    """Return the dimension of a layer's weight that holds its output channels."""
     return 1 if isinstance(module, (*TRANSPOSED, torch.nn.Embedding)) else 0
 
 
 def feature_dimension(module: torch.nn.Module) -> int:
-    """Tell which dimension of what enters or leaves a layer holds its channels."""
+    """Return the dimension of a layer's input and output that holds the channels."""
     last = (torch.nn.Linear, torch.nn.Embedding, torch.nn.RNNBase, torch.nn.MultiheadAttention)
     return -1 if isinstance(module, last) else 1
 
@@ -365,7 +365,7 @@ def by_output(weight: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
 def channels_swapped(weight: torch.Tensor, groups: int) -> torch.Tensor:
     """Swap the channels of a transposed convolution's weight: (in, out / groups, ...) and (out, in / groups, ...).
 
-    Of one group it is a view.
+    With one group the result is a view.
     """
     grouped: torch.Tensor = weight.unflatten(0, (groups, -1))
     return grouped.transpose(1, 2).flatten(0, 1)
@@ -380,11 +380,11 @@ def spread(module: torch.nn.Module, kept: torch.Tensor, dtype: torch.dtype | Non
 
 
 def check_names(model: torch.nn.Module, config_list: Iterable[Any], place: str = "") -> None:
-    """Raise a ConfigError for a name in a config_list's ``op_names`` that is no module's; warn of an excluded one.
+    """Raise a ConfigError for an unknown name in a config_list's ``op_names``; warn of one in ``exclude_op_names``.
 
-    ``place``: the argument that the names come from, where that isn't the config_list.
+    ``place``: the argument that the names come from, if it isn't the config_list.
     """
-    # NNI passes over such a name, or raises a KeyError.
+    # NNI ignores such a name, or raises a KeyError.
     known = {name for name, _ in model.named_modules(remove_duplicate=False)}
     for index, config in enumerate(config_list):
         if not isinstance(config, dict):
@@ -400,9 +400,9 @@ def check_names(model: torch.nn.Module, config_list: Iterable[Any], place: str =
 
 
 def by_channel(module: nn.Module, values: Tensor) -> Tensor:
-    """Return what enters or leaves a layer as ``(channels, samples)``, every entry and position a sample.
+    """Reshape a layer's input or output to ``(channels, samples)``: every position of every batch entry is a sample.
 
-    Positions that are padding are none; see `padding_known`.
+    Padding positions are left out; see `padding_known`.
     """
     rows = values.detach().movedim(feature_dimension(module), 0)
     real = counted_places(rows.shape[1:])
@@ -410,7 +410,7 @@ def by_channel(module: nn.Module, values: Tensor) -> Tensor:
 
 
 def can_follow(value: Any) -> bool:
-    """Tell whether a parameter or buffer that the model uses by itself can lose channels."""
+    """Tell whether a free parameter or buffer can lose channels."""
     return isinstance(value, Tensor) and value.numel() > 1 and value.is_floating_point()
 
 
@@ -425,7 +425,7 @@ def norm_scale(norm: nn.Module) -> Tensor | None:
 
 
 def through_norms(norms: Iterable[nn.Module], constants: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the scale of norms one after the other, and what they make of constants; both ``(channels,)``."""
+    """Return the combined scale of successive norms, and their output for constants; both ``(channels,)``."""
     constants = constants.detach().double()
     scale = torch.ones_like(constants)
     for norm in norms:
@@ -434,7 +434,7 @@ def through_norms(norms: Iterable[nn.Module], constants: Tensor) -> tuple[Tensor
             continue
         module: Any = norm
         scale, constants = scale.to(own.device) * own, constants.to(own.device)
-        # The mean first: where it is large it would cancel against an offset that was made of it.
+        # Subtract the mean first: a large mean would cancel against an offset computed from it.
         constants = (constants - module.running_mean.detach().double()) * own
         constants = constants if module.bias is None else constants + module.bias.detach().double()
     return scale, constants
@@ -445,10 +445,10 @@ def through_norms(norms: Iterable[nn.Module], constants: Tensor) -> tuple[Tensor
 def zeros_held(model: nn.Module) -> Iterator[None]:
     """Keep weights that are zero at zero while a network trains.
 
-    Masks of single weights leave zeros in the network that :func:`~nni_topo.to_dense` returns. Within this context the
-    gradients at zeros of the weights of convolutions and linear layers are zero, and so are the zeros themselves after
-    every optimizer's step, whatever it does with momentum, weight decay or whole matrices. A copy of the network that
-    is made within the context isn't held, nor is a weight that a parametrization computes.
+    Masks of single weights leave zeros in the network that :func:`~nni_topo.to_dense` returns. Within this context,
+    zero weights of convolutions and linear layers have zero gradients, and are set to zero again after every optimizer
+    step, whatever momentum, weight decay or updates of whole matrices do. Copies of the network made within the context
+    aren't held, nor are weights computed by a parametrization.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
 """Unfused attention: PyTorch's and torchvision's, computed layer by layer, for any width and number of heads.
 
-The original classes compute with the weights of layers that they never call, or take the input width for the width of
-all heads together. Here the layers are called, so that hooks and wrappers see them; only ``in_proj_weight`` of
+The original classes use the weights of layers that they never call, or assume that all heads together have the width of
+the input. Here the layers are called, so that hooks and wrappers see them; only ``in_proj_weight`` of
 ``nn.MultiheadAttention`` belongs to no layer.
 """
 
@@ -98,7 +98,7 @@ def unfused_class(module: nn.Module) -> type[nn.Module] | None:
 
 
 def is_unfused(module: nn.Module) -> bool:
-    """Tell whether a module is attention that has an unfused class: only its layers read its input."""
+    """Tell whether a module is attention with an unfused class, in which only its layers read its input."""
     return unfused_class(module) is not None
 
 
@@ -113,13 +113,13 @@ def set_unfused(module: Any, unfused: bool = True) -> None:
     is_made = unfused or type(module) is not computed
     put_attribute(module, "__class__", computed if is_made else computed.__base__)
     if isinstance(module, nn.MultiheadAttention):
-        # Where this is false, PyTorch's transformer layers call the attention and don't compute with its weights.
+        # If this is false, PyTorch's transformer layers call the attention instead of using its weights.
         module._qkv_same_embed_dim = not unfused
 
 
 @contextmanager
 def mixing_called(*models: nn.Module) -> Iterator[None]:
-    """Let attention call its output projection and its other layers, so that hooks see them."""
+    """Within the context, attention calls its output projection and its other layers, so that hooks see them."""
     with ExitStack() as undone:
         for module in (each for model in models for each in model.modules() if is_fused_attention(each)):
             kind: Any = unfused_class(module)

@@ -1,6 +1,6 @@
-"""Attention that gives what its heads put out the width of its input, rewritten for heads of any width together.
+"""Rewrite attention that reshapes its heads' output to its input's width, for heads of any width together.
 
-Many classes, most of those of Transformers 4, take the width from what enters::
+Many classes, such as most of Transformers 4's, take the width from the input::
 
     batch, places, width = hidden_states.size()
     ...
@@ -12,8 +12,8 @@ and attention over images does so with the channels first::
     ...
     (values @ shares).view(batch, channels, height, width)
 
-With fewer heads, or a narrower input, that size is wrong. The size that a reshape is given for one dimension follows
-from the others, so in the rewritten forward -1 stands in its place, and the same is computed.
+With fewer heads, or a narrower input, that size is wrong. A reshape can infer one size from the others, so the
+rewritten forward passes -1 in its place, and computes the same.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ _OF, _ALONG = " of ", " along "  # before a class's module, and before the dimen
 
 @cache
 def own_width_class(kind: type[nn.Module], dim: int) -> type[nn.Module] | None:
-    """Return a class derived from ``kind`` whose reshapes take no width from its input; None if these take none.
+    """Return a class derived from ``kind`` whose reshapes don't use its input's width; None if not needed or possible.
 
     ``dim``: the dimension of the input that holds its channels.
     """
     forward: Any = kind.__dict__.get("forward")
     function = inspect.unwrap(forward) if forward is not None else None
-    # A function with free variables, as one that calls ``super()``, can't be compiled anew.
+    # A function with free variables, such as one that calls ``super()``, can't be compiled again.
     if not inspect.isfunction(function) or function.__code__.co_freevars:
         return None
     try:
@@ -53,8 +53,8 @@ def own_width_class(kind: type[nn.Module], dim: int) -> type[nn.Module] | None:
     if not isinstance(definition, ast.FunctionDef) or not rewriter.rewrite(definition):
         return None
     if forward is function:
-        definition.decorator_list = []  # they returned the function itself, and may need to know its class
-    # In a class of that name, for decorators may look at the function's qualified name, as those of Transformers do.
+        definition.decorator_list = []  # these returned the function itself, and may need its class
+    # In a class of that name, because decorators, such as Transformers', may read the function's qualified name.
     inside: Any = ast.parse(f"class {kind.__name__}: pass")
     inside.body[0].body = [definition]
     source = ast.unparse(ast.fix_missing_locations(inside))
@@ -89,9 +89,9 @@ def __getattr__(name: str) -> type[nn.Module]:
 
 
 def take_own_width(module: nn.Module, dim: int = LAST, *, wholly: bool = False) -> bool:
-    """Switch a module to the class whose reshapes take no width from its input; tell whether there is one.
+    """Switch a module to the class whose reshapes don't use its input's width; return whether this class exists.
 
-    ``wholly``: only if the forward does nothing else with the width, such as dividing by its root.
+    ``wholly``: only if the forward uses the width for nothing else, such as dividing by its root.
     """
     kind: Any = type(module)
     found: Any = own_width_class(kind, dim)
@@ -103,21 +103,21 @@ def take_own_width(module: nn.Module, dim: int = LAST, *, wholly: bool = False) 
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Tell whether a module has a forward in place of its class's."""
+    """Tell whether a module's own attribute ``forward`` replaces its class's."""
     own = vars(module).get("forward")
     return own is not None and getattr(own, "__func__", None) is not type(module).forward
 
 
 def own_width_of(module: nn.Module) -> int | None:
-    """Return the dimension whose size the forward of a rewritten module doesn't take; None for any other module."""
+    """Return the dimension whose size a rewritten module's forward doesn't use; None for any other module."""
     dim: int | None = getattr(type(module), "nni_topo_own_width", None)
     return dim
 
 
 def _assigned(target: ast.expr, value: ast.expr, dim: int) -> list[tuple[str, ast.expr | None]]:
-    """Name the variables that get a value, each with an expression of it; None where there is none.
+    """Return the variables that are assigned, each with the expression of its value; None if unknown.
 
-    Of a shape that is taken apart the size of the dimension is written as ``x.shape[dim]``.
+    If a shape is unpacked, the size of the dimension is written as ``x.shape[dim]``.
     """
     if not isinstance(target, ast.Tuple):
         return [(target.id, value)] if isinstance(target, ast.Name) else []
@@ -148,17 +148,17 @@ def _is_size(value: ast.expr, dim: int) -> bool:
 
 
 class _Rewriter(ast.NodeTransformer):
-    """Put -1 in place of the one size of a reshape that is computed from a width."""
+    """Replace the size of a reshape that is computed from a width by -1, if it is the only one."""
 
     def __init__(self, dim: int) -> None:
         self.dim = dim
-        self.widths = set[str]()  # variables that hold nothing but a width, or what is computed of one
+        self.widths = set[str]()  # variables that only hold a width, or a value computed from one
         self.found = False
-        self.reads_width = False  # whether the rewritten forward still does something with a width, but for such sizes:
-        self._sizes = set[int]()  # the widths that are one size of a reshape whose other size follows from it
+        self.reads_width = False  # whether the rewritten forward still uses a width, except in ``_sizes``
+        self._sizes = set[int]()  # ids of the widths in reshapes that infer another size
 
     def rewrite(self, definition: ast.FunctionDef) -> bool:
-        """Change a forward's definition in place; tell whether a reshape took a width from its input."""
+        """Change a forward's definition in place; return whether a reshape used its input's width."""
         assigned, others = list[tuple[str, ast.expr | None]](), set[str]()
         for node in ast.walk(definition):
             if isinstance(node, ast.Assign):
@@ -166,7 +166,7 @@ class _Rewriter(ast.NodeTransformer):
                     assigned += _assigned(target, node.value, self.dim)
             elif isinstance(node, (ast.AugAssign, ast.For)) and isinstance(node.target, ast.Name):
                 others.add(node.target.id)
-        # What is computed of a width is one, too, and of that again.
+        # A value computed from a width counts as a width, and so on.
         count = -1
         while count < len(self.widths):
             count = len(self.widths)
@@ -187,7 +187,7 @@ class _Rewriter(ast.NodeTransformer):
         return self.found
 
     def _is_of_width(self, value: ast.expr) -> bool:
-        """Tell whether an expression is a width, or a product or whole quotient of one and of something else."""
+        """Tell whether an expression is a width, or its product or integer quotient with another value."""
         if isinstance(value, ast.BinOp) and isinstance(value.op, (ast.Mult, ast.FloorDiv)):
             return self._is_of_width(value.left) or self._is_of_width(value.right)
         return self._is_width(value)
@@ -222,7 +222,7 @@ class _Rewriter(ast.NodeTransformer):
         return is_named or (isinstance(part, ast.expr) and _is_size(part, self.dim))
 
     def _opened(self, sizes: list[ast.expr]) -> list[ast.expr]:
-        """Write the whole shape of a tensor, where that is all that a reshape is given, with the width apart."""
+        """If a reshape's only argument is a tensor's whole shape, write the width as a separate size."""
         only = sizes[0] if len(sizes) == 1 else None
         whole = only.value if isinstance(only, ast.Starred) else only
         if whole is None or not _is_shape(whole):

@@ -12,17 +12,17 @@ from torchvision.models.maxvit import RelativePositionalMultiHeadAttention
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 
-_APART = -100.0  # what torchvision adds between places that are no neighbours
+_APART = -100.0  # torchvision adds this to scores of positions that aren't neighbours
 
 
 def windowed(self: Any, x: Tensor, mix: Any = None) -> Tensor:
-    """Compute what torchvision's attention in shifted windows does, over images or videos: (batch, places, width)."""
+    """Compute torchvision's attention in shifted windows, over images or videos: (batch, *positions, width)."""
     sizes, windows, shifts = x.shape[1:-1], list(self.window_size), list(self.shift_size)
     dims = tuple(range(1, x.dim() - 1))
     for d, size in enumerate(sizes):
         if size <= windows[d]:
             shifts[d] = 0
-            # Of a video's size windows are made, to a window's size images are padded.
+            # Windows shrink to a video's size; images are padded to the window's size.
             windows[d] = size if len(sizes) == 3 else windows[d]
     ends = [-size % window for size, window in zip(sizes, windows, strict=True)]
     padded = functional.pad(x, (0, 0, *(each for end in reversed(ends) for each in (0, end))))
@@ -45,7 +45,7 @@ def windowed(self: Any, x: Tensor, mix: Any = None) -> Tensor:
 
 
 def _products(self: Any, queries: Tensor, keys: Tensor) -> Tensor:
-    """Multiply queries and keys; the second version of Swin takes their cosines, and keys without a bias."""
+    """Multiply queries and keys; the second version of Swin uses their cosines, and keys without a bias."""
     scale: Tensor | None = getattr(self, "logit_scale", None)
     if scale is None:
         scaled: Tensor = queries * queries.shape[-1] ** -0.5
@@ -67,7 +67,7 @@ def _parted(x: Tensor, windows: list[int]) -> Tensor:
 
 
 def _joined(x: Tensor, sizes: list[int], windows: list[int]) -> Tensor:
-    """Put windows together again: (batch, places, channels)."""
+    """Join windows again: (batch, *positions, channels)."""
     counts = [size // window for size, window in zip(sizes, windows, strict=True)]
     order = [each for d in range(len(windows)) for each in (1 + d, 1 + len(windows) + d)]
     parts = x.reshape(x.shape[0], *counts, *windows, x.shape[-1]).permute(0, *order, 2 * len(windows) + 1)
@@ -75,7 +75,7 @@ def _joined(x: Tensor, sizes: list[int], windows: list[int]) -> Tensor:
 
 
 def _areas(sizes: tuple[int, ...], windows: list[int], shifts: list[int], device: torch.device) -> Tensor:
-    """Number the areas that were neighbours before a shift: (1, places, 1)."""
+    """Number the areas of positions that were neighbours before a shift: (1, *positions, 1)."""
     areas = torch.zeros((), dtype=torch.int64, device=device)
     for size, window, shift in zip(sizes, windows, shifts, strict=True):
         at = torch.arange(size, device=device)
@@ -85,7 +85,7 @@ def _areas(sizes: tuple[int, ...], windows: list[int], shifts: list[int], device
 
 
 def relative(self: Any, x: Tensor, mix: Any = None) -> Tensor:
-    """Compute what attention of torchvision's MaxViT does: (batch, groups, places, width)."""
+    """Compute the attention of torchvision's MaxViT: (batch, groups, positions, width)."""
     heads = self.to_qkv(x).unflatten(-1, (3, self.n_heads, self.head_dim)).permute(3, 0, 1, 4, 2, 5)
     scores = heads[0] @ (heads[1] * self.scale_factor).transpose(-2, -1) + self.get_relative_positional_bias()
     mixed: Tensor = (mix or self.merge)((scores.softmax(-1) @ heads[2]).transpose(2, 3).flatten(3))
@@ -93,25 +93,25 @@ def relative(self: Any, x: Tensor, mix: Any = None) -> Tensor:
 
 
 class PrunedWindowAttention(ShiftedWindowAttention):
-    """Swin's attention of another width than its heads have together."""
+    """Swin's attention whose input may have another width than its heads together."""
 
     forward = windowed
 
 
 class PrunedWindowAttentionV2(ShiftedWindowAttentionV2):
-    """The same of Swin's second version."""
+    """The same for Swin's second version."""
 
     forward = windowed
 
 
 class PrunedWindowAttention3d(ShiftedWindowAttention3d):
-    """The same of Swin for videos."""
+    """The same for video Swin."""
 
     forward = windowed
 
 
 class PrunedRelativeAttention(RelativePositionalMultiHeadAttention):
-    """MaxViT's attention of another width than its heads have together."""
+    """MaxViT's attention whose input may have another width than its heads together."""
 
     forward = relative
 
