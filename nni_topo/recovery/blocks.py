@@ -340,7 +340,7 @@ def solutions(
     found = []
     for gap, parts in zip(gaps, equations, strict=True):
         if not all(each.is_finite() for each in parts):
-            raise DataError("what blocks give must be finite, got NaN or infinity (calibration)")
+            raise DataError("outputs of blocks must be finite, got NaN or infinity (calibration)")
         used, writer = None if ridge == "auto" else float(ridge), gap.writer
         takes_constant = writer.layer.bias is not None or (writer.norm is not None and writer.norm.affine)
         found.append(fit(*parts, used, intercept=takes_constant).solution)

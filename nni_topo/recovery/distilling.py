@@ -132,11 +132,11 @@ class Verdict:
             return f"{text}. No step was taken: there is nothing to learn"
         if not math.isnan(self.lr):
             text += f". It took {self.steps} of at most {self.most_steps} steps at a learning rate of up to {self.lr:g}"
-            text += ", until the time was over" if self.is_out_of_time else ""
-            text += ", where it ended because the loss hadn't become smaller" if self.gains_nothing else ""
+            text += ", until the time limit" if self.is_out_of_time else ""
+            text += ", and ended early because the loss hadn't fallen" if self.gains_nothing else ""
             if self.is_kept and self.weights_of < self.steps:
                 text += f"; the weights are those after {self.weights_of} steps"
-                text += ": at the end they are no better than none"
+                text += ", because those at the end are no better than without distillation"
         elif self.rates:
             tried = ", ".join(f"{each.lr:g}" for each in self.rates)
             text += f". No step was taken: a few at each of the learning rates {tried} make the loss too large"
@@ -144,10 +144,10 @@ class Verdict:
         else:
             text += ". No step was taken: seconds= allows too few"
         if self.held_out < _FEW:
-            text += f". {self.held_out} held-out samples are few to decide by: give more of them, or held_out="
+            text += f". {self.held_out} held-out samples are few for this decision: pass more, or held_out="
         if self.solved_on:
             text += f". The network's weights were solved on {self.solved_on} of the {self.held_out} held-out samples, "
-            text += "where it looks better than it is, and what is learned looks worse: give others, held_out="
+            text += "where it looks better than it is, and the learned weights look worse: pass others, held_out="
         return text
 
     @property

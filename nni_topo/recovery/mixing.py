@@ -178,7 +178,7 @@ class PairTask(Task):
                     continue
                 if survivor not in ranks:
                     raise ConfigError(
-                        "a removed channel and the one that stands in for it must be read together, "
+                        "both channels of a pair must be inputs of the same group of a layer, "
                         f"got a pair that isn't (pairs, {self.layer.name})"
                     )
                 chosen[group, channel] = ranks[survivor]

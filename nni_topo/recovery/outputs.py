@@ -83,7 +83,7 @@ def read_outputs(
         if not tensors:
             told = f"{in_words(found)} for {count} samples"
             if any(len(each) == count for each in entries):
-                told += ", which is as long for fewer samples"
+                told += ", whose length doesn't depend on the number of samples"
             if isinstance(found, Tensor) and found.is_floating_point() and found.shape[1:2] == (count,):
                 told += (
                     "; if the samples are its second dimension, outputs=lambda output, inputs: output.transpose(0, 1)"
@@ -144,8 +144,8 @@ class ComparedOutputs(NamedTuple):
     def __str__(self) -> str:
         verb = "is" if len(self.compared) == 1 else "are"
         return (
-            f"of the model's outputs {listed(self.compared)} {verb} compared, {listed(self.left_out)} not: outputs= "
-            "says what counts, e.g. outputs=lambda output, inputs: tuple(output.values())"
+            f"of the model's outputs {listed(self.compared)} {verb} compared, but not {listed(self.left_out)}: "
+            "outputs= chooses others, e.g. outputs=lambda output, inputs: tuple(output.values())"
         )
 
 

@@ -24,7 +24,7 @@ from nni_topo.pruners.checks import matched_modules
 from nni_topo.runs.settings import FREE_WIDTHS, Layers
 from nni_topo.runs.widths import sorted_layers
 
-_NO_CONFIG = "the config of Transformers can't say that it has fewer channels ({'equal_blocks': False} in the budget)"
+_NO_CONFIG = "the config of Transformers can't describe fewer channels ({'equal_blocks': False} in the budget)"
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ def layers_to_prune(analysis: Analysis, layers: Layers | None, *, is_described: 
             kept = described(named)
             if not kept:
                 raise ConfigError(
-                    f"a model of Transformers must have layers of which its config can say that they have fewer "
-                    f"channels, got none in {type(model).__name__}; {FREE_WIDTHS} (shrink)"
+                    f"a model of Transformers must have layers for which its config can describe fewer channels, got "
+                    f"none in {type(model).__name__}; {FREE_WIDTHS} (shrink)"
                 )
             unpruned = unpruned | dict.fromkeys((name for name in named if name not in kept), _NO_CONFIG)
             # Layers that are left out may keep channels of others from being removed.
@@ -94,8 +94,8 @@ def layers_to_prune(analysis: Analysis, layers: Layers | None, *, is_described: 
     possible = described(asked)
     if refused := [name for name in asked if name not in possible]:
         raise ConfigError(
-            "layers must be those of which a config can say that they have fewer channels, all to which it gives the "
-            f"same width, got {listed(refused, 4)} where it can of {listed(settings, 4) or 'none'}; "
+            "layers must be ones for which the config can describe fewer channels, with all others of the same width, "
+            f"got {listed(refused, 4)}; it can for {listed(settings, 4) or 'none'}; "
             f"{FREE_WIDTHS} (layers)"
         )
     return prunable
@@ -113,8 +113,8 @@ def _without_held(
     why = {name: str(reasons.unselected(partners)) for name, partners in held.items()}
     if held and len(held) == len({name for group in groups.layers() for name in group}):
         raise ConfigError(
-            f"layers must include those that share channels with the layers it names, got {_told(why)}: name these, "
-            "too (layers)"
+            f"layers must include all that share channels with the named ones, got {_told(why)}: name these, too "
+            "(layers)"
         )
     if is_default:
         # Without masks that would be undone later, these layers can be reconstructed.

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 _NAMES = 8  # layers that a line names
 _UNGROUPED = (
-    "where several samples are of one source, such as a speaker or a photo, nni_topo.Calibration(groups=...) holds out "
-    "whole sources: on new ones a network is worse than on other samples of known ones"
+    "if several samples come from one source, such as a speaker or a photo, nni_topo.Calibration(groups=...) holds out "
+    "whole sources: a network is worse on new sources than on new samples of known ones"
 )
 
 

@@ -185,7 +185,7 @@ def shrink(
     settings = Settings.among(arguments)
     calibration = batches_of(images, model, "images")
     if tolerance is None and measure != "auto":
-        raise ConfigError(f"measure must have a tolerance beside it, got {measure!r} without one (shrink)")
+        raise ConfigError(f"measure needs a tolerance, got {measure!r} without one (shrink)")
     several = "" if tolerance is None else TOLERANCE
     wanted = settings.checked(model, asked_budget(budget, tolerance), several)
     is_timed = time or wanted.kind == "latency"

@@ -190,13 +190,13 @@ def test_weights_from_before_are_kept_where_those_at_the_end_are_worse():
     best = next(each for each in found.curve if each.step == 60)
     assert found.loss_after == pytest.approx(best.loss)
     assert found.loss_after < found.loss_before < found.curve[-1].loss
-    assert "; the weights are those after 60 steps: at the end they are no better than none" in str(found)
+    assert "; the weights are those after 60 steps, because those at the end are no better than without distillation" in str(found)
 
 
 def test_a_distillation_that_gains_nothing_ends_after_a_fifth_and_says_so(caplog):
     found = distillation(*drifting(0, 0.004), batches(), steps=600, lr=1e-4, blend=False)
     assert (found.gains_nothing, found.is_kept, found.steps, found.weights_of) == (True, False, 180, 0)
-    assert "It took 180 of at most 600 steps at a learning rate of up to 0.0001, where it ended because" in caplog.text
+    assert "It took 180 of at most 600 steps at a learning rate of up to 0.0001, and ended early because" in caplog.text
 
 
 def test_nothing_is_learned_where_nothing_is_left_to_learn(caplog):

@@ -124,12 +124,12 @@ def entering(
                 row[place] = row[place].expand(batch_size(call), *row[place].shape[1:])
         else:
             raise ConfigError(
-                "what a block gets beside the states must be the same for all batches or have an entry for each "
+                "a block's arguments besides the states must be the same for all batches or have an entry for each "
                 f"sample, got something else; nni_topo.shrink takes such a model in memory ({place_of_block})"
             )
     if len(extras) > _MOST_EXTRAS:
         raise ConfigError(
-            f"a block may get at most {_MOST_EXTRAS} tensors with an entry for each sample beside the states, got "
+            f"a block may get at most {_MOST_EXTRAS} tensors with an entry for each sample besides the states, got "
             f"{len(extras)} ({place_of_block})"
         )
     batches: list[dict[str, Any]] = []

@@ -282,9 +282,9 @@ class _Run:
             # A model that draws random masks changes the states.
             if number == 0 and not torch.equal(states, states_in(skeleton.entering(call, 0))):
                 raise ConfigError(
-                    "the same inputs must bring the same states into the first block, got others in the second pass, "
-                    "as from random numbers that the model draws; give it what it draws as an input, such as the noise "
-                    f"of a masked autoencoder (batches, {type(skeleton.model).__name__})"
+                    "the states before the first block must depend on the inputs only, got others in a second pass, as "
+                    "from a model that draws random numbers; pass these as an input, such as the noise of a masked "
+                    f"autoencoder (batches, {type(skeleton.model).__name__})"
                 )
             journal.add_states(0, number, {STATES: states, UNPRUNED: states.clone()})
         # A shared tensor is written once, under its first name.
@@ -339,7 +339,7 @@ class _Run:
                 after = unpruned(*call[0], **call[1])
             if not bool(torch.isfinite(after).all()):
                 raise DataError(
-                    f"what a block of the unpruned model puts out must be finite, got NaN or infinity ({name}, batch "
+                    f"outputs of the unpruned model's blocks must be finite, got NaN or infinity ({name}, batch "
                     f"{number})"
                 )
 
@@ -465,7 +465,7 @@ class _Run:
         wide = torch.promote_types(entered.dtype, torch.float32)
         entered = entered.to(wide)
         place = f"{self._skeleton.name_of(index)}, {type(self._skeleton.model).__name__}"
-        rule = "the block that from_pretrained builds by the config must put out what the pruned block does"
+        rule = "the block that from_pretrained builds by the config must have the outputs of the pruned block"
         outputs = []
         try:
             for skeleton in (self._skeleton, described):

@@ -308,7 +308,7 @@ def test_a_block_that_its_config_builds_otherwise_is_told(tmp_path, monkeypatch)
     # With all heads nothing differs.
     layers = ["mlp.gate_proj", "mlp.up_proj"]
     nni_topo.shrink_pretrained(source, tokens(), tmp_path / "mlp", {"params": 0.8}, layers=layers, **FAST)
-    with pytest.raises(ConfigError, match=r"must put out what the pruned block does, .* 0\.\d+ .*layers.0, Scaled"):
+    with pytest.raises(ConfigError, match=r"must have the outputs of the pruned block, .* 0\.\d+ .*layers.0, Scaled"):
         nni_topo.shrink_pretrained(source, tokens(), tmp_path / "small", {"params": 0.7}, **FAST)
     assert not list((tmp_path / "small").glob("model-00002*"))
 
