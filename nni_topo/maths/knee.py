@@ -1,4 +1,4 @@
-"""The knee of a curve: where going on starts to cost more than it saves [1]_.
+"""The knee of a curve: the point from which a further step costs more than it saves [1]_.
 
 References
 ----------

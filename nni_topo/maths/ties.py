@@ -48,7 +48,7 @@ def descending(values: ArrayLike, scale: float = 0.0) -> IntArray:
 
 
 def leveled(values: ArrayLike, scale: float = 0.0) -> FloatArray:
-    """Return finite values, (n,) or (rows, n) row by row, with those made equal that count as equal."""
+    """Return finite values, (n,) or (rows, n) row by row, after values that count as equal are made equal."""
     # From the largest on, each value replaces those that lie below it by at most 1e-6 of it, or by 1e-12 of `scale` or
     # of the largest absolute value. Values without near ties are returned unchanged.
     numbers = np.array(values, dtype=np.float64)

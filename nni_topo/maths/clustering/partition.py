@@ -37,7 +37,7 @@ _CORE = 3  # DBSCAN's min_samples
 
 
 def check_used(algorithm: str, graph: str, place: str) -> None:
-    """Raise ConfigError for a graph that isn't the default although the algorithm takes none."""
+    """Raise ConfigError for a non-default graph if the algorithm doesn't use one."""
     if graph != "epsilon" and algorithm != "spectral":
         raise ConfigError(
             f"graph must be given with algorithm='spectral' only, got {graph!r} with {algorithm!r} ({place})"
@@ -100,7 +100,7 @@ def partition(
         return np.arange(count, dtype=np.intp)
     if count == 1:
         return np.zeros(len(points), dtype=np.intp)
-    # Here and below, not above: scikit-learn takes longer to import than all of this package.
+    # Imported here and below, because scikit-learn takes longer to import than all of this package.
     from sklearn import cluster, decomposition, mixture
     from sklearn.exceptions import ConvergenceWarning
 

@@ -107,7 +107,7 @@ class Cluster:
     """A node of a tree of splits."""
 
     members: tuple[int, ...]  # the nodes of the layer in it, ascending
-    variance: float  # what is compared with the threshold
+    variance: float  # the statistic that is compared with the threshold
     parent: int | None = None  # number of the cluster it was split from; None for an initial one
     children: tuple[int, ...] = ()  # numbers of the two it was split into; empty for a leaf
 
@@ -126,7 +126,7 @@ class SplitTree:
 
     @property
     def leaves(self) -> tuple[int, ...]:
-        """Numbers of the clusters that weren't split: one node of each stays."""
+        """Numbers of the clusters that weren't split: one node of each is kept."""
         return tuple(n for n, cluster in enumerate(self.clusters) if not cluster.children)
 
     @property

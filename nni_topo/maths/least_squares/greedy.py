@@ -31,7 +31,7 @@ LEAST_PIVOT = 1e-10
 """Ridge on a channel's own products, as a share of their diagonal: columns that the chosen ones span need it."""
 
 _NOTHING = 1e-5  # share of the total reduction: if no channel reduces more, the others follow by their current gains
-_MANY = 2**16  # numbers of a layer from which on a GPU is faster than the CPU in spite of its launches
+_MANY = 2**16  # numbers of a layer from which a GPU is faster than the CPU, because launching its operations takes time
 _CACHED = 2**20  # bytes of targets that are processed at a time
 
 
@@ -47,7 +47,7 @@ def forward_selection(
     keep : int
         Number of channels to choose, in [1, n].
     parts : int, default=1
-        Equal segments of channels of which the same number is kept; divides n and ``keep``.
+        Number of equal segments of channels; each keeps the same number of channels. Divides n and ``keep``.
 
     Returns
     -------
@@ -198,7 +198,7 @@ class _Reader(ABC):
         self._place[self._channels[place]] = place
         new = self._shared(channel, row, inverse)
         blocks = new.unflatten(0, (-1, block))
-        # What is left of each channel's own block is its Schur complement.
+        # Each channel's own block becomes its Schur complement.
         self._own[: self._left].baddbmm_(blocks, blocks.mT, alpha=-1.0)
         for chunk in self._chunks():
             rows = slice(chunk.start * block, chunk.stop * block)

@@ -27,7 +27,7 @@ def closed_bottleneck(first: FloatArray, second: FloatArray) -> FloatArray:
     matched = np.zeros((len(first), shared + 1))
     np.abs(first[:, :shared] - second[:shared], out=matched[:, 1:])
     np.maximum.accumulate(matched, axis=1, out=matched)
-    # Column k matches the k longest bars of both and drops the rest, of which the longest costs the most.
+    # Column k matches the k longest bars of both and drops the rest; the longest of these costs the most.
     costs: FloatArray = np.maximum(matched, 0.5 * dropped[:, : shared + 1]).min(axis=1)
     return costs
 
@@ -46,7 +46,7 @@ def closed_wasserstein(first: FloatArray, second: FloatArray, order: float) -> F
     # Powers of numbers up to 1 don't overflow, whatever the order; the unit comes back with the root.
     first, second = first / largest, second / largest
     # The alignment's recurrence runs along its anti-diagonals: `old[i]` is the least cost of the first i bars of
-    # `first` against the first ``step - 1 - i`` of `second`, `older[i]` that of a step before. The cells of an
+    # `first` against the first ``step - 1 - i`` of `second`, `older[i]` the same a step before. The cells of an
     # anti-diagonal don't depend on each other: r + m steps on arrays, instead of r m on cells. Cells outside of the
     # table are infinite, so they never win.
     # Transposed, so that the p diagrams lie next to each other in memory: slices of cells are contiguous.

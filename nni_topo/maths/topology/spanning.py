@@ -45,7 +45,7 @@ def distinct_points(points: ArrayLike) -> int:
     """Estimate how many different points a cloud has, if the others are noisy copies of them.
 
     Copies lie near each other and different points far apart, so that the death times of H0 fall into two groups. The
-    estimate is the number of components between them: where the ratio between neighbouring death times is largest.
+    estimate is the number of components between the groups, at the largest ratio of neighbouring death times.
 
     Parameters
     ----------

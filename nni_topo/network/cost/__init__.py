@@ -1,1 +1,1 @@
-"""What a network costs: multiply-accumulates, parameters, time."""
+"""Costs of a network: multiply-accumulates, parameters, time."""

@@ -1,4 +1,4 @@
-"""What a network costs at given widths, without building it."""
+"""Costs of a network at given widths, without building it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from nni_topo.sharing import first_names
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 Kept = Mapping[str, BoolArray]
-"""``{layer name: which of its output channels are kept}``, or of its heads; output projections are passed over."""
+"""Masks of kept output channels, or heads, by layer name; masks of an output projection's columns are ignored."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Cost:
 
     macs: int
     params: int
-    memory: int  # of the parameters, and of the layer whose input and output are largest together
+    memory: int  # bytes of the parameters, and of the layer with the largest sum of input and output
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +201,7 @@ class NetworkCost:
 
 
 def cost_of(kind: str, model: torch.nn.Module, example_inputs: Any) -> int:
-    """Count the multiply-accumulates (``flops``), ``params`` or bytes (``memory``) of a network as it is."""
+    """Count the multiply-accumulates (``flops``), ``params`` or bytes (``memory``) of a network, without pruning."""
     if kind == "flops":
         return count_macs(model, example_inputs)
     if kind == "params":
@@ -253,7 +253,7 @@ class Product:
         self.depends = any(each.any() for each in self._group_ids)  # whether on channels that can be pruned
 
     def count(self, pruned: BoolArray) -> int:
-        """Count the products that stay; ``pruned``: bool, by group id."""
+        """Count the products that aren't pruned; ``pruned``: bool, by group id."""
         one, other = self._group_ids
         both: BoolArray = ~pruned[one] & ~pruned[other]
         # A dimension of length 1 in `both` holds no channels: its one entry stands for all.
@@ -315,7 +315,7 @@ def products_of(graph: Graph, flow: ChannelFlow, times: int) -> list[Product]:
                 operands = operands[0]
             factors = [each for each in map(factor, operands) if each is not None]
             if len(operands) != 2 or len(factors) != 2:
-                continue  # products of three or more factors are assumed to stay
+                continue  # products of three or more factors count as not pruned
             read = einsum_letters(node.args[0], [each.shape for each in factors])
             if read is not None:
                 letters = list(dict.fromkeys("".join(read[0])))

@@ -74,7 +74,7 @@ class LayerLatency:
             raise DataError(f"seconds must be finite and at least 0, got {self.seconds} (seconds)")
 
     def at(self, entering: int, leaving: int) -> float:
-        """Return the seconds at two widths, interpolated linearly; beyond the table, those of its nearest entry."""
+        """Return the seconds at two widths, interpolated linearly; outside of the table, the nearest entry's."""
         by_entering = [float(np.interp(leaving, self.leaving, row)) for row in self.seconds]
         return float(np.interp(entering, self.entering, by_entering))
 
@@ -180,7 +180,7 @@ def measure_latency(model: nn.Module, example_inputs: Any, *, threads: int = 1) 
     Returns
     -------
     LatencyTable
-        The seconds of each layer by width, and those between the layers.
+        The seconds of each layer by width, and the seconds between the layers.
 
     Raises
     ------

@@ -111,7 +111,7 @@ def counted_run(model: nn.Module, call: Call, names: Iterable[str] = ()) -> tupl
             model(*args, **kwargs)
         return counted
 
-    # Fails if the forward needs a fixed number of samples, or takes a list of images, which stay whole.
+    # Fails if the forward needs a fixed number of samples, or takes a list of images, which can't be cut.
     first: Call = taken(call, torch.arange(1))
     try:
         return first, 1, run(*first)
@@ -300,11 +300,11 @@ class TimedPair:
     samples : int
         Samples in the batch.
     rounds : int
-        Timed rounds, in each of which both networks run once.
+        Timed rounds; both networks run once in each.
     device : str
         Device, such as ``"cpu"`` (one thread).
     runtime : str
-        What runs them: ``"pytorch"`` or ``"onnxruntime"``.
+        ``"pytorch"`` or ``"onnxruntime"``.
     """
 
     unpruned_ms: tuple[float, float, float]
@@ -374,7 +374,7 @@ def _rounds(
 
 
 def timed(run: Callable[[], object], tensor: Tensor) -> float:
-    """Return the seconds that a function takes that works on a tensor's device."""
+    """Return the seconds that ``run`` takes; ``tensor``: one on the device that it works on."""
     began, start = time.perf_counter(), now(tensor)
     run()
     seconds = now(tensor) - start
@@ -406,7 +406,7 @@ def memory_kept(tensor: Tensor) -> Iterator[None]:
     """Keep freed memory in the process, if a tensor is on the CPU, so that timed passes don't pay for page faults.
 
     Otherwise glibc returns some of it to the system. How much depends by chance on what the heap holds, and fetching it
-    again takes up to a third of a pass. This reserves 1 GB of addresses, of which only those in use take memory.
+    again takes up to a third of a pass. This reserves 1 GB of addresses; only addresses in use take memory.
     """
     if not (sys.platform == "linux" and tensor.device.type == "cpu"):
         yield
@@ -422,7 +422,7 @@ def memory_kept(tensor: Tensor) -> Iterator[None]:
 def _seconds_waiting() -> float:
     """Return the seconds for which this thread has waited for a core; 0 on systems that don't measure it."""
     try:
-        # Linux: the nanoseconds for which the thread had a core, those for which it waited for one, and its time slices
+        # Linux: nanoseconds that the thread ran, nanoseconds that it waited for a core, and number of time slices
         file = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
         try:
             return int(os.read(file, 100).split()[1]) / 1e9

@@ -224,7 +224,7 @@ def load(path: _PathLike, model: nn.Module | Callable[[], nn.Module]) -> nn.Modu
 
 
 def _plain_class(module: nn.Module) -> str:
-    """Return the name of a module's class; for a class that this package derived, that of the original class."""
+    """Return the name of a module's class; for a class that this package derived, the original class's."""
     return next(kind for kind in type(module).__mro__ if not kind.__module__.startswith("nni_topo.")).__name__
 
 
@@ -390,7 +390,7 @@ def why_undescribed(dense: Any) -> str:
         plain = built_by_config(dense, config)
     except Exception as error:  # each constructor has errors of its own
         return f"by which its class can't be built: {raised(error)}"
-    # Arguments that leave out parts, as ``add_pooling_layer=False``, aren't in the config; from_pretrained takes them.
+    # Arguments that leave out parts, such as ``add_pooling_layer=False``, aren't in the config.
     own = dict(dense.named_modules())
     for name, module in list(plain.named_modules()):
         for key in [key for key, child in module._modules.items() if child is not None]:

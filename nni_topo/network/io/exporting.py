@@ -110,8 +110,8 @@ def export(
         ``.onnx``, ``"torch.export"`` for one in ``.pt2``. Outputs of an ONNX file are named by the keys or fields
         of the network's output (``boxes.0`` for one in a list).
     int8 : iterable, optional
-        Calibration data: batches of unlabelled inputs. Weights and activations become 8-bit integers, whose ranges are
-        those of the values on these batches. ONNX only.
+        Calibration data: batches of inputs. Weights and activations become 8-bit integers, with the ranges of the
+        values on these batches. ONNX only.
     weight_bits : {7, 8}, default=7
         How many of the 8 bits INT8 weights use. 8 bits are more exact; the notes say where they are safe.
     dynamic_dims : sequence of int, default=(0,)
@@ -127,7 +127,7 @@ def export(
     Raises
     ------
     ConfigError
-        If the format is unknown, or differs from the path's ending; if INT8 is asked for in another format than ONNX,
+        If the format is unknown, or differs from the path's ending; if INT8 is requested in another format than ONNX
         or for a fixed batch size;
         if ``weight_bits`` is neither 7 nor 8, or given without ``int8``; if the inputs lack one of the
         ``dynamic_dims``; or if a package is missing.
@@ -140,7 +140,7 @@ def export(
 
     Notes
     -----
-    ONNX needs ``pip install 'nni_topo[export]'``. onnxruntime can be slow where the channels of a convolution
+    ONNX needs ``pip install 'nni_topo[export]'``. onnxruntime can be slow if the channels of a convolution
     aren't a multiple of 4: prune with ``round_to=8``.
 
     INT8 is onnxruntime's static quantisation: signed weights with a scale per channel, unsigned activations. Weights
@@ -378,7 +378,7 @@ def _program(net: nn.Module, call: Call, dims: Sequence[int]) -> Any:
 def _export_errors(rule: str, net: nn.Module) -> Iterator[None]:
     """Turn any error of PyTorch's exporters within the block into an ExportError. ``rule``: what a network must be.
 
-    Errors of the disk stay as they are.
+    Disk errors are raised unchanged.
     """
     try:
         yield
@@ -449,7 +449,7 @@ def _check(net: nn.Module, calls: Iterable[Call], run: Any) -> float:
 
 
 def _quantize(path: Path, session: Any, batches: Iterable[Call], weight_bits: int, symbolic: bool) -> None:
-    """Replace an ONNX file of floats by its INT8 version, whose weights use so many bits.
+    """Replace an ONNX file of floats by its INT8 version, whose weights use ``weight_bits`` bits.
 
     ``symbolic``: whether onnxruntime infers shapes with symbols for the sizes.
     """

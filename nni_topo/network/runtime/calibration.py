@@ -71,9 +71,10 @@ class Calibration(Sequence[Any]):
         If ``batches`` isn't an iterable of batches, ``memory_bytes`` isn't an integer of at least 0, ``max_batches``
         isn't one of at least 1, or ``groups`` isn't a sequence of integers or strings.
     DataError
-        When the batches are first used: if there is none, if a batch holds no inputs, if inputs are NaN or infinite, if
-        the batches don't fit into the memory and half of the free disk space together, if an iterable without a length
-        yields more than 1,000 and ``max_batches`` isn't given, or if there aren't as many ``groups`` as samples.
+        When the batches are first used: if ``batches`` is empty, if a batch holds no inputs, if inputs are NaN or
+        infinite, if the batches don't fit into the memory and half of the free disk space together, if an iterable
+        without a length yields more than 1,000 and ``max_batches`` isn't given, or if the number of ``groups`` isn't
+        the number of samples.
 
     Notes
     -----
@@ -111,7 +112,7 @@ class Calibration(Sequence[Any]):
             raise ConfigError(f"groups must be a sequence of integers or strings, got {got} (groups)")
         self.name = "calibration"
         """Name of the batches in messages."""
-        # Names of the model's arguments, and of those that the unpruned network gets instead: a block after pruned
+        # By argument of the model, the argument that the unpruned network gets instead: a block after pruned
         # blocks has other inputs than the same block of the unpruned network.
         self.instead: Mapping[str, str] = {}
         self._holds_out = hold_out
@@ -231,11 +232,11 @@ class Calibration(Sequence[Any]):
         return tuple(found)
 
     def held_out(self, every: int) -> Tensor:
-        """Mark the held-out samples, bool (samples,): the last of ``every``, or the last of so many groups."""
+        """Mark held-out samples, bool (samples,): every ``every``-th sample, or all of every ``every``-th group."""
         return self._marks(self._every(every)) == 1
 
     def _every(self, every: int) -> list[int]:
-        """Return the pattern that puts the last of so many samples, or groups of samples, into part 1."""
+        """Return the pattern that puts every ``every``-th sample, or group of samples, into part 1, others into 0."""
         if self._labels is not None:
             # Of fewer groups the last one is held out, unless it is the only one.
             every = min(every, max(2, len(self._numbers.unique())))
@@ -405,14 +406,14 @@ def _plain(batch: Any) -> Any:
     if type(batch) in (list, tuple):
         return type(batch)(_plain(value) for value in batch)
     if isinstance(batch, np.ndarray) and batch.dtype.kind in "fiub":
-        # PyTorch takes neither negative strides, nor another byte order, nor memory that can't be written to.
+        # PyTorch supports no negative strides, other byte orders or read-only memory.
         native = batch.astype(batch.dtype.newbyteorder("="), copy=False)
         return torch.from_numpy(np.require(native, requirements=["C", "W"]))
     return batch
 
 
 class BatchStore(Sequence[Any]):
-    """Batches of tensors: in memory as long as there is room, then in files, which are deleted with the store."""
+    """Batches of tensors: in memory while they fit, then in files, which are deleted with the store."""
 
     def __init__(self, memory_bytes: int = _MEMORY) -> None:
         self._memory = min(memory_bytes, int(_FREE_SHARE * free_memory()))
@@ -427,7 +428,7 @@ class BatchStore(Sequence[Any]):
         return f"{self._memory / 2**30:.2f} GiB of memory and {self._disk / 2**30:.2f} GiB of disk"
 
     def has_room(self, nbytes: int) -> bool:
-        """Tell whether so many more bytes fit."""
+        """Tell whether ``nbytes`` more bytes fit."""
         return self.nbytes + nbytes <= self._memory + self._disk
 
     def append(self, batch: Any) -> None:

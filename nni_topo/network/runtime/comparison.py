@@ -17,7 +17,7 @@ SAME_CHANNELS = 1e-3
 # For two programs of the same network: a graph and its model, or an exported file and its network. `same_program` is
 # the tolerance for half precision, too.
 SAME_PROGRAM = 1e-4
-_EPSILONS = 8  # machine epsilons by which programs in half precision may differ: the order of their operations differs
+_EPSILONS = 8  # machine epsilons by which half-precision programs may differ, because the order of operations differs
 # For one layer, computed in two ways: sums in another order differ by a few units in the last place.
 SAME_LAYER = {
     dtype: 64 * torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)

@@ -182,7 +182,7 @@ def _same_memory(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def _reached(values: Iterable[Any]) -> Iterator[Any]:
-    """Yield values and what containers, functions, bound methods and partials among them hold, but not modules."""
+    """Yield values, and all that their containers, functions, methods and partials hold; modules aren't opened."""
     waiting, seen = list(values), set[int]()
     while waiting:
         value = waiting.pop()
@@ -240,7 +240,7 @@ def leaves_models_alone(function: Callable[_Given, _Made], *, as_compiled: bool 
 
 
 def _with_copies(given: Any, copies: Mapping[nn.Module, nn.Module]) -> Any:
-    """Return an argument with copies in place of models; one without models is returned as it is."""
+    """Return an argument with copies in place of models; one without models is returned unchanged."""
     if not any(isinstance(leaf, nn.Module) for leaf in tree_leaves(given)):
         return given
     return tree_map_only(nn.Module, lambda each: copies.get(each, each), given)
@@ -361,7 +361,7 @@ def training(model: Any) -> Any:
 
 
 def forget_evaluated(model: nn.Module) -> None:
-    """Clear what modules compute once for evaluation, such as LeViT's biases, by a change to training mode."""
+    """Clear values that modules cache in evaluation mode, such as LeViT's biases, by a switch to training mode."""
     modes = [(module, module.training) for module in model.modules()]
     _switch(model, True)
     _switch(model, False)

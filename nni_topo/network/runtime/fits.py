@@ -127,7 +127,7 @@ def failure_on(model: nn.Module, call: Call) -> Exception | None:
 
 
 def check_fits(model: nn.Module, call: Call, name: str = "calibration") -> set[str]:
-    """Run a model on a call, return which modules in lists ran; DataError if a layer takes the call for one sample."""
+    """Run a model on a call, return the `LISTS` modules that ran; DataError if a layer takes it for one sample."""
     unbatched, ran = list[str](), set[str]()
     shape = first_of_samples(call).shape
 

@@ -1,4 +1,4 @@
-"""Forward hooks that show what enters and leaves layers. No other file of the package sets and removes hooks."""
+"""Forward hooks on the inputs and outputs of layers. No other file of the package sets and removes hooks."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def batches_of(calibration: Iterable[Any] | Evaluator, model: nn.Module, knob: s
             "an evaluator that serves as calibration data must call the model, got no call (evaluator): give it an "
             "evaluating function, or pass batches (calibration); its dummy_input isn't used as data"
         )
-    # In a tuple each, so that several arguments aren't taken for an input with targets.
+    # Each in a tuple, so that several arguments don't count as an input with targets.
     return Calibration.of([(inputs,) for inputs in seen], knob)
 
 

@@ -98,7 +98,7 @@ def copied_for(model: nn.Module, call: Call) -> Call:
 
 
 def bind_arguments(model: torch.nn.Module, call: Call) -> dict[str, Any]:
-    """Return a call's arguments by name, those of ``**kwargs`` too, without defaults; ConfigError if they don't fit."""
+    """Return a call's arguments by name, also of ``**kwargs``, without defaults; ConfigError if they don't fit."""
     try:
         signature = inspect.signature(model.forward)
         bound = signature.bind(*call[0], **call[1])
@@ -229,7 +229,7 @@ def first_samples(call: Call) -> Call:
 
 
 def run_few(model: nn.Module, call: Call) -> Any:
-    """Run a model on the first two samples of a call; on the call as it is if that fails."""
+    """Run a model on the first two samples of a call; on the whole call if that fails."""
     few = first_samples(call)
     try:
         return model(*few[0], **few[1])
@@ -363,7 +363,7 @@ def fitting(batch: int, knob: str = "calibration", call: Call | None = None) -> 
 
 
 def first_of_samples(call: Any) -> Tensor:
-    """Return the first tensor of a call that has dimensions, the first of which is the samples; else the first."""
+    """Return the first tensor of a call that has a dimension (of samples); the first tensor if none has."""
     tensors = tensors_of(call)
     return next((each for each in tensors if each.dim()), tensors[0])
 

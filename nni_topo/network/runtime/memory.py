@@ -49,6 +49,6 @@ def free_memory_of(device: torch.device) -> int:
 
 
 def give_back_memory(model: nn.Module) -> None:
-    """Free the graphs of a large model after tracing, which are reference cycles."""
+    """Free the traced graphs of a large model, which are reference cycles."""
     if sum(each.numel() for each in model.parameters()) >= _LARGE:
         gc.collect()

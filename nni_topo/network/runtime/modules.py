@@ -55,7 +55,7 @@ def put_attribute(module: nn.Module, name: str, value: Any) -> None:
 
 
 def cast_tensor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast a tensor of floats, or of complex numbers, to single or double precision; return any other as it is."""
+    """Cast a tensor of floats, or of complex numbers, to single or double precision; return any other unchanged."""
     if tensor.is_complex():
         return tensor.to(dtype.to_complex())
     return tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -1,7 +1,7 @@
 """The precision in which models compute.
 
 Networks that are compared compute in the precision of their parameters, whatever the process allows for speed. By
-default a GPU rounds the factors of convolutions to three digits (TF32), and those of matrix products if
+default a GPU rounds the factors of convolutions to three digits (TF32), and the factors of matrix products if
 ``torch.set_float32_matmul_precision`` allows it. Training may use autocast.
 """
 
@@ -95,7 +95,7 @@ def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
 
     On a CPU bfloat16 is for linear layers. Attention stays in single precision, because the gradient of the fused
     operation takes six times as long in bfloat16 for sequences of length 32. Convolutions do, because processors with
-    AMX compute some wrong, such as a ``Conv1d`` of 8 channels with kernels of size 64.
+    AMX compute some convolutions wrong, such as a ``Conv1d`` of 8 channels with kernels of size 64.
     """
     if not torch.amp.is_autocast_available(device.type):  # it has no autocast to turn off
         yield

@@ -12,7 +12,7 @@ from nni_topo.network.runtime.modules import put_attribute
 
 
 class ModelReport:
-    """What the package reports about a model that it returns, in the model's attribute ``report``."""
+    """Report about a model that the package returns, in the model's attribute ``report``."""
 
     changed_since: tuple[str, ...]
     """Later changes by functions of the package, in order, such as ``"distilled (nni_topo.distill)"``."""
@@ -40,7 +40,7 @@ def hand_on_report(model: nn.Module, changed: nn.Module, how: str) -> None:
 
 
 SOLVED_ON = "_nni_topo_solved_on"
-"""The attribute of a model that holds digests of the samples on which its weights were solved."""
+"""Name of a model's attribute with digests of the samples on which its weights were solved."""
 
 
 def solved_on(model: nn.Module) -> frozenset[bytes]:
@@ -55,7 +55,7 @@ def tell_solved_on(model: nn.Module, digests: Iterable[bytes]) -> None:
 
 
 def told_of_changes(changed_since: Sequence[str]) -> str:
-    """Return a sentence on what was changed since a report was written; empty if nothing was."""
+    """Return a sentence on the changes since a report was written; empty if none were made."""
     return f"changed since, and not in these figures: {', '.join(changed_since)}" if changed_since else ""
 
 

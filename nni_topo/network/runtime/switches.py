@@ -25,7 +25,7 @@ _turn = threading.RLock()
 
 @contextmanager
 def one_call() -> Iterator[None]:
-    """Mark a call of a public function; those of several threads run one after another."""
+    """Mark a call of a public function; calls of several threads run one after another."""
     with _turn, in_context(is_running=True):
         yield
 
