@@ -79,7 +79,7 @@ def _tried_settings(model: Any) -> Widths:
     of_heads = {layer for each in attention.values() for layer in each.channels}
     widths = {width for name, shape in shapes.items() if _layer_of(modules, name) for width in shape[:2]}
     for setting, value in _settings(model.config).items():
-        # One layer may compute gates and values: twice as many channels.
+        # One layer may compute gates and values, and so have twice as many channels.
         if value < 2 or not any(width % value == 0 for width in widths):
             continue
         changed, less = copy.deepcopy(model.config), value // 2

@@ -392,10 +392,10 @@ def resize(module: Any, attention: Attention, kept: int, width: int) -> None:
         return
     of_heads, config = len(attention.context[1]), vars(module).get("config")
     if attention.is_fused and config is not None and not any(key in vars(module) for key in COUNTS):
-        # It reads the number of heads from the model's config; other blocks may keep more.
+        # The module reads the number of heads from the model's config; other blocks may keep more.
         put_attribute(module, "config", copy.copy(config))
         module.config.num_attention_heads = config.num_attention_heads // old * kept
-    # If all heads share one key and value, their count stays, and the count of heads for each changes.
+    # If all heads share one key and value, their count stays, and only the count of heads for each changes.
     counts = (*COUNTS, *_FURTHER_COUNTS, *(_PER_SHARED if attention.shared else SHARED_COUNTS))
     for key, value in vars(module).items():
         if key in counts and isinstance(value, int) and value % old == 0:

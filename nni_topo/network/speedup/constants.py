@@ -57,7 +57,7 @@ def constants_read(
         if isinstance(module, WEIGHTED) and bool(pruned.any()):
             removed[name] = pruned
             entering.append((module, partial(look, name)))
-        # In a layer with operations after its convolution, a pruned channel may not be zero.
+        # In a layer with operations after its convolution, a pruned channel may be other than zero.
         if isinstance(module, WEIGHTED) and not bool(kept.all()) and not is_followed(module):
             leaving.append((module, partial(zero, kept, module)))
     # Two inputs, because on one of them a channel with a single position looks constant.

@@ -95,7 +95,9 @@ class DenseReport(ModelReport):
             why = f"  {row.kept}: {row.reason}" if row.kept else ""
             lines.append(f"{row.name:{width}}  {row.before:8}  {row.asked:5}  {row.after:5}{why}")
         if self.stale:
-            lines.append("as before: " + ", ".join(f"{name} {number}" for name, number in self.stale.items()))
+            lines.append(
+                "attributes not updated: " + ", ".join(f"{name} {number}" for name, number in self.stale.items())
+            )
         lines += [f"compared on {self.checked}"] if self.checked else []
         lines += self.notes
         lines += [told_of_changes(self.changed_since)] if self.changed_since else []

@@ -112,7 +112,7 @@ class DependencyGroups(list[dict[str, Any]]):
         if sizes != self._sizes:
             other = [name for name in {**self._sizes, **sizes} if sizes.get(name) != self._sizes.get(name)]
             raise ConfigError(
-                "groups must be those that dependency_groups made for this model, got those of a model with other "
+                "groups must come from dependency_groups on this model, got groups of a model with other "
                 f"parameters: {listed(other)} (groups)"
             )
         return self._facts
@@ -235,7 +235,7 @@ def groups_of(
             raise
         selected = [name for name, _ in model.named_modules() if name in given.layers]
         untraced = {name: (reasons.untraced_model(of=str(error)),) for name in selected}
-        _logger.warning("all layers stay whole and are left out: %s", error)
+        _logger.warning("all layers keep all channels and are left out: %s", error)
         return DependencyGroups([], reasons.as_text(untraced), reasons=untraced)
     # If heads are selected, replace attention modules by their layers.
     selected_entries = list[tuple[frozenset[str], dict[str, Any]]]()
@@ -283,7 +283,7 @@ def groups_of(
     for name, why in left_out.items() if strict else ():
         if why != (reasons.model_output(),):
             told = reasons.told(why)
-            raise ConfigError(f"every layer that is selected must be one that can lose channels, got {name}: {told}")
+            raise ConfigError(f"every selected layer must be able to lose channels, got {name}: {told}")
     group_settings, followers = _settings(flow, projections, by_row | projections.keys()), _followers(flow)
     entries = []
     for names, settings in selection.entries:

@@ -52,7 +52,9 @@ def test_groups_that_are_passed_on_save_the_trace(traces):
     to_dense(model, images, masks, groups=pickle.loads(pickle.dumps(groups)))  # of another process: these know nothing
     to_dense(model, toy_images(2)[..., :6], masks, groups=groups)  # nor do they of other sizes
     assert len(traces) == 3 * found - 2 * done
-    with pytest.raises(ConfigError, match=r"groups must be those .* for this model, got .* stem.weight.* \(groups\)"):
+    with pytest.raises(
+        ConfigError, match=r"groups must come from dependency_groups on this model, got .* stem.weight.* \(groups\)"
+    ):
         to_dense(given, images, {}, groups=groups)
 
 

@@ -178,7 +178,7 @@ def test_each_thing_that_turned_out_otherwise_is_warned_of_once(caplog):
 def test_where_every_layer_must_lose_channels_another_one_is_an_error(knobs):
     model, images = Beside(**knobs).eval(), torch.randn(2, 3, 5, 5)
     if "mixes" in knobs:
-        with pytest.raises(ConfigError, match=r"must be one that can lose channels, got one: the result"):
+        with pytest.raises(ConfigError, match=r"must be able to lose channels, got one: the result"):
             dependency_groups(model, images, BY_TYPE, strict=True)
     else:
         assert dependency_groups(model, images, BY_TYPE, strict=True).skipped.keys() == {"last", "one"}

@@ -104,7 +104,7 @@ def test_what_describes_another_tensor_is_left_and_named(caplog: pytest.LogCaptu
     assert dense.report.stale == {"feature_info[0]['num_chs']": 24, "feature_info[2]['num_chs']": 8}
     told = "feature_info[0]['num_chs'] 24, feature_info[2]['num_chs'] 8"
     assert sum(told in record.getMessage() for record in caplog.records) == 1
-    assert f"as before: {told}" in repr(dense.report)
+    assert f"attributes not updated: {told}" in repr(dense.report)
     # Where no layer of such a width loses channels, none is stale.
     assert dense_of(model, IMAGES, op_names=["stage2.0"]).report.stale == {}
 

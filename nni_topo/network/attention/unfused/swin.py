@@ -27,7 +27,7 @@ def windowed(self: Any, x: Tensor, mix: Any = None) -> Tensor:
     ends = [-size % window for size, window in zip(sizes, windows, strict=True)]
     padded = functional.pad(x, (0, 0, *(each for end in reversed(ends) for each in (0, end))))
     tokens = _parted(torch.roll(padded, [-shift for shift in shifts], dims), windows)
-    # (queries, keys, values; batch, windows, heads, places, channels)
+    # (queries, keys, values; batch, windows, heads, positions, channels)
     heads = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).permute(3, 0, 1, 4, 2, 5)
     scores = _products(self, *heads[:2])
     scores = scores + self.get_relative_position_bias(*([windows] if len(sizes) == 3 else []))
