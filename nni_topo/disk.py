@@ -1,4 +1,4 @@
-"""Files and folders: atomic writes, one writing process per folder, and plain errors for damage and full disks."""
+"""Files and folders: atomic writes, one writing process per folder, and clear errors for damage and full disks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def path_of(path: Any, knob: str = "path") -> Path:
-    """Return the path that text or a path-like object names; ConfigError for anything else and for empty text."""
+    """Return a string or path-like object as a Path; ConfigError for other types and empty strings."""
     if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
         raise ConfigError(f"a path must be text or a path-like object, got {type(path).__name__} ({knob})")
     if not os.fspath(path) or "\0" in os.fspath(path):
@@ -83,7 +83,7 @@ def only_process(folder: Path, *, wait: bool = True) -> Iterator[None]:
             lock.acquire()
         except Timeout:
             raise DataError(
-                f"a folder must be written by one run at a time, got one at work there ({folder})"
+                f"a folder must be written by one run at a time, got another run that writes there ({folder})"
             ) from None
     try:
         yield
@@ -253,6 +253,4 @@ def read_tensors(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         if "allowed global" not in str(error):
             raise
-        raise DataError(
-            "it holds objects of classes, as torch.save(model) writes them, which torch.load reads"
-        ) from None
+        raise DataError("it holds pickled objects, as torch.save(model) writes them; read it with torch.load") from None

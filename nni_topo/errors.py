@@ -20,7 +20,7 @@ class NniTopoError(Exception):
 
 
 class ConfigError(NniTopoError, ValueError):
-    """A config_list, a knob or a name that can't be used."""
+    """A config_list, an argument or a name that can't be used."""
 
 
 class LayerError(ConfigError):
@@ -74,7 +74,7 @@ def hint_of(name: str, known: Iterable[str]) -> str:
     near = _nearest(name, names)
     if near:
         return f"did you mean {', '.join(near)}?"
-    return f"known: {listed(names, _MOST_NAMES)}" if names else "there are none"
+    return f"known: {listed(names, _MOST_NAMES)}" if names else "no name is known"
 
 
 def _nearest(name: str, known: Iterable[str]) -> list[str]:

@@ -86,7 +86,7 @@ class Registry(Generic[Info]):
     def info(self, name: str, place: str, argument: str = "") -> Info:
         """Return the record of a name, or of ``package.module:Class``; ConfigError if the name is unknown.
 
-        ``place``: the function or file that got the name. ``argument``: the argument that got it, for the message.
+        ``place`` and ``argument``, for the message: the function or file that got the name, and its argument.
         """
         kind = self._record.kind
         if not isinstance(name, str):

@@ -45,9 +45,7 @@ class Run(Verb):
     def run(self, console: Console) -> int:
         """Run the experiment to its end or to Ctrl-C."""
         if (self.config is None) == (self.resume is None):
-            raise ConfigError(
-                "an experiment to run must be a file, or --resume ID, got both or neither (experiment run)"
-            )
+            raise ConfigError("give either an experiment file or --resume ID, got both or neither (experiment run)")
         check_free_disk(self.out)
         config = None if self.config is None else load_experiment(self.config)
         # on SIGTERM the manager must be stopped too
@@ -141,7 +139,7 @@ class Best(_Shown):
 class Export(_Shown):
     """Copy the best trial's dense model and config_list."""
 
-    trial: str | None = None  # identifier of another trial than the best one
+    trial: str | None = None  # identifier of the trial to export; None: the best trial
     rerun: bool = False  # run the trial again on this machine if its files aren't here
     out: Path  # output folder
 

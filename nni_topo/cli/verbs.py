@@ -276,10 +276,10 @@ class Shrink(TrainedVerb):
         """Return the shares to keep; with a tolerance the name of the cost to minimise, or None."""
         shares: dict[str, Any] = {kind: getattr(self, kind) for kind in BUDGETS if getattr(self, kind) is not None}
         if self.tolerance is None and self.budget is not None:
-            raise ConfigError("--budget names the cost for --tolerance, got none (nni-topo shrink)")
+            raise ConfigError("--budget needs --tolerance, got none (nni-topo shrink)")
         if self.tolerance is not None and shares:
             other = f"--{next(iter(shares))}"
-            raise ConfigError(f"--tolerance says how much is kept, got {other} beside it (nni-topo shrink)")
+            raise ConfigError(f"--tolerance can't be combined with a share to keep, got {other} (nni-topo shrink)")
         how: dict[str, Any] = {} if self.allocation is None else {"allocation": self.allocation}
         how |= {"equal_blocks": True} if self.equal_blocks else {}
         how |= {"runtime": self.runtime} if self.runtime != "pytorch" else {}

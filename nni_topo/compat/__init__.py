@@ -39,12 +39,12 @@ PAIRING = Path(__file__).with_name("pairing.cjs")
 
 
 class CompatibilityWarning(UserWarning):
-    """The installed NNI isn't a known one, or a patch couldn't be put in place."""
+    """The installed NNI isn't a known one, or a patch failed."""
 
 
 @dataclass(frozen=True)
 class CompatReport:
-    """The outcome of all patches, by the names of their functions, in the order in which they ran.
+    """The outcome of all patches, named as their functions, in the order in which they ran.
 
     Parameters
     ----------
@@ -53,9 +53,9 @@ class CompatReport:
     applied : tuple of str
         Patches that changed something.
     unneeded : tuple of str
-        Patches that found NNI or PyTorch right.
+        Patches that NNI or PyTorch doesn't need.
     failed : mapping of str to str
-        Patches that couldn't be put in place, with the error.
+        Patches that failed, with the error.
     """
 
     nni: str
@@ -94,7 +94,7 @@ def enable() -> CompatReport:
     Warns
     -----
     CompatibilityWarning
-        Once, if NNI's version isn't a known one or a patch couldn't be put in place; it says what was done.
+        Once, if NNI's version isn't a known one or a patch failed; the message is the report.
 
     Examples
     --------

@@ -70,7 +70,7 @@ def run_cell(cell: Cell, out: Path) -> Record:
         # All pruners use the widths of the target; `why` explains a difference.
         why = WHOLE_CHANNELS
         if pruned.planned is not None:
-            why = pruned.planned.why or "the dense network keeps other channels than were counted"
+            why = pruned.planned.why or "the dense network has other widths than planned"
         elif name != SCRATCH and not is_baseline(name) and not pruner_info(name).structured:
             why = "the pruner removes single weights and no channels"
         record |= budget_facts(start, dense, cell.target, record, why)

@@ -39,7 +39,7 @@ def compare(
         resolve_device(cell.device)
         data = load_model_data(cell.model, cell.data)
         if cell.until is not None and not len(data.validation):
-            raise ConfigError(f"until must have validation images to look at, got none ({cell.data.name})")
+            raise ConfigError(f"until needs validation images, got none ({cell.data.name})")
     with only_process(out, wait=False):
         known = read_records(out / "results.jsonl", {"key": instance(str), **COMPARED})
         done = {record["key"]: record for record in known}

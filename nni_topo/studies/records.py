@@ -1,4 +1,4 @@
-"""Records of finished cells, one JSON line each, and the loop that runs the cells without one."""
+"""Records of finished cells, one JSON line each, and the loop that runs the cells without a record."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COMPARED: dict[str, Rule] = {
 }
 """Keys that every record of a comparison has, with their rules."""
 Job = Any  # its `key` identifies its record, its `training_key` its trained network; equal settings have equal keys
-_KILLED = "its process or one beside it was killed (out of memory?); the same command runs it again"
+_KILLED = "its process or a parallel one was killed (out of memory?); the same command runs it again"
 
 
 def read_records(path: Path, rules: Mapping[str, Rule] | None = None, with_key: str | None = None) -> list[Record]:

@@ -150,7 +150,7 @@ def _table(title: str, entries: Sequence[Mapping[str, Any]]) -> Part:
 
 
 def entries_of(value: Any) -> list[Mapping[str, Any]]:
-    """Return a list of mappings, or a mapping of names to mappings, as rows; an empty list for anything else."""
+    """Return a list of mappings, or a mapping of names to mappings, as rows; an empty list for other values."""
     if isinstance(value, Mapping) and all(isinstance(item, Mapping) for item in value.values()):
         return [{"name": name, **item} for name, item in value.items()]
     return value if isinstance(value, list) and all(isinstance(item, Mapping) for item in value) else []

@@ -23,7 +23,7 @@ def save_checkpoint(path: str | Path, model: nn.Module, meta: Mapping[str, Any])
     try:
         kept = json.loads(json.dumps(dict(meta)))
     except (TypeError, ValueError) as error:
-        raise DataError(f"meta must hold what JSON can hold, got: {error} (meta)") from error
+        raise DataError(f"meta must be JSON serializable, got: {error} (meta)") from error
     output_folder(path.parent)
     state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
     write_tensors(path, {"format": _FORMAT, "state_dict": state, "meta": kept})

@@ -66,7 +66,7 @@ def build_torchvision(name: str, num_classes: int, in_channels: int, image_size:
         first = next((layer for layer in layers if layer.in_channels == 3 and layer.groups == 1), None)
         if first is None:
             raise ConfigError(
-                f"in_channels must be 3 where no first convolution can be replaced, got {in_channels} ({name})"
+                f"in_channels must be 3 if the model has no first convolution to replace, got {in_channels} ({name})"
             )
         first.in_channels = in_channels
         first.weight = nn.Parameter(first.weight.new_empty(first.out_channels, in_channels, *first.kernel_size))

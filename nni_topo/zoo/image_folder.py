@@ -39,7 +39,7 @@ def list_image_folder(
     if (folder / "train").is_dir():
         place = next((folder / name for name in ("test", "val") if (folder / name).is_dir()), None)
         if place is None:
-            raise DataError(f"beside train there must be a folder test or val, got none ({folder})")
+            raise DataError(f"a folder with train must also hold a folder test or val, got neither ({folder})")
         root = folder / "train"
         files, labels, names = _listed(root)
         test_files, test_labels, test_names = _listed(place)
@@ -95,7 +95,7 @@ def read_image(path: str, layout: Layout) -> Tensor:
     with _opened(path) as image:
         if layout.grey and image.mode not in _GREY:
             raise DataError(
-                f"images must all be grey where the first of every class is, got one of mode {image.mode} ({path})"
+                f"images must all be grey if the first image of every class is, got mode {image.mode} ({path})"
             )
         picture = image.convert("L" if layout.grey else "RGB")
     if layout.scaled:
@@ -121,7 +121,7 @@ def _opened(path: str) -> Iterator[Image.Image]:
     except (OSError, Image.DecompressionBombError) as error:
         size = f"{Path(path).stat().st_size} bytes" if Path(path).exists() else "no file"
         raise DataError(
-            f"an image file must be whole and one that Pillow opens, got {error} in {size} ({path})"
+            f"an image file must be undamaged and readable by Pillow, got {error} in {size} ({path})"
         ) from error
 
 

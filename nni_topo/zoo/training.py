@@ -104,7 +104,7 @@ def train(
         If the loss stops being finite, or ``until`` is given without validation images.
     """
     if until is not None and not len(data.validation):
-        raise ConfigError(f"until must have validation images to look at, got {until} without any (train)")
+        raise ConfigError(f"until needs validation images, got {until} without any (train)")
     device = device_of(model) if device is None else torch.device(device)
     check_model(model.to(device), data)
     images = held_on(data.train, device)

@@ -84,7 +84,7 @@ def test_fine_tuning_until_a_share_needs_validation_images(tmp_path, monkeypatch
     load = zoo.load_data
     monkeypatch.setattr(zoo, "load_data", lambda *args, **knobs: unwatched(load(*args, **knobs)))
     asked = dataclasses.replace(plan("l1"), retrain={"epochs": 2, "until": 0.9})
-    with pytest.raises(ConfigError, match=r"until must have validation images to look at, got none \(digits\)"):
+    with pytest.raises(ConfigError, match=r"until needs validation images, got none \(digits\)"):
         compare(asked, tmp_path)
 
 

@@ -96,6 +96,6 @@ def test_damaged_files_and_those_without_a_state_dict_are_named(tmp_path: Path) 
     (tmp_path / "b.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:1000])
     with pytest.raises(DataError, match=r"a checkpoint must .*b\.pt"):
         load_checkpoint(tmp_path / "b.pt", small(0))
-    with pytest.raises(DataError, match=r"meta must hold what JSON can hold, got: .* not JSON serializable \(meta\)"):
+    with pytest.raises(DataError, match=r"meta must be JSON serializable, got: .* not JSON serializable \(meta\)"):
         save_checkpoint(tmp_path / "c.pt", small(0), {"nested": [Path("a")]})
     assert not (tmp_path / "c.pt").exists()

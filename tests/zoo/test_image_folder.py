@@ -108,7 +108,7 @@ def test_errors_of_reading_processes_are_those_of_this_one(tmp_path: Path) -> No
     Image.new("L", (40, 32)).save(root / "train" / "n01440764" / "n01440764_0.JPEG")
     data = load_data(str(root), image_size=8, validation=0.0, workers=0)
     assert data.mean == pytest.approx((0.449,), abs=1e-9)
-    with pytest.raises(DataError, match=r"^images must all be grey where the first of every class is, got .*RGB"):
+    with pytest.raises(DataError, match=r"^images must all be grey if the first image of every class is, got .*RGB"):
         data.test[:]
 
 

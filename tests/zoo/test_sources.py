@@ -149,7 +149,7 @@ def test_bad_image_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"one folder per class .*got: Couldn't find any class folder"):
         load_data(str(tmp_path))
     write_images(tmp_path / "train" / "a", 2)
-    with pytest.raises(DataError, match="a folder test or val, got none"):
+    with pytest.raises(DataError, match="a folder test or val, got neither"):
         load_data(str(tmp_path))
     write_images(tmp_path / "val" / "b", 2)
     with pytest.raises(DataError, match=r"test classes must be training classes, got b \(.*val\)"):
@@ -166,7 +166,7 @@ def test_truncated_images_are_named(tmp_path: Path) -> None:
     write_images(tmp_path / "test" / "a", 3)
     path = tmp_path / "train" / "a" / "1.png"
     path.write_bytes(path.read_bytes()[:60])
-    with pytest.raises(DataError, match=r"an image file must be whole .* in 60 bytes .*1\.png"):
+    with pytest.raises(DataError, match=r"an image file must be undamaged .* in 60 bytes .*1\.png"):
         load_data(str(tmp_path), validation=0.0).train[:]
 
 

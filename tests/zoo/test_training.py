@@ -83,7 +83,7 @@ def test_an_accuracy_to_reach_is_checked_before_the_training(data) -> None:
     with pytest.raises(ConfigError, match=r"until must be in \(0, 1\] or None, got 0\.0"):
         train(model, data, SHORT, seed=0, until=0.0)
     unwatched = replace(data, validation=TensorDataset(*data.validation[:0]))
-    with pytest.raises(ConfigError, match=r"until must have validation images to look at, got 0\.5 without any"):
+    with pytest.raises(ConfigError, match=r"until needs validation images, got 0\.5 without any"):
         train(model, unwatched, SHORT, seed=0, until=0.5)
     assert torch.equal(weights(model), before)
 

@@ -207,7 +207,7 @@ def critical_config_list(model: nn.Module, sparse_ratio: float) -> list[dict[str
     model : torch.nn.Module
         The model; its linear layers and convolutions are pruned, except types that NNI doesn't know.
     sparse_ratio : float
-        Share of each layer's weights to remove, in (0, 1); less where the channel tree has more weights than remain.
+        Share of each layer's weights to remove, in (0, 1); smaller if fewer weights would remain than the tree has.
 
     Returns
     -------
@@ -230,7 +230,7 @@ def critical_config_list(model: nn.Module, sparse_ratio: float) -> list[dict[str
     layers = [layer for layer in found if type(layer.module).__name__ in PruningSetting.registry]
     if not layers:
         raise ConfigError("a config_list of critical ratios needs linear layers or convolutions, got none (model)")
-    # Half a weight more keeps int(weights * ratio) from losing one by rounding.
+    # Half a weight is added, because rounding could make int(weights * ratio) too small by one.
     return [
         {
             "op_names": [layer.name],

@@ -37,7 +37,7 @@ class Connectivity:
 
     outputs: float  # share of the model's outputs that a path of kept weights reaches from its inputs, in [0, 1]
     reached: dict[str, float]  # by layer, the share of its output channels that such a path reaches
-    connected: dict[str, float]  # by masked layer, the share of its channels that keep at least one weight
+    connected: dict[str, float]  # by masked layer, the share of its input and output channels that keep a weight
 
     @property
     def channels(self) -> float:

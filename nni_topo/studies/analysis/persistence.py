@@ -125,9 +125,7 @@ def neural_persistence(
             raise DataError(f"weights must be finite, got {bad} NaN or infinite values ({layer.name})")
         largest[layer.name] = float(np.abs(layer.weight).max())
         if largest[layer.name] == 0.0:
-            raise DataError(
-                f"a layer must have a weight other than 0 to be scaled, got {layer.weight.size} ({layer.name})"
-            )
+            raise DataError(f"a layer must have a weight other than 0, got {layer.weight.size} zeros ({layer.name})")
     values: dict[str, float] = {}
     deaths: dict[str, NDArray[np.float64]] = {}
     for layer in layers:

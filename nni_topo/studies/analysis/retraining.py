@@ -149,7 +149,7 @@ def retraining_bound(
         gaps = [float((state.weights - end.weights).norm()) for state in (start, pruned)]
     if min(slopes + gaps) == 0.0:
         raise DataError(
-            "networks before training and after pruning must differ from the trained one, got one that doesn't"
+            "networks before training and after pruning must differ from the trained network, got an equal one"
         )
     mu_initial, mu_sparse = slopes[0] / gaps[0], slopes[1] / gaps[1]
     constants = gamma * epochs * mu_initial / mu_sparse

@@ -162,7 +162,7 @@ def run_rounds(cells: Sequence[RoundsCell], out: str | Path, *, n_jobs: int = 1,
         failures = run_missing(cells, done, out, run_rounds_cell, n_jobs=n_jobs, announce=announce)
     if failures:
         failed = "; ".join(f"{each.cell.pruner.row}, seed {each.cell.seed}: {reason}" for each, reason in failures)
-        raise DataError(f"every run must end with a record, got none of {len(failures)}: {failed} ({out})")
+        raise DataError(f"all runs must succeed, got {len(failures)} failed: {failed} ({out})")
     return [done[cell.key] for cell in cells]
 
 

@@ -126,9 +126,8 @@ def sensitivity(
         Names of layers. None: all convolutions and linear layers; for pruners of channels, except layers that compute
         the model's output.
     knobs : mapping, callable or None, default=None
-        The pruner's arguments. A function gets each copy of the model before it is pruned and returns the arguments,
-        which arguments that belong to one model need, such as NNI's evaluators. ``example_inputs`` is added if the
-        pruner takes it.
+        The pruner's arguments, or a function that returns them for a copy of the model. Use a function if arguments
+        belong to one model, as NNI's evaluators do. ``example_inputs`` is added if the pruner takes it.
     budget : float, default=0.01
         Largest drop of the score that the suggestion may cause with all layers pruned at once, at least 0.
     on_progress : callable or None, default=None

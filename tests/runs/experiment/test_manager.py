@@ -174,7 +174,7 @@ def test_requests_that_make_no_sense_are_clear_errors(home, capsys, monkeypatch)
     monkeypatch.setenv("HOME", str(home.folder))
     monkeypatch.chdir(home.folder)
     for words, message in (
-        (["run", "--out", "out"], "must be a file, or --resume ID, got both or neither"),
+        (["run", "--out", "out"], "either an experiment file or --resume ID, got both or neither"),
         (["run", "missing.yml", "--out", "out"], "No such file"),
         (["status", "--port", str(home.port)], f"NNI's manager must answer, got none (port {home.port})"),
         (["run", "--resume", "abc", "--out", "out"], "must be one that NNI knows, got none at all"),

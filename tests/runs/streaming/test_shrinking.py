@@ -251,7 +251,7 @@ def test_a_folder_with_other_files_or_another_run_at_work_is_left_alone(source, 
         nni_topo.shrink_pretrained(source, tokens(), tmp_path / "small", {"params": 0.7}, **FAST)
     assert (tmp_path / "small" / "notes.txt").read_text() == "mine"
     target = tmp_path / "locked"
-    with only_process(target), pytest.raises(DataError, match="by one run at a time, got one at work there"):
+    with only_process(target), pytest.raises(DataError, match="by one run at a time, got another run"):
         nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **FAST)
 
 

@@ -113,5 +113,5 @@ def test_bad_requests_are_refused():
         retraining_bound(*nets, mse_loss, [], 5)
     with pytest.raises(DataError, match="gradients before training and after pruning must not be zero"):
         bound(Quadratic(6, 8), Quadratic(0, 1), Quadratic(0, 0), "node")
-    with pytest.raises(DataError, match="must differ from the trained one"):
+    with pytest.raises(DataError, match="must differ from the trained network"):
         bound(Quadratic(6, 8), Quadratic(0, 2), Quadratic(0, 2), "connection")

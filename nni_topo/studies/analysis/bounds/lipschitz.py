@@ -46,7 +46,7 @@ def largest_changes(graph: GraphModule, other: GraphModule, inputs: Tensor) -> d
     uncalled = sorted(runner._changed - called)
     if uncalled:
         raise ConfigError(
-            "a global error bound needs parameters that belong to layers, got some that the model uses itself "
+            "a global error bound needs parameters that belong to layers, got some that the model uses directly "
             f"({uncalled[0] or 'model'})"
         )
     with torch.no_grad():

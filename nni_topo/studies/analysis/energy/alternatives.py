@@ -114,7 +114,10 @@ def study_replacement(
     weak = ~masks[layer]["weight"].flatten(1).any(1)
     module: Any = model.get_submodule(layer)
     if not bool(weak.any()) or getattr(module, "groups", 1) != 1:
-        raise ConfigError(f"a layer without groups must have filters to replace, got {int(weak.sum())} ({layer})")
+        raise ConfigError(
+            "replacement needs a convolution without groups that has filters below the threshold, got "
+            f"{int(weak.sum())} ({layer})"
+        )
     generator = torch.Generator().manual_seed(seed)
     weight: Tensor = module.weight.detach()
     plane = torch.from_numpy(Chirp().planes(input_sizes(model, [layer], example_inputs)[layer]))
@@ -293,7 +296,7 @@ def study_selection(
                 search.run()
                 if search.is_flat:
                     _logger.warning(
-                        "%r tells no individual from another, so the filters are chosen at random (%s)", method, layer
+                        "%r gives all subsets the same score, so the filters are chosen at random (%s)", method, layer
                     )
                 kept: BoolArray = search.current_generation[0].genes
             else:

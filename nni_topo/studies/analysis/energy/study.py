@@ -138,7 +138,7 @@ class EnergyStudy(Findings):
         return figures
 
     def texts(self) -> dict[str, str]:
-        """Return ``suggested.yaml``, if there is one."""
+        """Return ``suggested.yaml``, if thresholds are suggested."""
         return {"suggested.yaml": self.file} if self.file else {}
 
     def lost(self, layer: LayerEnergy, threshold: float) -> float:
@@ -351,7 +351,7 @@ def _kept(model: nn.Module, layer: str, masks: Masks) -> Tensor:
 
 
 def layer_plot(layers: Sequence[LayerEnergy], lines: Mapping[str, Sequence[float]], label: str) -> Figure:
-    """Draw lines by name, each with one value per layer."""
+    """Draw named lines with one value per layer."""
     figure, axis = single(max(6.0, 2.0 + 0.42 * len(layers)), 4.5)
     for index, (name, values) in enumerate(lines.items()):
         axis.plot(range(len(layers)), values, "o-", color=f"C{index % 10}", markersize=3, label=name)

@@ -236,7 +236,7 @@ def test_bad_requests_are_refused():
         error_bound(held, cut(held, 0.5), torch.randn(3, 4))
     shifted = Reads(lambda net, h: h + net.offset)
     shifted.offset = nn.Parameter(torch.ones(6))
-    with pytest.raises(ConfigError, match=r"belong to layers, got some that the model uses itself \(model\)"):
+    with pytest.raises(ConfigError, match=r"belong to layers, got some that the model uses directly \(model\)"):
         error_bound(shifted, cut(shifted, 1.0), torch.randn(3, 4))
 
 
