@@ -227,7 +227,7 @@ class StructuredPruner(Pruner):
         planner = self.planner
         if not isinstance(planner, BudgetPlanner):
             raise ConfigError(
-                f"{type(self).__name__} must have a budget to be asked for another one, got none (budget)"
+                f"a pruner must have a budget to get masks for another, got a {type(self).__name__} without (budget)"
             )
         planner.change(budget)
         self._keep_measurements()

@@ -108,7 +108,9 @@ class ChirpEnergyCollector(DataCollector):
         """Raise ConfigError for layers without an energy, or whose input size is unknown or below the kernel."""
         for name, module in modules.items():
             if not isinstance(module, WEIGHTED):
-                raise LayerError(f"energies are defined for convolutions, got {type(module).__name__} ({name})", [name])
+                raise LayerError(
+                    f"energies need convolutions or linear layers, got {type(module).__name__} ({name})", [name]
+                )
         input_sizes(model, _convolutions(modules), self.example_inputs)
 
     def collect(self, context: PruningContext) -> Data:

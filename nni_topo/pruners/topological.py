@@ -215,8 +215,8 @@ class TopologicalPruner(StructuredPruner):
         self.calibration = pruner_batches(calibration, model)
         if points.kind == "auto" and self.calibration is None and evaluator is not None:
             _logger.warning(
-                "channels are selected by the cloud of the weights alone, because there are no calibration data: "
-                "calibration=evaluator takes what the evaluator evaluates on; cloud='weight' asks for the weights"
+                "channels are selected by the weights alone, because there are no calibration data: "
+                "calibration=evaluator uses the evaluator's data; cloud='weight' uses the weights without this warning"
             )
         criterion = "hausdorff" if criterion == "auto" else criterion
         if not isinstance(solver, str):

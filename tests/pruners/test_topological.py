@@ -182,7 +182,7 @@ def test_perera2022_searches_by_default_and_a_flat_fitness_is_told(caplog):
 def test_an_evaluator_beside_the_default_cloud_is_told_how_its_data_serve(caplog):
     model = toy_model()
     TopologicalPruner(model, HALF, toy_evaluator(model))
-    assert "calibration=evaluator takes what the evaluator evaluates on" in caplog.text
+    assert "calibration=evaluator uses the evaluator's data" in caplog.text
     caplog.clear()
     _, weights = TopologicalPruner(toy_model(), HALF).compress()
     _, asked = TopologicalPruner(toy_model(), HALF, calibration=toy_evaluator(toy_model())).compress()

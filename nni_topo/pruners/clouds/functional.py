@@ -124,8 +124,8 @@ def readers_of(
     together = np.sort(flow.units(lead)) if lead in flow.layers else None
     if together is not None and outputs.shape[1] > together.shape[1]:
         raise LayerError(
-            "a block must hold only channels that have to stay together, got blocks of "
-            f"{outputs.shape[1]} where {together.shape[1]} must ({unit.name}); round_to keeps multiples of channels",
+            f"a block must hold only coupled channels, got blocks of {outputs.shape[1]} channels, but coupled sets of "
+            f"{together.shape[1]} ({unit.name}); round_to keeps multiples of channels",
             [lead],
         )
     if together is None and lead not in flow.layers:
