@@ -67,9 +67,9 @@ def partition(
         Number of clusters, in [1, n].
     algorithm : {"kmeans", "spectral", "ward", "dbscan", "gmm", "gmm_full"}, default="kmeans"
         Lloyd's k-means; spectral clustering on a ``graph``, in which equal points count once and stay together;
-        agglomeration by Ward's criterion; DBSCAN with three points, itself included, in reach of a core point;
-        expectation maximisation of a mixture of spherical Gaussians, which unlike diagonal ones don't depend on
-        rotations of the cloud, or of Gaussians with full covariances on the first 16 principal components.
+        agglomeration by Ward's criterion; DBSCAN with ``min_samples=3``; expectation maximisation of a mixture of
+        spherical Gaussians, which unlike diagonal ones don't depend on rotations of the cloud, or of Gaussians
+        with full covariances on the first 16 principal components.
     seed : int, default=0
         For k-means, spectral clustering and mixtures; the best of three starts counts.
     graph : {"epsilon", "knn"}, default="epsilon"
@@ -79,9 +79,9 @@ def partition(
     Returns
     -------
     ndarray of int, shape (n,)
-        Cluster of each point, numbered from 0 in the order of the clusters' first points. They are fewer than
-        ``count`` if fewer points are distinct, if a mixture's component gets no point, and for DBSCAN. Its reach
-        (``eps``) is the smallest with at most ``count`` clusters; noise points are clusters of their own.
+        Cluster of each point, numbered from 0 in the order of the clusters' first points. The clusters are
+        fewer than ``count`` if fewer points are distinct, if a mixture's component gets no point, and for DBSCAN. Its
+        reach (``eps``) is the smallest with at most ``count`` clusters; noise points are clusters of their own.
 
     Notes
     -----

@@ -28,10 +28,10 @@ IntArray = NDArray[np.int64]
 
 CPU = torch.device("cpu")
 LEAST_PIVOT = 1e-10
-"""Ridge on a channel's own products, as a share of their diagonal: columns that the chosen ones span need it."""
+"""Ridge on a channel's own products, as a share of their diagonal, for columns that the chosen ones span."""
 
 _NOTHING = 1e-5  # share of the total reduction: if no channel reduces more, the others follow by their current gains
-_MANY = 2**16  # numbers of a layer from which a GPU is faster than the CPU, because launching its operations takes time
+_MANY = 2**16  # numbers of a layer from which a GPU is faster than the CPU; for fewer its launches take longer
 _CACHED = 2**20  # bytes of targets that are processed at a time
 
 

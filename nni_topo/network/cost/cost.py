@@ -250,7 +250,7 @@ class Product:
             shapes.append((1,) * missing + each.shape)
             self._group_ids.append(flow.group_ids(each.ids[(None,) * missing].numpy()))
         self._shape, self._times = tuple(map(max, *shapes)), times
-        self.depends = any(each.any() for each in self._group_ids)  # whether on channels that can be pruned
+        self.depends = any(each.any() for each in self._group_ids)  # whether on prunable channels
 
     def count(self, pruned: BoolArray) -> int:
         """Count the products that aren't pruned; ``pruned``: bool, by group id."""
@@ -272,7 +272,7 @@ _FACTORS: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
 
 
 def products_of(graph: Graph, flow: ChannelFlow, times: int) -> list[Product]:
-    """List the products of two tensors outside of layers that depend on channels that can be pruned.
+    """List the products of two tensors outside of layers, if they depend on channels that can be pruned.
 
     ``times``: number of samples of the recorded call, divided by the number of samples to count.
     """

@@ -247,8 +247,8 @@ def time_shares(
 ) -> list[tuple[float, float]]:
     """Return each model's median share of the unpruned network's time, and the half width of its 95 % interval.
 
-    The half width is a share of the median. At least eight rounds are run, until it is at most 1.5 % or after
-    ``seconds``. A model whose share is far from ``wanted`` is measured less exactly: to a fifth of the distance. Models
+    The half width is a share of the median. Rounds are run, at least eight, until it is at most 1.5 % or ``seconds``
+    have passed. A model whose share is far from ``wanted`` is measured less exactly: to a fifth of the distance. Models
     run on one thread.
     """
     found = [(math.nan, math.inf)] * len(models)

@@ -335,7 +335,7 @@ def _return_tensors_alone(net: nn.Module, returned: Any, *, and_numbers: bool) -
 
 
 def _name_outputs(graph: Any, names: list[str]) -> None:
-    """Give the outputs of an ONNX graph the network's names, if these are as many.
+    """Give the outputs of an ONNX graph the network's names, if their numbers are equal.
 
     Names in ONNX are unique: an output gets an underscore if an input or a weight has its name, and values in between
     are renamed.

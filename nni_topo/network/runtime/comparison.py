@@ -12,7 +12,7 @@ import torch
 #
 # A missing or wrong channel changes a result by at least some per cent. Rounding stays below 1e-5 in single precision,
 # even in networks of some hundred layers, and below 1e-12 in double precision. Half-precision networks have the same
-# tolerance: if their rounding is larger, they count as different, and nothing is cut.
+# tolerance: if their rounding is larger, equal networks count as different, and nothing is cut.
 SAME_CHANNELS = 1e-3
 # For two programs of the same network: a graph and its model, or an exported file and its network. `same_program` is
 # the tolerance for half precision, too.

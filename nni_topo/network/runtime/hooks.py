@@ -162,6 +162,6 @@ def pruner_batches(calibration: Iterable[Any] | Evaluator | None, model: nn.Modu
 
 
 def counted_places(shape: tuple[int, ...]) -> Tensor | None:
-    """Return which positions of this shape (samples, places) aren't padding; None if all count or it is unknown."""
+    """Return which positions (samples, places) aren't padding; None if all count or padding is unknown."""
     real: Tensor | None = context().real
     return None if real is None or real.shape != shape else real

@@ -16,7 +16,7 @@ _LARGE = 2**26  # parameters from which a model's graphs are freed at once
 
 
 def free_memory() -> int:
-    """Return the bytes that this process can still allocate on the machine, in its control group and by its limit."""
+    """Return the bytes that this process can allocate: the least of machine, control group and process limit."""
     import psutil
 
     free: list[int] = [psutil.virtual_memory().available]
@@ -34,7 +34,7 @@ def free_memory() -> int:
 
 
 def check_memory(needed: float, what: str, cure: str, place: str, free: int | None = None) -> None:
-    """Raise DataError with a ``cure`` unless ``needed`` bytes are free; ``free``: if not the machine's free memory."""
+    """Raise DataError with a ``cure`` unless ``needed`` bytes are free; ``free`` defaults to `free_memory`."""
     if needed <= _SMALL:
         return
     free = free_memory() if free is None else free
