@@ -29,7 +29,7 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
 def recalibrate_batch_norm(model: nn.Module, calibration: Iterable[Any] | Evaluator) -> nn.Module:
     """Return a copy of a model whose batch norms have the statistics of its own activations.
 
-    Pruning changes the inputs of a batch norm, but its running mean and variance are still those of the unpruned
+    Pruning changes the inputs of a batch norm, but its running mean and variance still belong to the unpruned
     network. Measuring them anew needs no labels and no gradients.
 
     Parameters

@@ -1,8 +1,8 @@
 """Removal of whole blocks, and a new solution for a layer before each gap to make up for their linear part.
 
 Blocks add to the residual stream, so the model runs without them. In the block before a gap, a linear layer or a
-convolution whose output is added to the stream is solved anew, so that the stream after the gap comes close to that of
-the unpruned network. [1]_ solves for a linear map of the layer's output; here all its weights may change. Where a ReLU
+convolution whose output is added to the stream is solved anew, so that the stream after the gap is close to the
+unpruned network's. [1]_ solves for a linear map of the layer's output; here all its weights may change. Where a ReLU
 or a norm follows the sum, as in ResNet and BERT, its input is solved for, and the norm of the block before the gap
 takes the parameters of the norm of the last removed block.
 
@@ -93,8 +93,8 @@ def remove_blocks(
     If no block precedes the gap, or no layer of it has an output that is added to the stream, nothing makes up for the
     removed blocks; a warning says so.
 
-    Memory is that of one layer's products, whatever the number of samples. Of a convolution, 64 output positions of
-    each image are used.
+    Memory holds the products of one layer, whatever the number of samples. A convolution is sampled at 64 output
+    positions of each image.
     """
     check_ridge(ridge)
     gaps = _gaps(model, names)

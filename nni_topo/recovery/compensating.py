@@ -86,7 +86,7 @@ def compensation(
     cache_bytes: int | None = None,
     progress: bool | None = None,
 ) -> Compensation:
-    """Compensate a model and report what was done; parameters and errors are those of :func:`compensate`.
+    """Compensate a model and return a report, too; parameters and errors as for :func:`compensate`.
 
     Returns
     -------
@@ -188,14 +188,14 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
 
     Notes
     -----
-    Activations are those of evaluation mode, whatever the model's mode.
+    Activations are computed in evaluation mode, whatever the model's mode.
 
     Layers are solved in network order, each on the activations of the network as compensated so far. Where a
     layer's output is added to another, directly or after batch norms, the target is the sum. Batch norms keep their
     place and statistics; where a layer has no bias, the running mean of the batch norm after it takes the constant.
 
     Layers that are called more than once, transposed convolutions that are called with an ``output_size``, and layers
-    that are masked weight by weight or whose weights are tied or computed stay as they are; the log and the report
+    that are masked weight by weight or whose weights are tied or computed aren't changed; the log and the report
     name them.
 
     Cost: a layer's sums of products take twice the square of ``inputs * kernel elements`` float64 numbers, whatever the

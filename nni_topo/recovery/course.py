@@ -26,7 +26,7 @@ _MOMENTUM = 0.1  # of batch norms that have none of their own
 _FUSED = ("cpu", "cuda")  # devices that have a fused AdamW
 _RISE, _FALL = 0.1, 0.4  # first and last share of a course, in which the rate rises and falls
 _LOOKS = 25  # number of times that a course of full length measures the held-out loss
-_WINDOW = 4  # looks; the mean of the last ones is compared with that of the ones before: single losses are noisy
+_WINDOW = 4  # looks; the mean of the last four is compared with the mean of the four before: single losses are noisy
 _PROGRESS = 0.02  # least relative fall of that mean that counts as progress
 MOST_LOST = 20.0
 """A network is broken if its held-out loss is this multiple of the first one."""
@@ -40,7 +40,7 @@ RATES = (6e-3, 2e-3, 6e-4, 2e-4, 6e-5)
 """Learning rates of AdamW that are tried, the highest first."""
 _MOST_LOSS, _MOST_GROWTH = 2.0, 0.25
 """A rate is accepted if after a few steps the held-out loss is at most this multiple of the first loss, and has grown
-by at most this share of the difference between the first loss and that of a network with constant outputs.
+by at most this share of the difference between the first loss and the loss of a network with constant outputs.
 
 After few steps the loss is smallest at low rates, after a whole course at high ones. So the test doesn't look for the
 smallest loss: it takes the highest rate that doesn't break the network.
@@ -85,7 +85,7 @@ class Clock:
 
     @contextmanager
     def judging(self, samples: int) -> Iterator[None]:
-        """Measure the time of a judgement of so many samples.
+        """Measure the time of a judgement of ``samples`` samples.
 
         The fastest one counts, because the first call also loads libraries and selects kernels.
         """
@@ -109,7 +109,7 @@ class Clock:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What a network learns, and how it is judged on the way."""
+    """A network's training data and loss, and its judgement during the training."""
 
     student: Callable[[], nn.Module]  # makes a copy of the network to train
     batches: Callable[[], Batches]  # the batches of a course, from the first one
@@ -183,7 +183,7 @@ class Course:
                         self._try_to_end()
                         if self.is_given_up:
                             break
-                    # Compare the last looks at the full rate with those before. Looks while the rate rises don't count:
+                    # Compare the last looks at the full rate with earlier ones. Looks while the rate rises don't count:
                     # the loss is often smaller then than soon after.
                     full = [each.loss for each in self.curve if each.lr == self.rate]
                     lately, earlier = sum(full[-_WINDOW:]), sum(full[-2 * _WINDOW : -_WINDOW])

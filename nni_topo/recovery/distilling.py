@@ -90,7 +90,7 @@ KNOBS = {
     "augment": FUNCTION | NONE,
     "seed": SEED,
 }
-"""Rules of the knobs that :func:`distill` takes; None stands for its own choice."""
+"""Rules of the knobs that :func:`distill` takes; None: it chooses the value."""
 _logger = logging.getLogger(__name__)
 
 
@@ -242,7 +242,7 @@ def distillation(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Distillation:
-    """Distil a model and report what was done; parameters and errors are those of :func:`distill`."""
+    """Distil a model and return a report, too; parameters and errors as for :func:`distill`."""
     clock = Clock(seconds)
     for model in (original, dense):
         check_model(model)
@@ -304,11 +304,11 @@ def distillation(
         return judge(net, looked_at).loss
 
     def judged_at_end(net: nn.Module) -> tuple[nn.Module, Judgement]:
-        """Return what was learned, with the better statistics of batch norms, and how it is judged."""
+        """Return the learned network with the better statistics of batch norms, and its judgement."""
         found = lesson.judge(net, held)
         if training.is_normed and math.isfinite(found.loss):
-            # Views and blends differ from the images that will come. Statistics of the images as they are may be better
-            # or worse than the statistics of the steps: the held-out images decide.
+            # Views and blends differ from real images. Statistics of the unchanged images may be better or worse than
+            # the statistics of the steps: the held-out images decide.
             measured = recalibrate_batch_norm(net, lesson.plain(learned))
             judged_again = lesson.judge(measured, held)
             if judged_again.loss < found.loss:
@@ -426,7 +426,7 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     ----------
     dense : torch.nn.Module
         The network that :func:`nni_topo.to_dense` or :func:`nni_topo.masked_model` returned, best after
-        :func:`nni_topo.compensate`. It isn't changed. Parameters that don't require gradients stay as they are; if none
+        :func:`nni_topo.compensate`. It isn't changed. Parameters that don't require gradients aren't changed; if none
         requires them, all learn, and the result is frozen as ``dense`` is.
     original : torch.nn.Module
         The trained network before pruning, with the same inputs and outputs. It isn't changed.
@@ -435,7 +435,7 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
         on. Inputs of all batches have the same shape, except for the number of samples. 1,000 images are enough for
         small networks.
     held_out : iterable or nni.compression.utils.Evaluator, optional
-        Batches like those of ``images``, to judge by. By default every eighth of ``images``, or every eighth group of a
+        Batches like ``images``, to judge by. By default every eighth of ``images``, or every eighth group of a
         :class:`nni_topo.Calibration` with groups: the samples that :func:`nni_topo.compensate` leaves out. Samples on
         which ``dense`` was solved in this process don't judge if there are others; if not, a warning says so.
     objective : {"auto", "kl", "squares", "cosine"}, default="auto"
@@ -494,9 +494,9 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     Returns
     -------
     torch.nn.Module
-        A new model whose modules have the modes of ``dense``: with the learned weights if their loss on the images
-        held out is smaller and their distance from the outputs of ``original`` at most twice that of ``dense``. Else
-        with the best weights measured during the steps, if they meet the same conditions; else an equal copy.
+        A new model whose modules have the modes of ``dense``: with the learned weights if their loss on the held-out
+        images is smaller and their distance from the outputs of ``original`` at most twice the distance of ``dense``.
+        Else with the best weights measured during the steps, if they meet the same conditions; else an equal copy.
         Masked weights stay zero.
 
     Raises

@@ -250,7 +250,7 @@ class Lesson:
                 yield taken(call, chosen), wanted
 
     def plain(self, index: Tensor) -> list[Any]:
-        """Return batches of some of the images as they are, for the student."""
+        """Return batches of some of the images, unchanged, for the student."""
         pool = cast_floats(self._pool, self._place[1])
         return [(as_in_batch(taken(pool, part)),) for part in index.tensor_split(-(-len(index) // _AT_ONCE))]
 

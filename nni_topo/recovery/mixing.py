@@ -91,8 +91,8 @@ class PairTask(Task):
         reached = self._rows(pruned[self.place][part], positions)
         index = self.kept.to(wanted.device)[:, None, :].expand(-1, wanted.shape[1], -1)
         inputs = reached.gather(2, index)
-        # The residual of a kept channel is its change by earlier pruning, that of a removed channel the whole channel.
-        # So the ridge draws the solution towards the kept channels as they are.
+        # The residual of a kept channel is its change by earlier pruning; for a removed channel it is the whole
+        # channel. So the ridge draws the solution towards unchanged kept channels.
         lacking = wanted.double()
         # In float64, because after little pruning a residual is a small difference of two large values.
         return inputs, lacking.scatter_add(2, index, -inputs.double()), wanted
@@ -105,7 +105,7 @@ class PairTask(Task):
     def apply(self, net: nn.Module, found: Fit) -> None:
         """Fold the mixing matrix into the weights of the layer that reads the channels."""
         module: Any = net.get_submodule(self.layer.name)
-        # One of so many taps of a transposed convolution acts at each position.
+        # Each position of a transposed convolution gets one of this many taps.
         taps = math.prod(module.stride) if isinstance(module, TRANSPOSED) else 1
         with torch.no_grad():
             weight = by_output(module.weight, module)

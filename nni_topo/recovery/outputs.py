@@ -114,8 +114,8 @@ def as_in_batch(call: Call) -> Any:
 def are_tags(outputs: Iterable[Tensor]) -> bool:
     """Say whether rows of numbers are probabilities that don't exclude each other, such as sigmoids of several tags.
 
-    ``outputs``: those of several batches, each (samples, numbers); other shapes are no tags. Pass all samples, because
-    a few logits may lie in [0, 1] by chance, and zeros alone decide nothing.
+    ``outputs``: the outputs for several batches, each (samples, numbers); other shapes are no tags. Pass all samples,
+    because a few logits may lie in [0, 1] by chance, and zeros alone decide nothing.
     """
     samples, is_between, is_apart = 0, False, False
     for rows in outputs:

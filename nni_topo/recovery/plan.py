@@ -191,7 +191,7 @@ def _intercept(graph_module: GraphModule, node: Node, rows: Tensor, masks: FullM
     name = str(node.target)
     if graph_module.get_submodule(name).bias is not None:
         mask = masks.get(name, {}).get("bias")
-        # What is added to a masked bias would be masked away.
+        # A constant added to a masked bias would be masked, too.
         return name if mask is None or bool(mask[rows.to(mask.device)].all()) else None
     user = next(iter(node.users)) if len(node.users) == 1 else None
     # A batch norm subtracts its running mean, which can hold the constant if no other node reads this output.

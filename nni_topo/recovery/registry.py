@@ -57,7 +57,7 @@ class RecoveryInfo(ClassInfo[RecoveryMethod]):
     path : str
         ``"package.module:Class"`` of a :class:`RecoveryMethod` whose settings all have defaults; imported when needed.
     summary : str
-        What it does, in one line.
+        Description in one line.
     """
 
     kind: ClassVar[str] = "method"

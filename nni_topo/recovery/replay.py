@@ -59,7 +59,7 @@ class Replay:
         self._instead = calibration.instead if isinstance(calibration, Calibration) else {}
         # The placeholders at which the networks get different inputs.
         entering = [node for node in self._placeholders if str(node.target) in self._instead]
-        if self._instead and is_in_parts(unpruned.graph):  # what enters a part may depend on any input
+        if self._instead and is_in_parts(unpruned.graph):  # inputs of a part may depend on any input of the model
             entering = self._placeholders
         self.touched_nodes = touched_nodes(unpruned, pruned, entering)
         self.cache_bytes = cache_bytes

@@ -96,7 +96,7 @@ def draw_positions(count: int, entries: int, wanted: int, generator: torch.Gener
 def draw_unpadded(
     count: int, entries: int, wanted: int, generator: torch.Generator, real: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Draw positions, of which about ``wanted`` are real, and return them and marks of the real ones.
+    """Draw positions, about ``wanted`` of them real, and return them with marks of the real ones.
 
     Both are (entries, positions). Positions are drawn as by `draw_positions`. ``real`` marks the positions that aren't
     padding, bool (entries, count). If it is None or has another shape, all are real, and the marks are None.
@@ -223,7 +223,7 @@ class Sampler:
             check_memory(self._needed(task), what, _CURE, task.layer.name)
 
     def memory_beside(self, tasks: Sequence[Task]) -> int:
-        """Return the bytes that networks' values may take: a quarter of what the sums of any task leave free."""
+        """Return the bytes that networks' values may take: a quarter of the memory left by the largest task."""
         free = free_memory_of(device_of(self.replay.model))
         most = max((self._needed(task) for task in tasks), default=0)
         return max(0, free - most) // 4

@@ -84,7 +84,7 @@ def synthetic_images(
     Notes
     -----
     Images start as noise whose spectrum falls with the frequency, as in photographs. If the network has no batch norms,
-    only the classes and the smoothness term change them, and their standard deviation stays near that of the noise, 1.
+    only the classes and the smoothness term change them, and their standard deviation stays near 1, as in the noise.
 
     References
     ----------

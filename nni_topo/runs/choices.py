@@ -76,7 +76,7 @@ class DistillationChoice:
     """How every row is distilled from the unpruned network before fine-tuning.
 
     ``images`` training images are used without labels; an eighth as many after them are held out. The other fields
-    are knobs of :func:`nni_topo.distill`; ``augmentation`` is that of a recipe.
+    are knobs of :func:`nni_topo.distill`; ``augmentation`` is as in a recipe.
     """
 
     images: int = 1024
@@ -103,7 +103,7 @@ class PrunerChoice:
     label: str = ""  # row of the table; empty: the name
     knobs: Mapping[str, Any] = field(default_factory=dict)  # the pruner's own arguments
     calibration: int = 0  # training images, without labels, given to the pruner; 0: none
-    compensate: CompensationChoice | Literal[False] | None = None  # of this row; False: none; None: that of the plan
+    compensate: CompensationChoice | Literal[False] | None = None  # of this row; False: none; None: as in the plan
     distill: DistillationChoice | Literal[False] | None = None  # likewise
 
     def __post_init__(self) -> None:
@@ -181,7 +181,7 @@ class PruneConfig:
     knobs: Mapping[str, Any] = field(default_factory=dict)
     calibration: int = 0  # training images, without labels, given to the pruner; 0: none
     compensate: CompensationChoice | None = None  # on training images without labels, for any pruner; None: none
-    round_to: int | None = None  # layers keep a multiple of so many channels
+    round_to: int | None = None  # layers keep a multiple of this number of channels
     retrain: Mapping[str, Any] = field(default_factory=dict)  # fields of the recipe, e.g. `epochs`; empty: none
 
     def __post_init__(self) -> None:

@@ -132,7 +132,7 @@ class Removal:
 
 @dataclass(frozen=True)
 class Removable:
-    """What can be removed from a network."""
+    """Blocks, and parts of blocks, that can be removed from a network."""
 
     candidates: tuple[Removal, ...]
     parts: dict[str, tuple[str, ...]]  # for each block that has parts, these in the order of their calls
@@ -378,12 +378,12 @@ class DepthPath:
         return True
 
     def _remaining(self, state: Shortened) -> list[Removal]:
-        """Return what can be removed next; of many candidates the most promising ones."""
+        """Return the candidates for the next removal, only the most promising ones if they have scores."""
         gone, here = {each.name for each in state.removed}, state.here
         found = []
         for candidate in self.removable.candidates:
             parts = [part for part in self.removable.parts.get(candidate.block, ()) if part not in gone]
-            is_last_part = candidate.is_part and len(parts) == 1  # the whole block goes instead, its norms too
+            is_last_part = candidate.is_part and len(parts) == 1  # the whole block is removed instead, with its norms
             if candidate.name not in here or candidate.name in gone or is_last_part:
                 continue
             parent = here[candidate.block].rpartition(".")[0]
@@ -394,7 +394,7 @@ class DepthPath:
         return found[:_LOOKED_AT] if self._scores else found
 
     def _saved_after(self, state: Shortened, candidate: Removal) -> float:
-        """Return what a removal saves, as a share of the unpruned network's cost; removed parts save nothing."""
+        """Return the share of the unpruned network's cost that a removal saves; removed parts save nothing."""
         saved, gone = self._saved[candidate], {each.name for each in state.removed}
         for each in self.removable.candidates:
             if not candidate.is_part and each.is_part and each.block == candidate.block and each.name in gone:
@@ -439,7 +439,7 @@ class DepthPath:
 
 
 def _few(images: Calibration, count: int) -> Calibration:
-    """Return so many images, evenly spaced."""
+    """Return at most ``count`` images, evenly spaced."""
     samples = images.samples
     if samples <= count:
         return images
@@ -524,7 +524,7 @@ class Depth:
         return replace(chosen, layers=layers, depth=depth)
 
     def without(self, count: int, share: float) -> Pipeline:
-        """Return a network without so many blocks, from which channels are removed for the rest of the budget."""
+        """Return a network without ``count`` blocks, from which channels are removed for the rest of the budget."""
         whole = self.whole
         if not count:
             return whole.make(share)
@@ -536,7 +536,7 @@ class Depth:
         return replace(made, left=whole.share_left(made.dense))
 
     def prepared(self, count: int) -> Prepared:
-        """Return the network without so many blocks; its layers to prune are those of the whole network."""
+        """Return the network without ``count`` blocks, with the same layers to prune as the whole network."""
         whole, short = self.whole, self.path.states[count]
         if count not in self._prepared:
             layers = None
@@ -553,7 +553,7 @@ class Depth:
         return self._prepared[count]
 
     def left(self, count: int) -> float:
-        """Return the share of the cost that the network keeps without so many blocks, with all channels."""
+        """Return the share of the cost that the network keeps without ``count`` blocks, with all channels."""
         if count not in self._lefts:
             self._lefts[count] = self.whole.share_left(self.path.states[count].net)
         return self._lefts[count]

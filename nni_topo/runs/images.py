@@ -24,7 +24,7 @@ class ImageParts:
     learned: Calibration
     judges: Calibration | None  # decide between networks; None if images are too few
     held_out: Calibration | None  # give the report's figures; None if images are too few
-    example: Any  # example inputs, of which only the shapes are read
+    example: Any  # example inputs; only their shapes matter
 
     def judging(self, what: str) -> Calibration:
         """Return the images that judge; DataError, with the name of the step ``what`` that needs them, without any."""

@@ -50,7 +50,7 @@ class Pipeline:
     """
 
     analysis: Analysis  # of the unpruned network
-    round_to: int | None = None  # pruned layers keep a multiple of so many channels
+    round_to: int | None = None  # pruned layers keep a multiple of this number of channels
     masks: Masks = field(default_factory=dict)
     planned: BudgetOutcome | None = None  # the budget's outcome as the pruner counts it; None without a budget
     seconds: float = 0.0  # for selecting channels
@@ -79,7 +79,7 @@ class Pipeline:
         return replace(self, masks=masks, planned=planner.outcome if isinstance(planner, BudgetPlanner) else None)
 
     def reconstruct(self, method: str | RecoveryMethod, images: Any, **knobs: Any) -> Pipeline:
-        """Reconstruct the weights of the network of full size; the arguments are those of `nni_topo.compensate`."""
+        """Reconstruct the weights of the network of full size; arguments as for `nni_topo.compensate`."""
         with in_context(facts=self.analysis.facts):  # facts of the same structure
             done = compensation(self.model, self.masks, images, method=method, **knobs)
         give_back_memory(self.model)  # traced networks refer to themselves
@@ -96,6 +96,6 @@ class Pipeline:
         return self if self.solved is None else replace(self, solved=None, compensation=None).remove()
 
     def distill(self, images: Any, **knobs: Any) -> Pipeline:
-        """Let the dense network learn from the unpruned one; the arguments are those of `nni_topo.distill`."""
+        """Let the dense network learn from the unpruned one; arguments as for `nni_topo.distill`."""
         done = distillation(self.dense, self.model, images, **knobs)
         return replace(self, dense=done.model, verdict=done.verdict)

@@ -148,8 +148,7 @@ class Prepared:
     def tell_cost(self, made: int = 1, distilled: int = 1) -> None:
         """Log an estimate of the time of each stage: as a warning if the total is more than ten minutes.
 
-        ``made`` networks are made, and ``distilled`` of them distilled. Times are estimated from those of the unpruned
-        network.
+        ``made`` networks are made, and ``distilled`` of them distilled. Estimates are based on the unpruned network.
         """
         settings, samples = self.settings, self.images.learned.samples
         # A run back takes twice as long as a run forward.
@@ -379,7 +378,7 @@ class Prepared:
             runtime = self.budget.runtime
             before, after = as_run_by(runtime, [self.model, network], self.batch)
             timed = replace(timed_pair(before, after, self.batch), runtime=runtime)
-        if self.is_described:  # so that its layers are those that its config describes
+        if self.is_described:  # so that its layers are as its config describes them
             with_transposed_weights(network)
         report = ShrinkReport(
             **{"stages": tuple(measured.stages), "layers": made.layers, **found},

@@ -20,7 +20,7 @@ _PACKAGES = ["nni_topo", "nni", "torch", "torchvision", "gudhi", "pyeasyga", "nu
 def provenance() -> Record:
     """Return versions, git revision and hardware of this process.
 
-    The revision is that of the checkout from which this package runs, with ``+`` appended if files differ; None without
+    The revision is of the checkout from which this package runs, with ``+`` appended if files differ; None without
     a checkout.
     """
     versions = {"python": platform.python_version()}

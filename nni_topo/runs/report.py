@@ -48,7 +48,7 @@ class ShrinkReport(ModelReport):
     whole: dict[str, str] = field(default_factory=dict)
     # Whether the distilled weights were kept, and the figures that decided; None without distillation.
     distillation: Verdict | None = None
-    tolerance: ToleranceOutcome | None = None  # with a tolerance, what the search found
+    tolerance: ToleranceOutcome | None = None  # with a tolerance, the outcome of the search
     # With depth=True, the removed blocks by their names in the unpruned network; `layers` has names in the smaller one.
     depth: DepthOutcome | None = None
     outputs: ComparedOutputs | None = None  # names of the compared outputs of the model; empty with `outputs=`
@@ -70,7 +70,7 @@ class ShrinkReport(ModelReport):
         return self.layers.pruned_layers
 
     def _measured_on(self, has_agreement: bool) -> str:
-        """Return a sentence that says what the figures are measured on."""
+        """Return a sentence about the samples on which the figures are measured."""
         measured = "distance and agreement are" if has_agreement else "distance is"
         others = f"the {self.images} other samples are the calibration data"
         if self.tolerance is not None and self.tolerance.measure != "evaluate":

@@ -304,9 +304,9 @@ def costs(start: Start, dense: nn.Module) -> Record:
 
 
 def budget_facts(start: Start, dense: nn.Module, asked: Target | BudgetOutcome, times: Record, why: str) -> Record:
-    """Return a record's facts of a budget: the requested cost and that of the dense network.
+    """Return a record's facts of a budget: the requested cost and the dense network's.
 
-    ``times`` are those of :func:`latencies`; ``why`` is the reason if the budget is missed.
+    ``times`` come from :func:`latencies`; ``why`` is the reason if the budget is missed.
     """
     share = asked.value if isinstance(asked, Target) else asked.asked
     if asked.kind == "latency":

@@ -67,9 +67,9 @@ def shrink(
         on. They are read once, see :class:`nni_topo.Calibration`; a DataLoader may shuffle and augment.
         Every eighth image is held out from all steps, for the report. 1,000 images are enough for small networks.
     budget : Budget, mapping, str or None, default=None
-        The share of the cost to keep, e.g. ``{"flops": 0.25}``, see :class:`nni_topo.Budget`. Time is that of a batch
-        as large as the first one of ``images``: pass batches as large as the network will get, because single samples
-        may gain nothing. With ``"allocation": "auto"`` a network is made in every way that the pruner can distribute
+        The share of the cost to keep, e.g. ``{"flops": 0.25}``, see :class:`nni_topo.Budget`. Time is measured on a
+        batch as large as the first one of ``images``: pass batches as large as the network will get, because single
+        samples may gain nothing. With ``"allocation": "auto"`` a network is made in every way that the pruner can distribute
         the budget, and the one with the smallest loss on the held-out images is kept; that takes two or three times as
         long. With a ``tolerance`` it is the name of the cost to minimize: ``"flops"`` (the default),
         ``"params"``, ``"latency"`` or ``"memory"``, with other settings ``{"flops": None, "allocation": "error"}``.
@@ -88,7 +88,7 @@ def shrink(
     layers : iterable of str or mapping, optional
         Names of the layers to prune, or entries of a config_list without ratios. Their ``max_sparse_ratio`` and
         ``min_sparse_ratio`` are the largest and smallest share of channels that a layer loses. By default all
-        convolutions, linear and recurrent layers except those that give the output.
+        convolutions, linear and recurrent layers except those that compute the output.
     compensate : str, RecoveryMethod or None, default="reconstruct"
         Method of :func:`nni_topo.compensate`, by name or as an object with settings of its own such as
         ``nni_topo.recovery.Reconstruct(refine=0)``; None: the weights are not reconstructed.

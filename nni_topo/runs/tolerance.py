@@ -73,7 +73,7 @@ class Candidate:
 class ToleranceOutcome:
     """The outcome of a search within a tolerance; ``str`` is a sentence."""
 
-    tolerance: float  # what was asked for
+    tolerance: float  # the requested one
     # What the tolerance limits. answers: the share of images whose answer, the class with the largest output, changes;
     # distance: the mean squared distance of the outputs over their variance; evaluate: the fall of its number.
     measure: str

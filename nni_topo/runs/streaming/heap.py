@@ -24,7 +24,7 @@ def give_back() -> None:
 
 @contextmanager
 def freed_at_once() -> Iterator[None]:
-    """Let glibc give the memory of a tensor of 1 MiB or more back to the system as soon as it is freed.
+    """Let glibc return the memory of tensors of 1 MiB or more to the system as soon as it is freed.
 
     By default glibc keeps the memory of tensors below 32 MiB, in pieces too small for larger tensors, so that the
     process grows. If the user has set a threshold in the environment, this does nothing.

@@ -118,7 +118,7 @@ def shrink_pretrained(
         ``progress`` must be the same.
     budget : Budget or mapping
         The share of the whole model's ``flops`` or ``params`` to keep, e.g. ``{"params": 0.5}``. Embeddings and head
-        stay as they are, so the blocks lose more. All blocks keep the same widths.
+        aren't pruned, so the blocks lose more. All blocks keep the same widths.
     pruner : str, default="reconstruction"
         Name of a structured pruner that accepts a budget.
     knobs : mapping, optional
@@ -153,8 +153,8 @@ def shrink_pretrained(
     ------
     ConfigError
         If the folders, the device or a knob can't be used, ``folder`` holds a run with other arguments or other files,
-        the budget is smaller than what the embeddings and the head take, the model isn't one of Transformers with one
-        list of blocks, or its config can't describe the pruned blocks: ``from_pretrained`` would build blocks with
+        the budget is smaller than the share of the embeddings and the head, the model isn't one of Transformers with
+        one list of blocks, or its config can't describe the pruned blocks: ``from_pretrained`` would build blocks with
         other shapes or, as checked on a few samples, with other outputs.
     DataError
         If files of weights are missing or damaged, weights or states are NaN or infinite (the block is named), samples
@@ -174,7 +174,7 @@ def shrink_pretrained(
 
     Memory: the embeddings and the head, about twelve times one block, and the states of all samples three times in
     single precision; if ``device`` isn't the CPU, this is the device's memory. States lie in files of
-    ``folder``. Other files of ``source``, such as those of the tokenizer, are copied.
+    ``folder``. Other files of ``source``, such as the tokenizer's, are copied.
     """
     place, target = path_of(source, "source").expanduser(), path_of(folder, "folder").expanduser()
     calibration = Calibration.of(batches, "batches")
