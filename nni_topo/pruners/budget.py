@@ -49,12 +49,12 @@ _MISSED_TIME = 0.05  # least tolerance for latency, of the budget
 _ROUNDING = 1e-12  # 0.51 - 0.5 is more than 0.01 in double precision
 NO_NEARER = "the next possible numbers of channels come no nearer"
 """The reason for a missed budget if no bound prevents meeting it."""
-_SECONDS = 10.0  # to time one network beside the unpruned one
+_SECONDS = 10.0  # to time one network and the unpruned one
 _FEWEST = 1.0 / 8.0  # least share of a layer's channels that a budget keeps
-_NEVER_ONE = 16  # layers of at least so many channels keep at least two
+_NEVER_ONE = 16  # layers of at least this many channels keep at least two
 _HALVINGS = 20
 _FASTEST = 16  # the largest preferred multiple of channels
-_LEAST_STEPS = 8  # a layer has at least so many times its preferred multiple
+_LEAST_STEPS = 8  # a layer has at least this many times its preferred multiple
 _LEAST_STEPS_IN_TIME = 2  # the same for latency: other widths lose MACs without saving time
 _FINER = 32  # how often the multiples of a layer may be halved
 

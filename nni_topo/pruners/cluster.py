@@ -150,7 +150,7 @@ def survivor_scores(
                 space = context.target_spaces[module_name][target_name]
                 weight = by_output(space.target, space._wrapper.module).detach().double().cpu().numpy()
                 total += np.abs(weight).reshape(unit.blocks, -1).sum(1)
-            with suppress(LayerError):  # no layer reads the channels, for example those of the model's output
+            with suppress(LayerError):  # no layer reads the channels, such as the model's outputs
                 for reader in readers_of(unit, network.flow, context):
                     total += read_strength(reader.module, reader.places, 1.0).sum(1).numpy()
             scores.append(total)

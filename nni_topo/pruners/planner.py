@@ -134,7 +134,7 @@ class Planner:
             ascending.append(losses(unit)[::-1][low:high])
         owners = np.repeat(np.arange(len(group)), [len(each) for each in ascending])
         joined = np.concatenate(ascending)
-        # Rounding mustn't decide between layers either; of equal losses those of the earlier layer are pruned first.
+        # Rounding mustn't decide between layers either; of equal losses the rows of the earlier layer go first.
         order = np.argsort(leveled(joined) if any(unit.is_summed for unit in group) else joined, kind="stable")
         # Losses are sorted, so each unit loses its lowest rows; its count is enough.
         spent = np.asarray(cost)[owners][order].cumsum()

@@ -36,7 +36,7 @@ def solve_uniform(
     """Return the rows that units lose at one ratio, within their bounds, so that a ``share`` of the cost remains.
 
     ``bounds``: the fewest and the most rows that each may lose. ``alike``: units with equally many rows lose equally
-    many. ``steps``: each unit loses a multiple of so many rows, or reaches a bound. ``proportions``, at least 1: a unit
+    many. ``steps``: each unit loses a multiple of its step, or reaches a bound. ``proportions``, at least 1: a unit
     of proportion p keeps p times the share of its rows that a unit of proportion 1 keeps.
     """
     steps = [1] * len(rows) if steps is None else steps

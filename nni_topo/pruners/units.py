@@ -156,7 +156,7 @@ def pruning_units(
 ) -> list[PruningUnit]:
     """Group the active targets of a pruner into units, in the order of their first members.
 
-    A group with at least one active member becomes one unit. ``ties`` and ``shares`` are those of
+    A group with at least one active member becomes one unit. ``ties`` and ``shares`` come from
     :class:`~nni_topo.DependencyGroups`; units that aren't pruned by output channel ignore them.
     """
     groups: dict[Any, list[tuple[str, str, PruningTargetSpace]]] = {}

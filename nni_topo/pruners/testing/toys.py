@@ -87,7 +87,7 @@ def toy_evaluator(model: nn.Module, *, batch_size: int = 4) -> TorchEvaluator:
 def toy_knobs(knobs: Iterable[str], needs: Iterable[str] = ()) -> dict[str, Any]:
     """Return values that fit the toy network, for a pruner's knobs that depend on the model.
 
-    ``knobs`` and ``needs`` are those of its :class:`nni_topo.PrunerInfo`; calibration data are given only if needed.
+    ``knobs`` and ``needs`` come from its :class:`nni_topo.PrunerInfo`; calibration data are given only if needed.
     """
     # With one initial cluster and a high threshold, the ratio, which is a cap, says how many neurons are kept.
     values: dict[str, Any] = {"energy": 0.99, "growth": {"initial_ratio": 0.1}}
