@@ -69,9 +69,9 @@ def shrink(
     budget : Budget, mapping, str or None, default=None
         The share of the cost to keep, e.g. ``{"flops": 0.25}``, see :class:`nni_topo.Budget`. Time is measured on a
         batch as large as the first one of ``images``: pass batches as large as the network will get, because single
-        samples may gain nothing. With ``"allocation": "auto"`` a network is made in every way that the pruner can distribute
-        the budget, and the one with the smallest loss on the held-out images is kept; that takes two or three times as
-        long. With a ``tolerance`` it is the name of the cost to minimize: ``"flops"`` (the default),
+        samples may gain nothing. With ``"allocation": "auto"`` a network is made in every way that the pruner can
+        distribute the budget, and the one with the smallest loss on the held-out images is kept; that takes two or
+        three times as long. With a ``tolerance`` it is the name of the cost to minimize: ``"flops"`` (the default),
         ``"params"``, ``"latency"`` or ``"memory"``, with other settings ``{"flops": None, "allocation": "error"}``.
     tolerance : float, optional
         In (0, 1). Instead of a network of a given cost, find the smallest one whose answers differ from the unpruned
