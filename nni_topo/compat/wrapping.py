@@ -70,7 +70,7 @@ def keep_shared_parameters() -> bool:
 
 
 def derived_types(model: torch.nn.Module, types: Iterable[str]) -> set[str]:
-    """Register the classes of a model's modules that derive from PyTorch's layers ``types`` in NNI; return their names.
+    """Register in NNI a model's classes that derive from PyTorch's classes of names ``types``; return their names.
 
     NNI looks up settings by class name, so that layers of a derived class can't be pruned unless they are registered.
     """

@@ -97,7 +97,7 @@ def _parts(folder: Path) -> Iterator[Part]:
         if path.stem == "results":
             continue
         document = read_json(path, "a run's file")
-        if path.stem == "summary" and "flops_before" in document:  # of a pruning
+        if path.stem == "summary" and "flops_before" in document:  # of a single pruning run
             title = f"{document['model']} on {document['data']}, {document['pruner']}"
             yield Part(title, ("", "before", "after"), prune_costs(document))
             yield Part("widths", *widths_of({"after": {document["seed"]: document}}))

@@ -84,7 +84,7 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
         return next(batches(self, [rows], torch.device("cpu")))
 
     def path(self, index: int) -> str:
-        """Return the path of the file with an index."""
+        """Return the path of a file, by its index."""
         return os.path.join(self.root, os.fsdecode(self.files[index]))
 
     def pixels(self, rows: Iterable[int]) -> Tensor:

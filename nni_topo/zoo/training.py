@@ -34,12 +34,12 @@ class EpochLog:
     """One epoch; loss and training accuracy are averages during the epoch, while the weights changed."""
 
     epoch: int  # from 1
-    loss: float  # mean over the pass
+    loss: float  # mean over the epoch
     accuracy: float  # on the training images, in [0, 1]
-    validation_accuracy: float | None  # in [0, 1], after the pass; None without a validation set
-    lr: float  # of the last step
+    validation_accuracy: float | None  # in [0, 1], after the epoch; None without a validation set
+    lr: float  # learning rate of the last step
     seconds: float  # wall time, validation included
-    training_seconds: float  # without validation
+    training_seconds: float  # wall time without validation
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Iterative magnitude pruning (IMP) that keeps spanning trees or not, by method and seed, measured after each round."""
+"""Iterative magnitude pruning (IMP) with and without keeping spanning trees, measured after each round."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class RoundsStudy(Findings):
 
 @dataclass(frozen=True, kw_only=True)
 class AnalyzeRounds(DataVerb, Study[RoundsStudy]):
-    """Prune by magnitude in rounds, with methods that keep spanning trees or don't.
+    """Prune by magnitude in rounds, with and without keeping spanning trees.
 
     "IMP capped" prunes by magnitude only, but keeps as many weights of each layer as T-IMP.
     """

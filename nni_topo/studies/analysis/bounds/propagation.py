@@ -203,7 +203,7 @@ class ChainSegment:
 
 
 def chain(graph_module: GraphModule) -> list[ChainSegment]:
-    """Cut a traced network with one output before each layer whose input determines all that follows."""
+    """Cut a traced network with one output before each layer on whose input alone the rest of the network depends."""
     order = {node: rank for rank, node in enumerate(graph_module.graph.nodes)}
     alive: set[Node] = set()  # nodes that depend on the input and that later nodes use
     dependent: set[Node] = set()  # nodes that depend on the input
