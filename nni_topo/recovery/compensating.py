@@ -51,7 +51,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, repr=False)
 class Compensation:
-    """A compensated model and its report, which is its ``repr``.
+    """A compensated model and its report; both have the same ``repr``.
 
     Attributes
     ----------
@@ -86,7 +86,7 @@ def compensation(
     cache_bytes: int | None = None,
     progress: bool | None = None,
 ) -> Compensation:
-    """Compensate a model and return a report, too; parameters and errors as for :func:`compensate`.
+    """Compensate a model and report the result; parameters and errors as for :func:`compensate`.
 
     Returns
     -------

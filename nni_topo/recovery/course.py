@@ -77,7 +77,7 @@ class Clock:
     """Wall time of a distillation and its limit."""
 
     def __init__(self, seconds: float | None = None) -> None:
-        self.seconds = seconds  # the limit; None: none
+        self.seconds = seconds  # the limit; None: no limit
         # Number of samples that will be judged after the last step, with repetitions; steps end earlier by that time.
         self.judged_at_end = 0
         self._began = time.perf_counter()

@@ -242,7 +242,7 @@ def distillation(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Distillation:
-    """Distil a model and return a report, too; parameters and errors as for :func:`distill`."""
+    """Distil a model and report the result; parameters and errors as for :func:`distill`."""
     clock = Clock(seconds)
     for model in (original, dense):
         check_model(model)

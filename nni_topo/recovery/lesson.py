@@ -138,8 +138,8 @@ class Lesson:
                 "says how they become one (objective)"
             )
         # Scales of distances, for judging and for the steps' loss.
-        self._together = max(_FEWEST, _NUMBERS // max(1, sum(each.numel() for each in wanted)))  # most samples
-        self._count = len(wanted)  # of outputs
+        self._together = max(_FEWEST, _NUMBERS // max(1, sum(each.numel() for each in wanted)))  # most samples at once
+        self._count = len(wanted)  # number of outputs
         self._scales = self._learned_scales = self._variances(torch.arange(batch_size(pool)))
         self._weight_of_distance = 0.0
         self._blocks = blocks  # weight of the loss of the blocks' outputs

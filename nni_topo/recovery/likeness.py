@@ -247,7 +247,7 @@ def _share(values: list[float]) -> Estimate:
         return Estimate(share, share, share)
     middle = (share + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
     half = _Z / (1 + _Z**2 / count) * math.sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2))
-    # Exactly, the limit is 0 for a share of 0 and 1 for a share of 1; rounding would change it a little.
+    # A share of 0 has the exact limit 0, and a share of 1 the exact limit 1; rounding would change them.
     low = max(middle - half, 0.0) if share > 0.0 else 0.0
     high = min(middle + half, 1.0) if share < 1.0 else 1.0
     return Estimate(share, low, high)

@@ -99,7 +99,7 @@ class PairTask(Task):
 
     def fit(self, learned: NormalEquations, held: NormalEquations, ridge: float | None) -> Fit:
         """Solve for ``alpha`` and ``beta`` of every pair."""
-        # One unknown a channel needs no ridge, and the text has none: the samples held out only judge.
+        # One unknown per channel needs no ridge, and [1]_ has none: held-out samples only measure the error.
         return fit_by(self._solution, learned, held)
 
     def apply(self, net: nn.Module, found: Fit) -> None:

@@ -208,7 +208,7 @@ def shared_blocks(
 
 @contextmanager
 def blocks_seen(net: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Collect by name the first floating tensor, not of one dimension, that each module last returns in this block."""
+    """Collect by name the first floating tensor of each module's last output, with at least two dimensions."""
     seen: dict[str, Tensor] = {}
 
     def look(name: str, output: Any) -> None:

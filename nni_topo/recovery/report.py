@@ -1,4 +1,4 @@
-"""What weight reconstruction did, layer by layer."""
+"""The report of weight reconstruction, layer by layer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LOST = 0.9
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What happened to one layer.
+    """Errors and settings of one solved layer.
 
     An error is the mean squared distance from the unpruned network's values, divided by their variance: 0 if they are
     equal, 1 if they are as far away as the values' mean is.
@@ -66,7 +66,7 @@ class LayerReport:
 
 @dataclass(frozen=True, repr=False)
 class CompensationReport:
-    """What happened to all layers; its ``repr`` is a table with warnings.
+    """The report of all layers; its ``repr`` is a table with warnings.
 
     Attributes
     ----------

@@ -27,7 +27,7 @@ class ImageParts:
     example: Any  # example inputs; only their shapes matter
 
     def judging(self, what: str) -> Calibration:
-        """Return the images that judge; DataError, with the name of the step ``what`` that needs them, without any."""
+        """Return the images that judge; without any, a DataError says that ``what`` needs them."""
         if self.judges is None:
             raise DataError(
                 f"{what} needs at least {HELD_OUT} samples, of which one judges, got {self.all.samples} (images)"

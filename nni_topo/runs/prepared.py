@@ -209,7 +209,7 @@ class Prepared:
         return replace(made, left=self.share_left(made.dense))
 
     def recover(self, share: float) -> Pipeline:
-        """Select channels, reconstruct weights and remove the others, without counting the cost that is left.
+        """Select channels to keep, reconstruct weights and remove the other channels, without counting costs.
 
         With the allocation ``"auto"`` the budget is distributed in each way that the pruner offers, and the network
         with the smallest loss on the judging images is kept.

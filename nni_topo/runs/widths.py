@@ -133,7 +133,7 @@ def inner_layers_of(analysis: Analysis) -> list[str]:
 def sorted_layers(analysis: Analysis) -> tuple[list[str], dict[str, str]]:
     """Return the layers that can lose channels, or units, in network order, and the reasons why others can't.
 
-    They are convolutions, linear and recurrent layers.
+    They are convolutions, linear and recurrent layers, and ``nn.MultiheadAttention``.
     """
     model, flow = analysis.model, analysis.flow
     prunable = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention, *RECURRENT)

@@ -1,4 +1,4 @@
-"""Prune a Transformers model in a folder block by block; memory holds one block and the states between blocks."""
+"""Prune a Transformers model in a folder block by block, with the weights of only one block in memory."""
 
 from __future__ import annotations
 
