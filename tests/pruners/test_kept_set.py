@@ -100,5 +100,5 @@ def test_rounding_keeps_more_of_the_chosen_ones():
 def test_parts_that_would_differ_or_be_emptied_are_refused(chosen, got):
     config = [{"op_names": ["0"], "sparse_ratio": 0.5, "internal_metric_block": 2}]
     context = RandomPruner(nn.Sequential(nn.Conv2d(4, 4, 1, groups=2)), config).context
-    with pytest.raises(DataError, match=rf"as many blocks, at least 1, got {got} \(0\.weight\)"):
+    with pytest.raises(DataError, match=rf"equally many blocks, at least 1, got {got} \(0\.weight\)"):
         context.keep({"0.weight": np.array(chosen, dtype=bool)})
