@@ -523,7 +523,7 @@ def main(arguments: list[str] | None = None) -> int:
     recording.add_argument("--quick", action="store_true", help=f"{len(QUICK)} networks of all families, in a minute")
     recording.add_argument("--jobs", type=int, default=1, help="processes at a time, default 1")
     recording.add_argument("--timeout", type=float, default=600.0, help="processor seconds a network, default 600")
-    recording.add_argument("--memory", type=float, default=10.0, help="gibibytes a process, default 10")
+    recording.add_argument("--memory", type=float, default=14.0, help="gibibytes a process, default 14")
     comparing = verbs.add_parser("compare", help="print every difference of two files")
     comparing.add_argument("reference", type=Path)
     comparing.add_argument("file", type=Path)
