@@ -239,5 +239,10 @@ def check_model(model: torch.nn.Module) -> None:
     check_unwrapped(model)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         # A finite sum shows it in one pass.
-        if tensor.is_floating_point() and not bool(tensor.sum().isfinite() or tensor.isfinite().all()):
-            raise DataError(f"parameters and buffers must be finite, got NaN or infinite values ({name})")
+        if not (tensor.is_floating_point() or tensor.is_complex()) or bool(tensor.sum().isfinite()):
+            continue
+        if bool(tensor.isnan().any()):
+            raise DataError(f"parameters and buffers must hold no NaN, got NaN ({name})")
+        # A mask of attention may hold infinite values in a buffer.
+        if isinstance(tensor, nn.Parameter) and not bool(tensor.isfinite().all()):
+            raise DataError(f"parameters must be finite, got infinite values ({name})")

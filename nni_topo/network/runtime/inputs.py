@@ -292,15 +292,16 @@ def inputs_of(batch: Any, index: int = 0, name: str = "calibration") -> Any:
 
 
 def check_inputs(batch: Any, index: int, name: str) -> None:
-    """Raise DataError unless all tensors of a batch's inputs are dense, have values, and floats are finite."""
+    """Raise DataError unless all tensors of a batch's inputs are dense and have values, none of them NaN or +inf."""
     for tensor in tensors_of(inputs_of(batch, index, name)):
         if tensor.numel() == 0:
             raise DataError(f"a batch must hold inputs, got an empty one ({name}, batch {index})")
         if tensor.layout != torch.strided or tensor.is_meta:
             kind = "meta" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
             raise DataError(f"inputs must be dense tensors with values, got a {kind} tensor ({name}, batch {index})")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise DataError(f"inputs must be finite, got NaN or infinity ({name}, batch {index})")
+        # Minus infinity may be a mask of attention.
+        if tensor.is_floating_point() and not bool((tensor < torch.inf).all()):
+            raise DataError(f"inputs must be finite (or -inf, as in masks), got NaN or inf ({name}, batch {index})")
 
 
 def calls(model: nn.Module, calibration: Iterable[Any]) -> Iterator[Call]:

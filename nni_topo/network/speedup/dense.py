@@ -99,7 +99,7 @@ def to_dense(
     ConfigError
         If masks, inputs, ``groups``, ``round_to`` or ``constants`` can't be used.
     DataError
-        If the model holds NaN or infinite values.
+        If a parameter is NaN or infinite, or a buffer is NaN.
     SpeedupError
         If the model is still wrapped, a layer would be empty, the output's shape would change, or the outputs of the
         dense and the masked model differ.

@@ -292,7 +292,7 @@ def masked_model(
     SpeedupError
         If the model is still wrapped or can't be traced, or a layer would be empty.
     DataError
-        If the model holds NaN or infinite values.
+        If a parameter is NaN or infinite, or a buffer is NaN.
 
     Notes
     -----
