@@ -214,8 +214,8 @@ class Propagation(torch.fx.Interpreter):
             return self._layer(name, module, first, shape)
         if op.rule is not None and op.rule.moves:
             return self._applied(op, op.rule.apply)
-        if isinstance(module, nn.PReLU) and module.num_parameters == 1:
-            return op.passed()  # all channels share one slope
+        if isinstance(module, nn.PReLU) and (module.num_parameters == 1 or not varies(first, 1)):
+            return op.passed()  # all channels share one slope, or the slopes of the places
         if isinstance(module, nn.GroupNorm) and module.num_groups < module.num_channels:
             # A norm's groups must have equal sizes after pruning, too.
             side = np.split(self._given.per_channel(first, 1), module.num_groups)

@@ -813,6 +813,14 @@ def _largest(op: Operation) -> Any:
     return op.by_place(known=True, meets=True) if len(op.ids) > 1 else _works_along(op)
 
 
+@rule("prelu", "batch_norm", "instance_norm", meets=True)
+def _scaled_by_channel(op: Operation) -> Any:
+    """Follow an operator that holds one number for each channel, in vectors: the channels are in dimension 1."""
+    states = op.argument(0, "input")
+    vectors = [ids.view(-1, *[1] * (states.dim() - 2)) for ids in op.ids if ids is not states]
+    return op.by_place([states, *vectors], known=True, meets=True)
+
+
 # Elementwise operators on one tensor.
 
 

@@ -29,7 +29,7 @@ class Over(NamedTuple):
 
 
 def channel_dim(norm: nn.Module) -> int | None:
-    """Return the dimension in which a norm has its channels: -1 or 1. None for any other module."""
+    """Return the dimension in which a norm, or a PReLU, has its channels: -1 or 1. None for any other module."""
     found = _over(norm)
     return None if found is None else found.dim
 
@@ -40,13 +40,19 @@ def gives_no_channels(module: nn.Module) -> bool:
     return found is not None and not found.gives_channels
 
 
+_BY_CHANNEL = (nn.modules.batchnorm._NormBase, nn.PReLU)  # they treat each channel separately
+
+
 def _over(norm: nn.Module) -> Over | None:
-    if isinstance(norm, (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d)):
+    if isinstance(norm, nn.PReLU):
+        # A class with another forward is followed operation by operation.
+        return Over(1) if norm.num_parameters > 1 and type(norm).forward is nn.PReLU.forward else None
+    if isinstance(norm, (*_BY_CHANNEL, nn.GroupNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d)):
         return Over(1)
     if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)) and type(norm).__module__.startswith("torch.nn."):
         return Over(-1) if len(norm.normalized_shape) == 1 else None
     # accelerate replaces a module's forward by one that runs the original module, even in a copy
-    if type(norm).__module__.startswith(("torch.", "nni_topo.")) or norm._buffers or "forward" in vars(norm):
+    if type(norm).__module__.startswith(("torch.", "nni_topo.")) or "forward" in vars(norm):
         return None
     own, parts = [each for each in norm._parameters.values() if each is not None], list(norm.modules())
     if len(parts) > _MOST_PARTS or len(inspect.signature(norm.forward).parameters) != 1:  # another may be a gate
@@ -57,7 +63,7 @@ def _over(norm: nn.Module) -> Over | None:
         if has_others or width < 2 or any(each.numel() != width or max(each.shape) != width for each in own):
             return None
     held = [{name: each for name, each in vars(part).items() if name not in _USUAL} for part in parts]
-    if not all(_is_plain(each) for values in held for each in values.values()):
+    if norm._buffers or not all(_is_plain(each) for values in held for each in values.values()):
         # A part may hold anything, such as a function that it calls. Then norms are tried each time, and gates aren't.
         return _tried(norm, own) if own else None
     numbers = list(norm.parameters())
@@ -88,7 +94,7 @@ def _is_plain(value: Any) -> bool:
 def _tried(norm: nn.Module, own: list[nn.Parameter]) -> Over | None:
     """Run a module to find how it works over channels."""
     width = _width_held(norm)
-    if norm._modules:
+    if norm._modules or norm._buffers:  # a forward may change its buffers
         try:
             norm = copy.deepcopy(norm).to("cpu", torch.float32).eval()
         except Exception:  # it may hold a lock, for example
@@ -154,7 +160,7 @@ def _with_parameters(norm: Any, numbers: list[Tensor]) -> Any:
 
 def is_over_channels(module: nn.Module) -> bool:
     """Tell whether a module combines channels, all in the same way, like layer, RMS and group norms and gates."""
-    return not isinstance(module, nn.modules.batchnorm._NormBase) and channel_dim(module) is not None
+    return not isinstance(module, _BY_CHANNEL) and channel_dim(module) is not None
 
 
 def numbers_of(parameter: Tensor, kept: Tensor) -> Tensor:

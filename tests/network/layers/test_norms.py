@@ -50,9 +50,15 @@ class Refusing(Root):
 
 
 class WithBuffer(Root):
-    def __init__(self) -> None:
+    """It adds a buffer, into which it writes; one with a number for each channel isn't cut."""
+
+    def __init__(self, size: int = 1) -> None:
         super().__init__()
-        self.register_buffer("note", torch.zeros(1))
+        self.register_buffer("note", torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.note.fill_(0.5)
+        return super().forward(x) + self.note
 
 
 class WithChild(Root):
@@ -83,14 +89,18 @@ DIMS = {
     -1: [
         nn.LayerNorm(4), nn.LayerNorm(4, elementwise_affine=False), nn.RMSNorm(4), Root(), Root(shift=1.0), Written(),
         ResponseNorm(4), InSingle(4), InSingle(4).bfloat16(), Root().double(), WithChild(),
-        WithoutParameters(4),
+        WithoutParameters(4), WithBuffer(),
     ],
-    1: [nn.BatchNorm2d(4), nn.InstanceNorm1d(4), nn.GroupNorm(2, 4), ChannelsFirst(4), ResponseNorm(4, dim=1)],
+    1: [
+        nn.BatchNorm2d(4), nn.InstanceNorm1d(4), nn.GroupNorm(2, 4), ChannelsFirst(4), ResponseNorm(4, dim=1),
+        nn.PReLU(4),
+    ],
     None: [
-        nn.LayerNorm((2, 4)), nn.RMSNorm((2, 4)), ChannelsFirst((2, 4)), nn.Linear(4, 4), nn.PReLU(4),
-        LayerScale(), OverGroups(4), OverPlaces(), Refusing(), WithBuffer(), Root(1),
+        nn.LayerNorm((2, 4)), nn.RMSNorm((2, 4)), ChannelsFirst((2, 4)), nn.Linear(4, 4), nn.PReLU(),
+        LayerScale(), OverGroups(4), OverPlaces(), Refusing(), WithBuffer(4), Root(1),
     ],
 }  # fmt: skip
+BY_CHANNEL = (nn.modules.batchnorm._NormBase, nn.PReLU)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +112,7 @@ def test_the_dimension_of_a_norms_channels_is_found(norm: nn.Module, dim: int | 
     before = {name: each.clone() for name, each in norm.state_dict().items()}
     assert channel_dim(norm) == dim
     assert channel_dim(norm) == dim  # asked again
-    assert is_over_channels(norm) is (dim is not None and not isinstance(norm, nn.modules.batchnorm._NormBase))
+    assert is_over_channels(norm) is (dim is not None and not isinstance(norm, BY_CHANNEL))
     assert all(torch.equal(each, before[name]) for name, each in norm.state_dict().items())
 
 
