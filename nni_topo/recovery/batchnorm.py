@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,7 +11,7 @@ from nni.compression.utils import Evaluator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nni_topo.errors import DataError
+from nni_topo.errors import DataError, listed
 from nni_topo.network.runtime.arguments import BATCHES, MODEL
 from nni_topo.network.runtime.copies import detached_copy, evaluation_mode, left_alone
 from nni_topo.network.runtime.fits import structure_call
@@ -18,11 +19,21 @@ from nni_topo.network.runtime.hooks import batches_of
 from nni_topo.network.runtime.inputs import calls, fitting
 from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.reports import hand_on_report
+from nni_topo.recovery.frozen import FROZEN, frozen_parameters
+
+_logger = logging.getLogger(__name__)
 
 
-def batch_norms(model: nn.Module) -> list[_BatchNorm]:
-    """Return a model's batch norms that have running statistics."""
-    return [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+def batch_norms(model: nn.Module) -> tuple[dict[str, _BatchNorm], dict[str, _BatchNorm]]:
+    """Return a model's batch norms that have running statistics by name: those to measure, and the frozen ones."""
+    frozen = frozen_parameters(model)
+    norms = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats
+    }
+    kept = {name: norm for name, norm in norms.items() if f"{name}.weight" in frozen}
+    return {name: norm for name, norm in norms.items() if name not in kept}, kept
 
 
 @public(model=MODEL, calibration=BATCHES)
@@ -35,7 +46,8 @@ def recalibrate_batch_norm(model: nn.Module, calibration: Iterable[Any] | Evalua
     Parameters
     ----------
     model : torch.nn.Module
-        Any model; it isn't changed.
+        Any model; it isn't changed. Batch norms whose parameters don't require gradients keep their statistics, unless
+        the model has no parameter that requires them; a warning names the norms.
     calibration : iterable or nni.compression.utils.Evaluator
         Batches of inputs, or of ``(inputs, ...)``, with at least two samples each. If it is an evaluator, the batches
         it evaluates on.
@@ -58,24 +70,25 @@ def recalibrate_batch_norm(model: nn.Module, calibration: Iterable[Any] | Evalua
     copied: nn.Module = detached_copy(model)
     batches = batches_of(calibration, model)
     structure_call(model, batches)  # raises an error that says what to change
-    norms = batch_norms(copied)
-    measured: dict[_BatchNorm, dict[str, torch.Tensor]] = {}
+    norms, frozen = batch_norms(copied)
+    if frozen:
+        _logger.warning("these batch norms keep their statistics: %s (%s)", listed(frozen), FROZEN)
+    measured: dict[str, dict[str, torch.Tensor]] = {}
     with left_alone(copied), evaluation_mode(copied), torch.no_grad():
-        for norm in norms:
+        for norm in norms.values():
             norm.reset_running_stats()
             norm.momentum = None
             norm.train()
         for index, (args, kwargs) in enumerate(calls(copied, batches)):
             with fitting(index, batches.name):
                 copied(*args, **kwargs)
-        for norm in norms:
-            measured[norm] = {name: value.clone() for name, value in norm.named_buffers(recurse=False)}
+        for name, norm in norms.items():
+            measured[name] = {key: value.clone() for key, value in norm.named_buffers(recurse=False)}
     # `left_alone` has restored the buffers; only the statistics are changed.
-    names = {norm: name for name, norm in copied.named_modules()}
-    for norm, values in measured.items():
-        for name, value in values.items():
+    for name, values in measured.items():
+        for key, value in values.items():
             if not bool(torch.isfinite(value).all()):
-                raise DataError(f"activations must be finite, got NaN or infinity ({names[norm]})")
-            getattr(norm, name).copy_(value)
+                raise DataError(f"activations must be finite, got NaN or infinity ({name})")
+            getattr(norms[name], key).copy_(value)
     hand_on_report(model, copied, "batch norms recalibrated (nni_topo.recalibrate_batch_norm)")
     return copied

@@ -37,6 +37,7 @@ from nni_topo.network.runtime.inputs import Call, batch_size, calls, fitting, re
 from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.reports import hand_on_report, tell_solved_on
 from nni_topo.network.runtime.switches import as_written
+from nni_topo.recovery.frozen import FROZEN, frozen_layers, frozen_parameters
 from nni_topo.recovery.samples import (
     HELD_OUT_ENTRIES,
     check_ridge,
@@ -91,7 +92,8 @@ def remove_blocks(
     Notes
     -----
     If no block precedes the gap, or no layer of it has an output that is added to the stream, nothing makes up for the
-    removed blocks; a warning says so.
+    removed blocks; a warning says so. Parameters that don't require gradients aren't changed, unless the model has no
+    parameter that requires them.
 
     Memory holds the products of one layer, whatever the number of samples. A convolution is sampled at 64 output
     positions of each image.
@@ -124,7 +126,11 @@ def remove_blocks(
         call = structure_call(model, batches)
         gap = gap_after(result, container[at - 1], model, whole[last], call) if at else None
         if gap is None:
-            _logger.warning("nothing makes up for the blocks %d to %d of %s: no sum before them", first, last, parent)
+            why = "no sum before them"
+            before = set(container[at - 1].modules()) if at else set()
+            if frozen := [name for name in frozen_layers(result) if result.get_submodule(name) in before]:
+                why += f" to which a layer adds that isn't {FROZEN}: {listed(frozen)}"
+            _logger.warning("nothing makes up for the blocks %d to %d of %s: %s", first, last, parent, why)
             continue
         (found,) = solutions((model, result), [gap], batches, ridge)
         gap.fill(found)
@@ -181,6 +187,7 @@ class Writer:
     layer: Any  # a linear layer or a convolution
     norm: Any  # the batch norm between the layer and the sum; None without one
     stream: Stream
+    taker: Any = None  # the norm or the layer: its bias takes a constant; None: neither can
 
     def add(self, solution: Solution) -> None:
         """Add to the layer's output, by new parameters because other networks may share the old ones."""
@@ -197,12 +204,10 @@ class Writer:
         with torch.no_grad():
             new = weight + (more * inverse.unsqueeze(1)).view_as(weight).to(weight)
             self.layer.weight = nn.Parameter(new, requires_grad=weight.requires_grad)
-            has_factors = self.norm is not None and self.norm.affine
-            taker: Any = self.norm if has_factors else self.layer
-            if taker.bias is not None:
-                shift = torch.where(scale == 0.0, 0.0, shift) if has_factors else shift * inverse
-                new = taker.bias + shift.to(taker.bias)
-                taker.bias = nn.Parameter(new, requires_grad=taker.bias.requires_grad)
+            if self.taker is not None:
+                shift = shift * inverse if self.taker is self.layer else torch.where(scale == 0.0, 0.0, shift)
+                old = self.taker.bias
+                self.taker.bias = nn.Parameter(old + shift.to(old), requires_grad=old.requires_grad)
 
 
 @dataclass(frozen=True)
@@ -219,8 +224,8 @@ class Gap:
         end, wanted_end = self.writer.stream.end, self.wanted.end
         if end is not None and wanted_end is not None and not self.is_whole:
             for name, parameter in wanted_end.named_parameters(recurse=False):
-                copied = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
-                setattr(end, name, copied)
+                is_trained = getattr(end, name).requires_grad
+                setattr(end, name, nn.Parameter(parameter.detach().clone(), requires_grad=is_trained))
 
 
 def gap_after(result: nn.Module, block: nn.Module, model: nn.Module, wanted: nn.Module, call: Call) -> Gap | None:
@@ -229,8 +234,10 @@ def gap_after(result: nn.Module, block: nn.Module, model: nn.Module, wanted: nn.
     if writer is None:
         return None
     stream = Stream(wanted, _calls_in(model, wanted, call)[2])
-    # A norm can get the parameters of the other block's norm; a ReLU has none.
-    return Gap(writer, stream, is_whole=False) if type(stream.end) is type(writer.stream.end) else None
+    # A norm can get the parameters of the other block's norm, unless its own must stay; a ReLU has none.
+    is_frozen = any(result.get_submodule(name) is writer.stream.end for name in frozen_layers(result))
+    is_alike = type(stream.end) is type(writer.stream.end)
+    return Gap(writer, stream, is_whole=False) if is_alike and not is_frozen else None
 
 
 def _calls_in(
@@ -263,18 +270,23 @@ def run_watched(model: nn.Module, call: Call, entering: Iterable[Any] = (), leav
 
 
 def find_writer(model: nn.Module, block: nn.Module, call: Call) -> Writer | None:
-    """Return a layer of a block whose whole output is added to the block's output, or None."""
+    """Return a layer of a block that isn't frozen and whose whole output is added to the block's output, or None."""
     made, given, end = _calls_in(model, block, call)
+    frozen, names = frozen_parameters(model), {module: name for name, module in model.named_modules()}
     stream = Stream(block, end)
     called: list[Any] = [module for module, _, _ in made if type(module) in (*CONVOLUTIONS, nn.Linear)]
     once = [layer for layer in reversed(called) if called.count(layer) == 1]
     for layer in sorted(once, key=lambda layer: -layer.weight[0].numel()):  # with most unknowns first
         if getattr(layer, "groups", 1) > 1 or getattr(layer, "padding_mode", "zeros") != "zeros":
             continue
+        if f"{names[layer]}.weight" in frozen:
+            continue
         (own,) = (output for module, _, output in made if module is layer)
         norms: list[Any] = [each for each, entering, _ in made if isinstance(each, NORMS) and _is_same(entering, own)]
         norm = next((each for each in norms if each.running_var is not None), None)
-        writer = Writer(layer, norm, stream)
+        takers = [each for each in (norm, layer) if each is not None and each.bias is not None]
+        taker = next((each for each in takers if f"{names[each]}.bias" not in frozen), None)
+        writer = Writer(layer, norm, stream, taker)
         width = len(layer.weight)
         added = torch.randn(width, generator=torch.Generator().manual_seed(0)).to(given)
         if not isinstance(layer, nn.Linear):
@@ -341,9 +353,8 @@ def solutions(
     for gap, parts in zip(gaps, equations, strict=True):
         if not all(each.is_finite() for each in parts):
             raise DataError("outputs of blocks must be finite, got NaN or infinity (calibration)")
-        used, writer = None if ridge == "auto" else float(ridge), gap.writer
-        takes_constant = writer.layer.bias is not None or (writer.norm is not None and writer.norm.affine)
-        found.append(fit(*parts, used, intercept=takes_constant).solution)
+        used = None if ridge == "auto" else float(ridge)
+        found.append(fit(*parts, used, intercept=gap.writer.taker is not None).solution)
     return found
 
 

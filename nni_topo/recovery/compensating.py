@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 from nni.compression.utils import Evaluator
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_topo.context import context
 from nni_topo.errors import listed
@@ -30,7 +29,8 @@ from nni_topo.network.speedup.dependency import by_reason
 from nni_topo.network.speedup.equivalence import apply_masks
 from nni_topo.network.speedup.leaving_out import leave_out
 from nni_topo.network.speedup.reconcile import MasksLike
-from nni_topo.recovery.batchnorm import recalibrate_batch_norm
+from nni_topo.recovery.batchnorm import batch_norms, recalibrate_batch_norm
+from nni_topo.recovery.frozen import FROZEN
 from nni_topo.recovery.networks import Networks, build_networks, plan_of
 from nni_topo.recovery.plan import ATTENTION, Plan
 from nni_topo.recovery.reconstruct import Reconstruct
@@ -105,20 +105,22 @@ def compensation(
     if cache_bytes is None:
         sampler.replay.cache_bytes = sampler.memory_beside(tasks)
     layers = _run(tasks, sampler, networks, None if ridge == "auto" else float(ridge), progress, plan.left_alone)
+    told = {name: why for name, why in plan.left_alone.items() if why != ATTENTION}
     if chosen.recalibrates:
         # On the masked form of the result; removed channels keep their statistics.
         masked = apply_masks(networks.result, networks.masks)
         leave_out(masked, networks.flow, networks.is_kept)
         masked = recalibrate_batch_norm(masked, calibration)
-        for name, module in networks.result.named_modules():
-            if isinstance(module, _BatchNorm) and module.running_var is not None and module.running_mean is not None:
+        norms, frozen = batch_norms(networks.result)
+        for name, norm in norms.items():
+            if norm.running_var is not None and norm.running_mean is not None:
                 measured: Any = masked.get_submodule(name)
                 alive = measured.running_var > 0
-                module.running_mean[alive] = measured.running_mean[alive]
-                module.running_var[alive] = measured.running_var[alive]
+                norm.running_mean[alive] = measured.running_mean[alive]
+                norm.running_var[alive] = measured.running_var[alive]
+        plan.left_alone.update(dict.fromkeys(frozen, FROZEN))
     left = everything.samples - calibration.samples
     report = CompensationReport(layers, plan.left_alone, sampler.images, time.perf_counter() - began, left)
-    told = {name: why for name, why in report.left_alone.items() if why != ATTENTION}
     if told:
         named = ", ".join(f"{listed(names)} ({why})" for why, names in by_reason(told).items())
         _logger.warning("layers after removed channels that couldn't be reconstructed: %s", named)
@@ -195,8 +197,9 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
     place and statistics; where a layer has no bias, the running mean of the batch norm after it takes the constant.
 
     Layers that are called more than once, transposed convolutions that are called with an ``output_size``, and layers
-    that are masked weight by weight or whose weights are tied or computed aren't changed; the log and the report
-    name them.
+    that are masked weight by weight or whose weights are tied, computed or frozen aren't changed; the log and the
+    report name them. A frozen parameter is one that doesn't require gradients, in a model where others do: a model that
+    is frozen as a whole is compensated, and the result is frozen, too.
 
     Cost: a layer's sums of products take twice the square of ``inputs * kernel elements`` float64 numbers, whatever the
     number of images, and solving takes as much again: 11 GB for a 3x3 convolution of 2,048 channels. ``cache_bytes``

@@ -308,7 +308,7 @@ def learning(student: nn.Module, *, is_normed: bool = False) -> Iterator[None]:
                 continue
             vectors = (each for each in (weight, bias) if each.dim() == 1 and each.requires_grad)
             handles += [each.register_hook(lambda gradient, lives=lives: gradient * lives) for each in vectors]
-    for norm in batch_norms(student) if is_normed else []:
+    for norm in batch_norms(student)[0].values() if is_normed else ():
         norm.train()
         norm.momentum = norm.momentum or _MOMENTUM
     try:

@@ -51,6 +51,7 @@ from nni_topo.recovery.course import (
     tried_steps,
     try_rates,
 )
+from nni_topo.recovery.frozen import frozen_layers, told_of_frozen
 from nni_topo.recovery.lesson import (
     MOST_DISTANCE,
     Augment,
@@ -199,16 +200,23 @@ class Distillation(Verdict):
         Whether the steps ended early because the loss didn't fall.
     outputs : ComparedOutputs or None
         Names of the model's outputs that were compared, and of the others.
+    frozen : tuple of str
+        Names of the layers with parameters that don't require gradients and weren't changed.
     """
 
     model: nn.Module
     images: int
     seconds: float
     outputs: ComparedOutputs | None = None
+    frozen: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        told = f"\n{self.outputs}" if self.outputs is not None and self.outputs.left_out else ""
-        return f"{super().__repr__()}{told}"
+        lines = [super().__repr__()]
+        if self.outputs is not None and self.outputs.left_out:
+            lines.append(str(self.outputs))
+        if self.frozen:
+            lines.append(told_of_frozen(self.frozen))
+        return "\n".join(lines)
 
     @property
     def verdict(self) -> Verdict:
@@ -316,7 +324,7 @@ def distillation(
         return net, found
 
     most_steps = steps or course_length(len(learned), batch_size)
-    is_normed = len(learned) >= _BATCH_NORM_IMAGES and bool(batch_norms(dense))
+    is_normed = len(learned) >= _BATCH_NORM_IMAGES and bool(batch_norms(dense)[0])
     before, looked_at = judge(student, held), held[:_LOOKED_AT]
     clock.judged_at_end = len(looked_at) + len(held)
     if is_normed:  # the result is judged twice, and its batch norms measured on the images
@@ -412,6 +420,7 @@ def distillation(
         images=sum(counts),
         seconds=clock.spent,
         outputs=lesson.named,
+        frozen=frozen_layers(dense),
     )
     if (not is_kept or was_solved_on) and done.has_anything_to_learn:
         _logger.warning("%s", done.verdict)
@@ -426,8 +435,9 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     ----------
     dense : torch.nn.Module
         The network that :func:`nni_topo.to_dense` or :func:`nni_topo.masked_model` returned, best after
-        :func:`nni_topo.compensate`. It isn't changed. Parameters that don't require gradients aren't changed; if none
-        requires them, all learn, and the result is frozen as ``dense`` is.
+        :func:`nni_topo.compensate`. It isn't changed. Parameters that don't require gradients aren't changed, nor are
+        the statistics of batch norms with such parameters; if no parameter requires gradients, all learn, and the
+        result is frozen as ``dense`` is.
     original : torch.nn.Module
         The trained network before pruning, with the same inputs and outputs. It isn't changed.
     images : iterable or nni.compression.utils.Evaluator

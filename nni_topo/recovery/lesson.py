@@ -33,6 +33,7 @@ from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.runtime.precision import Precision, computing_in
 from nni_topo.network.runtime.switches import random_state_kept, seed_torch
 from nni_topo.recovery.course import Batches
+from nni_topo.recovery.frozen import frozen_parameters
 from nni_topo.recovery.outputs import (
     READ,
     ComparedOutputs,
@@ -348,8 +349,7 @@ class _LazyOutputs:
 def student_of(dense: nn.Module, pool: Call) -> nn.Module:
     """Return a copy of a network that can learn: in evaluation mode, in single precision at least.
 
-    Parameters that require gradients learn. If none does, all learn: then the network was frozen because it was only
-    used, not because nothing may change.
+    All parameters learn but those that `frozen_parameters` names.
     """
     if not any(parameter.is_floating_point() for parameter in dense.parameters()):
         raise ConfigError("a model must have floating parameters, got none (dense)")
@@ -364,9 +364,10 @@ def student_of(dense: nn.Module, pool: Call) -> nn.Module:
     few = taken(pool, torch.arange(min(2, batch_size(pool))))
     args, kwargs = on_device(cast_floats(few, learned.dtype), device_of(student))
     student = lay_out(student, args, kwargs)
-    if not any(parameter.requires_grad for parameter in student.parameters()):
-        for parameter in student.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
+    frozen = frozen_parameters(student)
+    for name, parameter in student.named_parameters(remove_duplicate=False):
+        can_learn = parameter.is_floating_point() or parameter.is_complex()
+        parameter.requires_grad_(can_learn and name not in frozen)
     return student
 
 

@@ -15,6 +15,7 @@ from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.equivalence import apply_masks
 from nni_topo.network.speedup.leaving_out import leave_out
 from nni_topo.network.speedup.reconcile import FullMasks, MasksLike, check_masks, resolve_masks
+from nni_topo.recovery.frozen import frozen_parameters
 from nni_topo.recovery.plan import Plan, make_plan
 from nni_topo.recovery.replay import without_side_effects
 from nni_topo.sharing import find_ties, untie
@@ -54,7 +55,8 @@ def build_networks(analysis: Analysis, masks: MasksLike) -> Networks:
 
 def plan_of(networks: Networks, touched: set[Node]) -> Plan:
     """Plan the equations; in the result, plain layers replace the solved layers that compute their weight."""
-    plan = make_plan(networks.unpruned, networks.flow, networks.masks, touched)
+    frozen = frozen_parameters(networks.result)
+    plan = make_plan(networks.unpruned, networks.flow, networks.masks, touched, frozen)
     for name in {equation.layer.name for equation in plan.equations} & networks.folded:
         fold(networks.result.get_submodule(name))
     return plan

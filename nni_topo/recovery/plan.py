@@ -19,6 +19,7 @@ from nni_topo.network.graph.nodes import tensor_shape
 from nni_topo.network.layers.derived import has_own_forward, inner_of
 from nni_topo.network.layers.kinds import PER_CHANNEL, TRANSPOSED, WEIGHTED, by_output, is_plain_norm, kept_channels
 from nni_topo.network.speedup.reconcile import FullMasks
+from nni_topo.recovery.frozen import FROZEN
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,13 @@ class Plan:
     left_alone: dict[str, str] = field(default_factory=dict)
 
 
-def make_plan(graph_module: GraphModule, flow: ChannelFlow, masks: FullMasks, touched: set[Node]) -> Plan:
-    """List the equations of a pruned network, in network order; `touched` are the nodes after pruned channels."""
+def make_plan(
+    graph_module: GraphModule, flow: ChannelFlow, masks: FullMasks, touched: set[Node], frozen: frozenset[str]
+) -> Plan:
+    """List the equations of a pruned network, in network order.
+
+    ``touched`` are the nodes after pruned channels, ``frozen`` the names of the parameters that must stay.
+    """
     plan = Plan()
     pruned = pruned_group_ids(graph_module, flow, masks)
     order = {node: rank for rank, node in enumerate(graph_module.graph.nodes)}
@@ -73,7 +79,9 @@ def make_plan(graph_module: GraphModule, flow: ChannelFlow, masks: FullMasks, to
         module: Any = graph_module.get_submodule(str(node.target))
         # None: the layer can be solved. Empty: it has nothing to solve, and the report doesn't mention it.
         reason = _why_not(graph_module, node, module, flow, masks)
-        layer = _solvable(graph_module, node, flow, masks, pruned) if reason is None else None
+        if reason is None and f"{node.target}.weight" in frozen:
+            reason = FROZEN
+        layer = _solvable(graph_module, node, flow, masks, pruned, frozen) if reason is None else None
         if layer is not None:
             near, far = _ways(graph_module, layer)
             unknowns = int(layer.columns.shape[1] * module.weight[0, 0].numel())
@@ -150,7 +158,12 @@ def _goes_by_channel(module: Any, mask: Tensor) -> bool:
 
 
 def _solvable(
-    graph_module: GraphModule, node: Node, flow: ChannelFlow, masks: FullMasks, pruned: set[int]
+    graph_module: GraphModule,
+    node: Node,
+    flow: ChannelFlow,
+    masks: FullMasks,
+    pruned: set[int],
+    frozen: frozenset[str] = frozenset(),
 ) -> Solvable | None:
     name = str(node.target)
     module: Any = graph_module.get_submodule(name)
@@ -172,7 +185,7 @@ def _solvable(
         return None
     inputs = torch.from_numpy(np.stack([pair[0] for pair in solved]))
     outputs = torch.from_numpy(np.stack([pair[1] for pair in solved]))
-    return Solvable(name, node, inputs, outputs, _intercept(graph_module, node, outputs, masks))
+    return Solvable(name, node, inputs, outputs, _intercept(graph_module, node, outputs, masks, frozen))
 
 
 def _any(values: Tensor, dim: int) -> np.ndarray:
@@ -186,16 +199,20 @@ def _split(kept: np.ndarray, groups: int) -> list[np.ndarray]:
     return [group * step + np.flatnonzero(kept[group * step : (group + 1) * step]) for group in range(groups)]
 
 
-def _intercept(graph_module: GraphModule, node: Node, rows: Tensor, masks: FullMasks) -> str | None:
+def _intercept(
+    graph_module: GraphModule, node: Node, rows: Tensor, masks: FullMasks, frozen: frozenset[str]
+) -> str | None:
     """Return the name of the module that can take a constant added to a layer's output, or None."""
     name = str(node.target)
     if graph_module.get_submodule(name).bias is not None:
+        if f"{name}.bias" in frozen:
+            return None
         mask = masks.get(name, {}).get("bias")
         # A constant added to a masked bias would be masked, too.
         return name if mask is None or bool(mask[rows.to(mask.device)].all()) else None
     user = next(iter(node.users)) if len(node.users) == 1 else None
     # A batch norm subtracts its running mean, which can hold the constant if no other node reads this output.
-    if user is None or not _is_affine(graph_module, user):
+    if user is None or not _is_affine(graph_module, user) or f"{user.target}.weight" in frozen:
         return None
     return str(user.target)
 

@@ -299,8 +299,8 @@ class Shortened:
         if gap is not None:
             stream, writer = gap.writer.stream, gap.writer
             own = Stream(twins[stream.block], None if stream.end is None else twins[stream.end])
-            norm = None if writer.norm is None else twins[writer.norm]
-            twin = replace(writer, layer=twins[writer.layer], norm=norm, stream=own)
+            norm, taker = (None if each is None else twins[each] for each in (writer.norm, writer.taker))
+            twin = replace(writer, layer=twins[writer.layer], norm=norm, taker=taker, stream=own)
             replace(gap, writer=twin).fill(solution)
             replaced_by = before[twin.layer]
         candidate.remove_from(net, self.here[candidate.name])

@@ -54,6 +54,7 @@ from nni_topo.pruners.budget import (
 from nni_topo.pruners.registry import create_pruner, pruner_info
 from nni_topo.recovery.course import RATES, Clock, tried_steps
 from nni_topo.recovery.distilling import course_length
+from nni_topo.recovery.frozen import frozen_layers
 from nni_topo.recovery.lesson import judged
 from nni_topo.runs.depth import Depth, with_depth
 from nni_topo.runs.images import ImageParts
@@ -391,6 +392,7 @@ class Prepared:
             warnings=(*warnings, *(compensation.warnings if compensation else ()), *dict.fromkeys(self.left_out)),
             whole=self.prunable.unpruned,
             outputs=measured.answers.named,
+            frozen=frozen_layers(self.model),
             undescribed=why_undescribed(network) if is_pretrained(network) else "",
             grouped=images.all.groups is not None,
             time=timed,

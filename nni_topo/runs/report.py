@@ -13,6 +13,7 @@ from nni_topo.network.speedup.dense_report import DenseReport
 from nni_topo.network.speedup.dependency import OUTPUT, by_reason
 from nni_topo.pruners.budget import BudgetOutcome
 from nni_topo.recovery.distilling import Verdict
+from nni_topo.recovery.frozen import FROZEN, told_of_frozen
 from nni_topo.recovery.outputs import ComparedOutputs
 from nni_topo.recovery.report import CompensationReport
 from nni_topo.runs.depth import DepthOutcome
@@ -53,6 +54,7 @@ class ShrinkReport(ModelReport):
     depth: DepthOutcome | None = None
     outputs: ComparedOutputs | None = None  # names of the compared outputs of the model; empty with `outputs=`
     undescribed: str = ""  # what the config of a Transformers model can't describe; empty if from_pretrained loads it
+    frozen: tuple[str, ...] = ()  # layers with parameters that don't require gradients, which no recovery changes
     # Changes by functions of the package after the figures were measured.
     changed_since: tuple[str, ...] = ()
     grouped: bool = False  # whether the calibration data said which samples belong together
@@ -126,7 +128,11 @@ class ShrinkReport(ModelReport):
         lines += map(repr, self.tried)
         left_alone = self.compensation.left_alone if self.compensation else {}
         for reason, names in by_reason(left_alone).items():
+            if reason == FROZEN:
+                continue  # a line of its own names all frozen layers
             lines.append(f"the weights of {listed(names, _NAMES)} are not reconstructed: {reason}")
+        if self.frozen:
+            lines.append(told_of_frozen(self.frozen))
         # A layer that keeps all channels gets only the line below.
         held = {f"{row.name} {row.kept}": row.reason for row in self.layers.kept if row.name not in self.whole}
         for reason, names in by_reason(held).items():
