@@ -1,4 +1,4 @@
-"""Shared fixtures: one thread, small models, and a Python without optional packages."""
+"""Shared fixtures: a home folder, one thread, small models, and a Python without optional packages."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from own_home import use_home
 from shares import (  # noqa: F401
     pytest_addoption,
     pytest_collection_modifyitems,
@@ -35,6 +37,11 @@ if TYPE_CHECKING:
     from torch import nn
 
     from nni_topo.zoo import DataBundle
+
+if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has the home of the process that starts it
+    # Before any other file imports NNI, Transformers or PyTorch, which look for the home while they are imported.
+    HOME = tempfile.TemporaryDirectory(prefix="nni-topo-home-", ignore_cleanup_errors=True)
+    use_home(Path(HOME.name))
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # A background job of a script ignores Ctrl-C, and so would every program that a test starts and then interrupts.

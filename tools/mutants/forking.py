@@ -81,6 +81,9 @@ def preload(copy: Path) -> None:
     os.chdir(copy)
     sys.path.insert(0, str(copy))
     os.environ.update(PYTHONPATH=str(copy), OMP_NUM_THREADS="1")
+    home = copy.parent / "home"
+    home.mkdir()
+    importlib.import_module("tests.own_home").use_home(home)  # before NNI is imported, which reads it
     stand_in = types.ModuleType(PACKAGE)
     stand_in.__path__ = [str(copy / PACKAGE)]
     sys.modules[PACKAGE] = stand_in
