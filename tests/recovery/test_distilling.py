@@ -103,18 +103,21 @@ def test_batch_norms_learn_from_their_batches_where_images_suffice():
 
 
 @pytest.mark.parametrize("is_out_of_date", [False, True])
-@pytest.mark.quick_every(2)
 def test_batch_norms_have_the_statistics_that_are_better_on_held_out_images(is_out_of_date):
     """Those of the steps, or those of all images as they are."""
     dense, original = pair(norm=True)
-    dense.norm.momentum = 1e-4 if is_out_of_date else 0.1
-    found = distillation(dense, original, batches(600), steps=200, lr=0.03, blend=not is_out_of_date)
-    is_held = torch.arange(600) % 8 == 7
-    order = torch.randperm(600, generator=torch.Generator().manual_seed(0))
-    held, learned = inputs(600)[is_held], inputs(600)[order[~is_held[order]]]
-    measured = recalibrate_batch_norm(found.model, list(learned.tensor_split(3)))
+    if is_out_of_date:  # the steps hardly change statistics that fit no image
+        dense.norm.momentum = 1e-4
+        dense.norm.running_mean += 2.0
+    shift = 0.0 if is_out_of_date else 1.0  # the steps see images like the held-out ones, the images as they are differ
+    held = inputs(75, seed=1) + shift
+    found = distillation(
+        dense, original, batches(600), held_out=[held], augment=lambda part: part + shift, steps=200, lr=0.03
+    )
+    measured = recalibrate_batch_norm(found.model, batches(600))
     loss = divergence(measured, original, held)
-    assert found.loss_after == pytest.approx(loss, rel=1e-4) if is_out_of_date else found.loss_after < loss
+    assert found.is_kept
+    assert found.loss_after == pytest.approx(loss, rel=1e-3) if is_out_of_date else found.loss_after < loss / 2
 
 
 def test_what_got_worse_is_left_out(caplog):
