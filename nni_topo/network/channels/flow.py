@@ -43,6 +43,7 @@ from nni_topo.network.channels.rules import (
     FAILURES,
     FixedPlaces,
     Operation,
+    first_argument,
     has_property,
     made,
     module_rule,
@@ -550,7 +551,7 @@ class ChannelFlow(Propagation):
             return isinstance(value, int) and not (isinstance(value, TracedInt) and value.place in following)
 
         for node in self.traced.graph.nodes:
-            rule, parent = rule_of(node), node.args[0] if node.args else node.kwargs.get("input")
+            rule, parent = rule_of(node), first_argument(node)
             if rule is None or rule.held is None or not isinstance(parent, Node):
                 continue
             entering, shape = self.ids.get(parent.name), tensor_shape(parent)

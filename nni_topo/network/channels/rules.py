@@ -86,7 +86,7 @@ class Operation:
         self.node, self.channels, self.values = node, channels, values
         self.args: tuple[Any, ...]
         self.kwargs: dict[str, Any]
-        self.args, self.kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+        self.args, self.kwargs = map_arg((node.args, _input_first(node.kwargs)), values.__getitem__)
         self.ids: list[Tensor] = tensors_of((self.args, self.kwargs))
         self.shape = tensor_shape(node)
         self.module: Any = modules(str(node.target)) if node.op == "call_module" else None
@@ -225,9 +225,25 @@ def _argument(
     args: tuple[Any, ...], kwargs: Mapping[str, Any], at: int, names: Sequence[str], default: Any = None
 ) -> Any:
     for name in names:
-        if name in kwargs:
-            return kwargs[name]
+        for key in (name, *_ALIASES.get(name, ())):
+            if key in kwargs:
+                return kwargs[key]
     return args[at] if len(args) > at else default
+
+
+# NumPy's names of arguments, which PyTorch's functions take as well as their own.
+_ALIASES = {"input": ("x", "a", "x1", "tensors"), "other": ("x2",), "dim": ("axis",), "keepdim": ("keepdims",)}
+
+
+def first_argument(node: Node) -> Any:
+    """Return the first argument of a call, given by position or by name."""
+    return _argument(node.args, node.kwargs, 0, ("input",))
+
+
+def _input_first(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Put the argument that is usually given by position before the other arguments by name."""
+    firsts = ("input", *_ALIASES["input"])
+    return dict(sorted(kwargs.items(), key=lambda item: item[0] not in firsts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,14 +353,52 @@ def has_property(node: Node, what: str) -> bool:
 
 
 @rule(
-    "column_stack", "dstack", "hstack", "vstack", "row_stack", "reshape_as", "swapaxes", "t", "moveaxis", "repeat",
-    "repeat_interleave", "tile", "flip", "roll", "detach", "getattr", "permute", "transpose", "movedim", "squeeze",
-    "unsqueeze", "expand", "expand_as", "contiguous", "clone", "pixel_shuffle", "pixel_unshuffle", nn.PixelShuffle,
-    nn.PixelUnshuffle, moves=True,
+    "column_stack", "dstack", "hstack", "vstack", "row_stack", "reshape_as", "swapaxes", "t", "moveaxis", "flip",
+    "roll", "detach", "getattr", "permute", "transpose", "movedim", "squeeze", "unsqueeze", "contiguous", "clone",
+    "pixel_shuffle", "pixel_unshuffle", nn.PixelShuffle, nn.PixelUnshuffle, moves=True,
 )  # fmt: skip
 @rule("flatten", nn.Flatten, nn.Unflatten, moves=True, joins=True)
 def _moves(op: Operation) -> Any:
     return op.moved()
+
+
+@rule("expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave", moves=True)
+def _repeated(op: Operation) -> Any:
+    """Follow an operator that repeats entries.
+
+    A tensor with one value for all channels, such as an index or a mask, gets the ids of the channels along which it is
+    repeated: of each removed channel its value isn't read.
+    """
+    moved, source, name = op.moved(), op.ids[0], operation_name(op.node)
+    if _varying(source) and not _is_own(source, op.channels):
+        return moved
+    sizes: dict[int, Any] = {}  # by dimension, counted from the last, as -1: what gives its size
+    if name == "expand_as":
+        other: Any = op.node.args[1] if len(op.node.args) > 1 else op.node.kwargs["other"]
+        sizes = {d - moved.dim(): (other, d) for d in range(moved.dim())}
+    elif name == "repeat_interleave":
+        dim, times = op.argument(2, "dim"), _argument(op.node.args, op.node.kwargs, 1, ("repeats",))
+        if isinstance(dim, int) and isinstance(times, Node):
+            sizes[dim % moved.dim() - moved.dim()] = times
+    else:
+        listed = _sizes_of(op.node)
+        sizes = {d - len(listed): size for d, size in enumerate(listed)}
+    repeated = {}
+    for d, size in sizes.items():
+        if (source.shape[d] if -d <= source.dim() else 1) == 1 < moved.shape[d]:
+            repeated[d + moved.dim()] = size
+    ids = _ids_of_sizes(op.node, repeated, tuple(moved.shape), op.channels)
+    if ids is None:
+        return moved
+    if _varying(source):
+        op.keep(source)  # a parameter without channels, such as the kernel of a blur
+    return ids
+
+
+@rule("broadcast_tensors")
+def _broadcast(op: Operation) -> Any:
+    """Follow tensors that are expanded to one shape, as elementwise operations do."""
+    return [op.met(op.ids, tuple(torch.broadcast_shapes(*(each.shape for each in op.ids))))] * len(op.ids)
 
 
 @rule("channel_shuffle", nn.ChannelShuffle, moves=True)
@@ -449,7 +503,8 @@ def _unflattened(op: Operation) -> Any:
 
 def _sizes_of(node: Node) -> Any:
     """Return a view's sizes as they are in the graph: numbers, or nodes if they come from a shape."""
-    sizes: Any = node.args[1:] or node.kwargs.get("shape", node.kwargs.get("size", ()))
+    names = ("shape", "size", "repeats", "dims")
+    sizes: Any = node.args[1:] or _argument((), node.kwargs, 0, names, ())
     return sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
 
 
@@ -735,7 +790,46 @@ def _index_selected(op: Operation) -> Any:
 
 @rule("gather", by_index=True, held=_held_by_index_select, dims=Dims(1, None))
 def _gathered(op: Operation) -> Any:
-    return _picked(op) if _index_is_known(op) else _works_along(op)
+    if _index_is_known(op):
+        return _picked(op)
+    return _by_row(op, op.argument(1, "dim"), [op.argument(0, "input"), op.argument(2, "index")])
+
+
+def _held_by_take(given: FixedPlaces) -> list[slice]:
+    index = given.argument(1, "indices")
+    return [slice(None)] if given.is_along(2) and isinstance(index, Node) and index.name in given.picks else []
+
+
+@rule("take_along_dim", by_index=True, held=_held_by_take, dims=Dims(2, None))
+def _taken_along(op: Operation) -> Any:
+    if _index_is_known(op):
+        return _picked(op)
+    return _by_row(op, op.argument(2, "dim"), [op.argument(0, "input"), op.argument(1, "indices")], may_expand=True)
+
+
+def _by_row(op: Operation, dim: Any, tensors: list[Tensor], *, may_expand: bool = False) -> Any:
+    """Follow an operator that takes or puts entries along a dimension, and leaves them where they are along others.
+
+    ``tensors``: the tensors with an entry for each of these places; ``may_expand``: whether they are broadcast.
+    """
+    shape, rank = op.shape, tensors[0].dim()
+    if shape is None or not isinstance(dim, int) or any(each.dim() != rank for each in tensors):
+        return op.all_kept()
+    dim %= rank
+    if any(varies(each, dim) for each in tensors):
+        return _works_along(op) if varies(tensors[0], dim) else op.all_kept()
+    # Ids don't differ between rows, so the first row of each stands for all.
+    first = [each.narrow(dim, 0, 1) for each in tensors]
+    for d in range(rank):
+        if d == dim:
+            continue
+        if any(varies(each, d) for each in first):
+            if any(each.shape[d] != shape[d] and not (may_expand and each.shape[d] == 1) for each in first):
+                return op.all_kept(reason=reasons.fixed_channels(op.node))
+        else:
+            first = [each.narrow(d, 0, 1) for each in first]
+    sizes = torch.broadcast_shapes(*(each.shape for each in first))
+    return op.met(first, tuple(sizes)).expand(shape)
 
 
 def _index_is_known(op: Operation) -> bool:
@@ -790,7 +884,8 @@ def _written(op: Operation) -> Any:
 @rule(
     "radd", "sub", "isub", "subtract", "multiply", "div", "truediv", "itruediv", "divide", "true_divide", "floordiv",
     "floor_divide", "pow", "fmax", "fmin", "lerp", "addcmul", "addcdiv", "and", "or", "xor", "logical_and",
-    "logical_or", "logical_xor", "eq", "ne", "lt", "le", "gt", "ge", "mod", "remainder", "fmod", meets=True,
+    "logical_or", "logical_xor", "eq", "ne", "lt", "le", "gt", "ge", "mod", "remainder", "fmod", "masked_fill",
+    meets=True,
 )  # fmt: skip
 def _meet(op: Operation) -> Any:
     return op.by_place(known=True, meets=True)
@@ -835,7 +930,7 @@ def _scaled_by_channel(op: Operation) -> Any:
     "clamp_max", "clip", "ceil", "floor", "round", "trunc", "frac", "nan_to_num", "float", "half", "double", "bfloat16",
     "long", "int", "bool", "type", "cpu", "cuda", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout",
     "feature_alpha_dropout", "invert", "bitwise_not", "logical_not", "isnan", "isinf", "isfinite", "requires_grad",
-    "zero", "fill", "rand_like", "randn_like", "conj", "real", "imag", "masked_fill", "stochastic_depth", nn.Identity,
+    "zero", "fill", "rand_like", "randn_like", "conj", "real", "imag", "stochastic_depth", nn.Identity,
     nn.modules.dropout._DropoutNd, nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.LeakyReLU, nn.ELU,
     nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardtanh, nn.Hardswish, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink,
     nn.Softsign, nn.LogSigmoid, nn.Threshold, nn.RReLU, nn.Tanh,
@@ -873,14 +968,37 @@ def made(node: Node, shape: tuple[int, ...], channels: ChannelIds) -> Tensor:
     args = node.args[has_property(node, "is_like") :]
     # Sizes are single arguments, ``torch.zeros(2, 3)``, or one tuple, ``torch.full((2, 3), value)``.
     sizes: Any = args[0] if args and isinstance(args[0], (tuple, list)) else args
-    if not has_property(node, "one_value") or len(sizes) < len(shape):
-        return staying(shape)
-    for d, size in enumerate(sizes):
-        counted = _counted(size, channels)
-        if counted is not None:
-            return counted.view([-1 if each == d else 1 for each in range(len(shape))]).expand(shape)
-    held = [d for d, size in enumerate(sizes) if isinstance(size, TracedInt) and size.place is not None]
-    return channels.filled(node.name, held, shape) if held else staying(shape)
+    ids = None
+    if has_property(node, "one_value") and len(sizes) >= len(shape):
+        ids = _ids_of_sizes(node, dict(enumerate(sizes)), shape, channels)
+    return staying(shape) if ids is None else ids
+
+
+def _ids_of_sizes(node: Node, sizes: Mapping[int, Any], shape: tuple[int, ...], channels: ChannelIds) -> Tensor | None:
+    """Return the ids of a tensor with one value along some dimensions; None if no size of these counts channels.
+
+    ``sizes``: by such a dimension, its size in the graph: a number, a node, or a tensor's node and its dimension.
+    """
+    measured: dict[Node, dict[int, int]] = {}  # by tensor whose sizes these are: its dimensions, by that of ``shape``
+    for d, size in sizes.items():
+        tensor, at = size if isinstance(size, tuple) else (None, None)
+        if isinstance(size, Node) and plain_name(size) == "size" and len(size.args) == 2:
+            tensor, at = size.args
+        ids = channels.by_node.get(tensor.name) if isinstance(tensor, Node) else None
+        if isinstance(ids, Tensor) and isinstance(at, int):
+            measured.setdefault(tensor, {})[d] = at % ids.dim()  # type: ignore[arg-type]
+    for tensor, dims in measured.items():
+        ids = channels.by_node[tensor.name]
+        places = {at: d for d, at in dims.items() if ids.shape[at] > 1}
+        # All dimensions along which the tensor's channels differ.
+        if places and sorted(places) == [at for at in range(ids.dim()) if ids.shape[at] > 1]:
+            rows = ids.permute(sorted(range(ids.dim()), key=lambda at, places=places: places.get(at, -1)))
+            view = [1] * len(shape)
+            for at, d in places.items():
+                view[d] = ids.shape[at]
+            return rows.reshape(view).expand(shape)
+    held = [d for d, size in sizes.items() if isinstance(size, TracedInt) and size.place is not None]
+    return channels.filled(node.name, held, shape) if held else None
 
 
 def _counted(size: Any, channels: ChannelIds) -> Tensor | None:
@@ -918,7 +1036,6 @@ def _counted(size: Any, channels: ChannelIds) -> Tensor | None:
     nn.Softmin,
     dims=Dims(1, lambda rank: 0 if rank in (1, 3) else 1),
 )
-@rule("scatter", "scatter_add", "scatter_reduce", "index_fill", "index_reduce", dims=Dims(1, None))
 @rule("topk", dims=Dims(2, -1))
 @rule("local_response_norm", nn.LocalResponseNorm, nn.CrossMapLRN2d, dims=Dims(None, 1))
 @rule(nn.Softmax2d, dims=Dims(None, -3))
@@ -943,9 +1060,8 @@ def _works_along(op: Operation) -> Any:
     """Follow an operator whose rule needs no more than the dimensions along which it works."""
     where: Dims = op.rule.dims  # type: ignore[assignment, union-attr]
     rank = op.ids[0].dim()
-    given: Any = getattr(op.module, "dim", op.kwargs.get("dim", op.kwargs.get("axis")))
-    if given is None and where.at is not None and len(op.args) > where.at:
-        given = op.args[where.at]
+    at = len(op.args) if where.at is None else where.at
+    given: Any = getattr(op.module, "dim", op.argument(at, "dim"))
     if given is None or isinstance(given, bool):  # ``x.std(True)`` gives no dimension
         given = where.default(rank) if callable(where.default) else where.default
     listed: list[Any] = list(given) if isinstance(given, Iterable) else [given]
@@ -963,14 +1079,18 @@ def _works_along(op: Operation) -> Any:
     return op.along(dims, adds=adds, reduces=where.reduces)
 
 
-@rule("index_add", "index_copy", dims=Dims(1, None))
+@rule("scatter", "scatter_add", "scatter_reduce", dims=Dims(1, None))
+def _scattered(op: Operation) -> Any:
+    tensors = [op.argument(0, "input"), op.argument(2, "index"), op.argument(3, "src", "value")]
+    return _by_row(op, op.argument(1, "dim"), [each for each in tensors if isinstance(each, Tensor)])
+
+
+@rule("index_add", "index_copy", "index_reduce", "index_fill", dims=Dims(1, None))
 def _put_by_row(op: Operation) -> Any:
-    target, dim, source = op.argument(0, "input"), op.argument(1, "dim"), op.argument(3, "source")
-    if any(varies(each, dim) for each in (target, source)):
-        return _works_along(op)
-    # Ids don't differ between rows, so the first row of each stands for all.
-    first = [each.narrow(dim, 0, 1) for each in (target, source)]
-    return op.met(first, tuple(first[0].shape)).expand(op.shape or ())
+    # The index is a list of rows; what fills them may be a single number.
+    target, source = op.argument(0, "input"), op.argument(3, "source", "value")
+    is_row = isinstance(source, Tensor) and source.dim() > 0
+    return _by_row(op, op.argument(1, "dim"), [target, source] if is_row else [target])
 
 
 @rule("group_norm")
@@ -1099,8 +1219,10 @@ def _own_convolution(op: Operation) -> Any:
     groups, node = op.argument(6, "groups", default=1), op.node
     given: Any = node.kwargs.get("groups", node.args[6] if len(node.args) > 6 else 1)
     is_computed = isinstance(given, (Node, TracedInt))  # it changes with the channels
-    if not is_computed or op.shape is None or groups != len(weight) or weight.shape[1] != 1:
+    if op.shape is None or groups != len(weight) or weight.shape[1] != 1:
         return op.all_kept()
+    if not is_computed:
+        return op.all_kept(reason=reasons.fixed_channels(node))
     if states.dim() != weight.dim() or _varying(states) != [1] or _varying(weight) != [0]:
         return op.all_kept()
     row = weight.flatten(1)[:, 0]

@@ -384,10 +384,11 @@ def _with_quotients(
 
 
 _MAKING = ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty")
-_REPEATING = ("repeat_interleave", "repeat", "tile")
+_REPEATING = ("repeat", "tile")
 # Operations that use numbers only as sizes, repetitions and indices.
 _SIZED = (
-    *_MAKING, *_REPEATING, "view", "reshape", "unflatten", "expand", "split", "split_with_sizes", "getitem", "narrow",
+    *_MAKING, *_REPEATING, "repeat_interleave", "view", "reshape", "unflatten", "expand", "broadcast_to", "split",
+    "split_with_sizes", "getitem", "narrow",
 )  # fmt: skip
 
 
@@ -405,17 +406,21 @@ def _uses(node: Node, ids: dict[str, Any], groups: np.ndarray) -> Iterator[tuple
     """Yield the numbers in a node's arguments, each with the ids of the channels that it counts; None if unknown."""
     name, args, leaving = plain_name(node), node.args, ids.get(node.name)
     nothing = np.zeros(0, dtype=np.int64)
-    if name in _REPEATING:  # a number of repetitions counts no channels
+    if name == "repeat_interleave":  # a number of repetitions counts no channels
         for size in _attribute_sizes((args, node.kwargs)):
             yield size, nothing
-    elif name in ("view", "reshape", "expand", *_MAKING):
+    elif name in ("view", "reshape", "expand", "broadcast_to", *_MAKING, *_REPEATING):
         is_made = name in _MAKING
         sizes: Any = args if is_made and not name.startswith("new_") else args[1:]
-        for d, size in enumerate(sizes[0] if sizes and isinstance(sizes[0], (tuple, list)) else sizes):
+        sizes = sizes[0] if sizes and isinstance(sizes[0], (tuple, list)) else sizes
+        if name in _REPEATING and isinstance(leaving, Tensor):
+            sizes = (1,) * (leaving.dim() - len(sizes)) + tuple(sizes)
+        for d, size in enumerate(sizes):
             if isinstance(size, TracedInt):
                 row = _ids_in(leaving, d) if is_made else _counted(leaving, d, size, groups)
-                # A dimension that `expand` repeats has one entry, and holds no channels.
-                is_repeated = name == "expand" and isinstance(leaving, Tensor) and leaving.shape[d] == 1
+                # A number of repetitions counts no channels, except of a tensor with one value for all of them.
+                is_repeated = isinstance(leaving, Tensor) and leaving.shape[d] == 1
+                is_repeated = name in _REPEATING or (name in ("expand", "broadcast_to") and is_repeated)
                 yield size, nothing if row is None and (is_made or is_repeated) else row
     elif name in ("conv1d", "conv2d", "conv3d"):
         by_channel: Any = node.kwargs.get("groups", args[6] if len(args) > 6 else None)

@@ -233,7 +233,161 @@ ONE_NUMBER_A_CHANNEL = {
     ),
 }  # fmt: skip
 
-TABLES = {"one number a channel": ONE_NUMBER_A_CHANNEL}
+
+def graph(batch: int, size: int) -> tuple[Tensor, ...]:
+    """Return the features of some nodes, and edges between them."""
+    return torch.randn(size, 10), torch.randint(0, size, (2, 3 * size))
+
+
+def texts(batch: int, size: int) -> tuple[Tensor, ...]:
+    """Return tokens, their mask, and the number of tokens of each text."""
+    lengths = torch.randint(1, size + 1, (batch,))
+    return torch.randn(batch, size, 10), (torch.arange(size) < lengths[:, None]).float(), lengths
+
+
+def best(x: Tensor) -> Tensor:
+    """Choose three tokens of each sample: (samples, 3)."""
+    return x[..., 0].argsort(1)[:, :3]
+
+
+def linear(work: Callable[..., Tensor], inputs: Any = tokens, **parts: Callable[[], Any]) -> Case:
+    """Make a case of two linear layers with operations between them, of which the first loses half of its channels."""
+    return Case(
+        of_kind(nn.Linear, **parts), lambda self, *given: self.b(work(self, self.a(given[0]), *given).relu()), inputs,
+        {"a": 8},
+    )  # fmt: skip
+
+
+def edges_summed(self: Any, y: Tensor, x: Tensor, edges: Tensor) -> Tensor:
+    messages = y[edges[0]]
+    return y.new_zeros(len(y), y.shape[1]).scatter_add_(0, edges[1].view(-1, 1).expand_as(messages), messages)
+
+
+def edges_reduced(self: Any, y: Tensor, x: Tensor, edges: Tensor) -> Tensor:
+    messages = y.index_select(0, edges[0])
+    index = edges[1].view(-1, 1).expand(messages.size())
+    return torch.zeros_like(y).scatter_reduce(0, index, messages, "amax", include_self=False)
+
+
+def edges_mean(self: Any, y: Tensor, x: Tensor, edges: Tensor) -> Tensor:
+    messages = y[edges[0]]
+    sums = torch.zeros_like(y).index_add_(0, edges[1], messages)
+    counts = torch.zeros(len(y)).index_add_(0, edges[1], torch.ones(edges.shape[1]))
+    return sums / counts.clamp(min=1).unsqueeze(-1).broadcast_to(sums.shape)
+
+
+def mean_pooled(self: Any, y: Tensor, x: Tensor, mask: Tensor, lengths: Tensor) -> Tensor:
+    mask = mask.unsqueeze(-1).expand(y.size()).float()
+    return (y * mask).sum(1) / mask.sum(1).clamp(min=1e-9)
+
+
+def masked_as_mae(self: Any, y: Tensor, x: Tensor) -> Tensor:
+    """Drop tokens, put a mask token in their place, and restore the order."""
+    batch, length, width = y.shape
+    order = x[..., 0].argsort(1)
+    kept = torch.gather(y, dim=1, index=order[:, :3].unsqueeze(-1).repeat(1, 1, width))
+    filled = torch.cat([kept, self.token.repeat(batch, length - 3, 1)], 1)
+    return torch.gather(filled, 1, order.argsort(1).unsqueeze(-1).repeat(1, 1, width))
+
+
+def blurred(self: Any, x: Tensor) -> Tensor:
+    y = self.a(x)
+    kernel = self.kernel[None, None].expand(y.shape[1], 1, 3, 3)
+    return self.b(functional.conv2d(y, kernel, padding=1, groups=y.shape[1]))
+
+
+def gated(self: Any, x: Tensor) -> Tensor:
+    y = self.a(x)
+    return self.b(y * self.gate(x).sigmoid().expand_as(y))
+
+
+EXPANDED = {
+    "scatter_add_": linear(edges_summed, graph),
+    "scatter_reduce": linear(edges_reduced, graph),
+    "scatter of a number": linear(
+        lambda self, y, x: y.scatter(1, best(x).unsqueeze(-1).expand(-1, -1, y.shape[-1]), 0.5)
+    ),
+    "index_add_ and a mean": linear(edges_mean, graph),
+    "index_copy": linear(lambda self, y, x: y.index_copy(1, x[0, :, 0].argsort(), y.flip(1))),
+    "index_reduce": linear(lambda self, y, x: y.index_reduce(1, x[0, :, 0].argsort(), y.flip(1), "amax")),
+    "index_fill": linear(lambda self, y, x: y.index_fill(1, best(x)[0], -0.5)),
+    "gather": linear(lambda self, y, x: y.gather(1, best(x).unsqueeze(-1).expand(-1, -1, y.shape[-1]))),
+    "gather, repeated": linear(
+        lambda self, y, x: torch.gather(y, index=best(x)[..., None].repeat(1, 1, y.size(-1)), dim=1)
+    ),
+    "gather, repeated by an attribute": linear(
+        lambda self, y, x: y.gather(1, best(x)[..., None].repeat(1, 1, self.columns)), columns=lambda: 16
+    ),
+    "gather, expanded by an attribute": linear(
+        lambda self, y, x: y.gather(1, best(x)[..., None].expand(-1, -1, self.columns)), columns=lambda: 16
+    ),
+    "gather, repeat_interleave": linear(
+        lambda self, y, x: y.gather(1, best(x)[..., None].repeat_interleave(y.shape[2], 2))
+    ),
+    "gather, tile": linear(lambda self, y, x: y.gather(1, best(x)[..., None].tile(y.shape[2]))),
+    "take_along_dim": linear(lambda self, y, x: torch.take_along_dim(y, best(x)[..., None], 1)),
+    "take_along_dim, expanded": linear(
+        lambda self, y, x: y.take_along_dim(best(x)[..., None].expand(-1, -1, y.shape[-1]), dim=1)
+    ),
+    "last token": linear(
+        lambda self, y, x, mask, n: y.gather(1, (n - 1).view(-1, 1, 1).expand(-1, 1, y.size(2))).squeeze(1), texts
+    ),
+    "mean pooling": linear(mean_pooled, texts),
+    "masked maximum": linear(
+        lambda self, y, x, mask, n: y.masked_fill(mask.unsqueeze(-1).expand(y.size()) == 0, -1e9).max(1).values, texts
+    ),
+    "masked by a buffer": linear(
+        lambda self, y, x: y.masked_fill(self.mask, 0.0), mask=lambda: (torch.arange(8) < 3)[:, None],
+    )._replace(sizes=((2, 8), (3, 8))),
+    "where": linear(
+        lambda self, y, x, mask, n: torch.where(mask[..., None].expand_as(y) > 0, y, torch.full_like(y, -2.0)), texts
+    ),
+    "broadcast_tensors": linear(
+        lambda self, y, x, mask, n: torch.mul(*torch.broadcast_tensors(y, mask[..., None])), texts
+    ),
+    "a mask token": linear(masked_as_mae, token=lambda: nn.Parameter(torch.randn(1, 1, 16))),
+    "a blur": Case(of_kind(nn.Conv2d, kernel=lambda: torch.rand(3, 3)), blurred, images, {"a": 8}),
+    "a gate of one channel": Case(
+        of_kind(nn.Conv2d, gate=lambda: nn.Conv2d(3, 1, 3, padding=1)), gated, images, {"a": 8}
+    ),
+}  # fmt: skip
+
+
+def two(work: Callable[[Tensor, Tensor], Tensor], kept: dict[str, int], *, reads: int = 16) -> Case:
+    """Make a case of two convolutions and a function of what they give, which another convolution reads."""
+    return Case(
+        lambda: {
+            "a": nn.Conv2d(3, 16, 3, padding=1), "c": nn.Conv2d(3, 16, 3, padding=1), "b": nn.Conv2d(reads, 4, 1)
+        },
+        lambda self, x: self.b(work(self.a(x), self.c(x))), images, kept,
+    )  # fmt: skip
+
+
+BOTH = {"a": 8, "c": 8}
+NAMED_ARGUMENTS = {
+    "cat": two(lambda a, c: torch.cat([a, c], axis=1), BOTH, reads=32),
+    "cat of named tensors": two(lambda a, c: torch.cat(axis=1, tensors=[a, c]), BOTH, reads=32),
+    "stack": two(lambda a, c: torch.stack([a, c], axis=0).sum(axis=0), BOTH),
+    "mean": two(lambda a, c: a.mean(axis=(2, 3), keepdims=True) * c, BOTH),
+    "maximum": two(lambda a, c: a.amax(axis=-1, keepdims=True) + c, BOTH),
+    "chunk": two(lambda a, c: torch.cat(torch.chunk(a + c, 2, axis=1)[::-1], axis=1), BOTH),
+    "split": two(lambda a, c: torch.cat((a + c).split(4, dim=2), axis=2), BOTH),
+    "narrow": two(lambda a, c: torch.narrow(input=a + c, dim=2, start=0, length=4), BOTH),
+    "unbind": two(lambda a, c: torch.stack(torch.unbind(a + c, axis=2), axis=2), BOTH),
+    "select": two(lambda a, c: (a + c).select(dim=2, index=1).unsqueeze(2), BOTH),
+    "index_select": two(lambda a, c: torch.index_select(x=a + c, axis=2, index=torch.tensor([0, 2])), BOTH),
+    "gather": two(lambda a, c: torch.gather(index=(a + c).argsort(axis=2), axis=2, input=a + c), BOTH),
+    "flip": two(lambda a, c: a.flip(dims=(3,)) + c, BOTH),
+    "softmax": two(lambda a, c: torch.softmax(x=a, axis=2) * c, BOTH),
+    "cumsum": two(lambda a, c: a.cumsum(axis=3) * c, BOTH),
+    "sums of two": two(lambda a, c: torch.add(x1=a, x2=c), BOTH),
+}  # fmt: skip
+
+TABLES = {
+    "one number a channel": ONE_NUMBER_A_CHANNEL,
+    "expanded over channels": EXPANDED,
+    "named arguments": NAMED_ARGUMENTS,
+}
 ALL = {f"{title}: {name}": case for title, table in TABLES.items() for name, case in table.items()}
 
 

@@ -244,7 +244,68 @@ CALLS = {
             "1x1x1: 0; a: 0* call_not_covered",
         ),
         "gather by value": (lambda n: n.a.gather(2, n.a.argsort(2)), "1x4x1: a*"),
+        "gather by an index that isn't expanded": (
+            lambda n: rows(n.a).gather(1, n.x[:, :1, :4].long().clamp(0, 1)),
+            "1x1x4: 0*; a: 0* joins_constant",
+        ),
+        "gather of some channels": (
+            lambda n: rows(n.a).gather(1, n.x[:, :1, :3].long().clamp(0, 1)),
+            "1x1x1: 0; a: 0* fixed_channels",
+        ),
+        "gather of channels by value": (
+            lambda n: n.a.gather(1, n.x.long().clamp(0, 1)),
+            "1x1x1: 0; a: 0* call_not_covered",
+        ),
+        "take_along_dim": (lambda n: rows(n.a).take_along_dim(n.x[:, :, :1].argsort(1), 1), "1x1x4: a*"),
+        "take_along_dim of channels": (
+            lambda n: n.a.take_along_dim(torch.tensor([2, 0])[None, :, None], 1),
+            "1x2x1: 0*; a: 0* fixed_channels",
+        ),
         "repeated": (lambda n: n.a.repeat_interleave(2, 1), "1x8x1: a0 a0 a1 a1 a2 a2 a3 a3"),
+    },
+    "what is expanded": {
+        "as another": (lambda n: n.x[:, :1].expand_as(n.a), "1x4x1: a*"),
+        "to the sizes of another": (lambda n: n.x[:, :1].expand(n.a.size()), "1x4x1: a*"),
+        "to the channels of another": (lambda n: n.x[:, :1].expand(-1, n.a.shape[1], -1), "1x4x1: a*"),
+        "to heads": (
+            lambda n: n.x[:, :1, :, None].expand_as(heads(n.c)),
+            "1x4x1x2: c0 c0 c2 c2 c4 c4 c6 c6; c: c0 c0 c2 c2 c4 c4 c6 c6",
+        ),
+        "to a fixed number": (lambda n: n.a * n.x[:, :1].expand(-1, 4, -1), "1x4x1: 0*; a: 0* joins_constant"),
+        "along pixels": (lambda n: n.a[:, :, :1].expand(n.a.shape), "1x4x1: a*"),
+        "repeated": (lambda n: n.x[:, :1].repeat(1, n.a.shape[1], 1), "1x4x1: a*"),
+        "repeated twice": (lambda n: n.a * n.x.repeat(1, n.d.shape[1], 1), "1x4x1: 0*; a: 0* joins_constant"),
+        "a parameter with other channels": (
+            lambda n: n.p(6).expand(n.a.shape) + n.a,
+            "1x4x1: a*; p1 in 0: 0*",
+        ),
+        "a parameter with these channels": (lambda n: n.p(4, 1).expand(n.a.shape) + n.a, "1x4x1: a*; p1 in 0: a*"),
+        "a layer with one channel": (
+            lambda n: n.a * n.owner.part("e", lambda: nn.Conv1d(2, 1, 1))(n.x).expand_as(n.a),
+            "1x4x1: a*",
+        ),
+        "of several": (lambda n: torch.broadcast_tensors(n.x[:, :1], n.a), "1x4x1: a*; 1x4x1: a*"),
+    },
+    "what is scattered": {
+        "rows": (
+            lambda n: torch.zeros_like(rows(n.a)).scatter_add(
+                1, n.x[:, 0].argsort(1)[..., None].expand_as(rows(n.a)), rows(n.b)
+            ),
+            "1x1x4: a*; b: a*",
+        ),
+        "numbers": (
+            lambda n: rows(n.a).scatter(1, n.x[:, :1, :1].long().expand_as(rows(n.a)[:, :1]) * 0, 1.0),
+            "1x1x4: a*",
+        ),
+        "some channels": (
+            lambda n: rows(n.a).scatter(1, n.x[:, :1, :3].long() * 0, 1.0),
+            "1x1x1: 0; a: 0* fixed_channels",
+        ),
+        "rows by number": (lambda n: rows(n.a).index_fill(1, n.x[0, 0].argsort()[:3], 1.0), "1x1x4: a*"),
+        "reduced rows": (
+            lambda n: rows(n.a).index_reduce(1, n.x[0, 0].argsort(), rows(n.b), "prod"),
+            "1x1x4: a*; b: a*",
+        ),
     },
     "what is written": {
         "a constant": (lambda n: written(n.a.clone(), (slice(None), 0), 0.0), "1x1x1: 0; a: 0* overwritten"),
@@ -378,7 +439,7 @@ CALLS = {
         ),
         "with a fixed number of groups": (
             lambda n: functional.conv1d(n.a, n.p(4, 1, 3), groups=4),
-            "1x1x1: 0; a: 0* call_not_covered; p1 in 2: 0*",
+            "1x1x1: 0; a: 0* fixed_channels; p1 in 2: 0*",
         ),
     },
     "what is made": {
