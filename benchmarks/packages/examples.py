@@ -1,0 +1,61 @@
+"""What the lists of classes share: an example, inputs of a shape, and a class's own documented example."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Inputs = dict[str, Any] | tuple[Any, ...] | Tensor
+"""Keyword arguments, positional ones, or the only one."""
+Build = Callable[[], tuple[nn.Module, Inputs]]
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A class of a package, and what builds it with its example inputs."""
+
+    package: str
+    name: str
+    build: Build
+
+
+def images(channels: int = 3, size: int = 32, batch: int = 2, dims: int = 2) -> Tensor:
+    """Return random images, ``(batch, channels, size, ...)``, with ``dims`` sizes."""
+    return torch.randn(batch, channels, *[size] * dims)
+
+
+def tokens(vocabulary: int = 50, length: int = 12, batch: int = 2) -> Tensor:
+    """Return random token numbers, ``(batch, length)``."""
+    return torch.randint(5, vocabulary, (batch, length))
+
+
+def documented(module: str, name: str) -> tuple[nn.Module, Inputs]:
+    """Run the example in a class's docstring, and return the object that it calls last with the arguments."""
+    kind = getattr(importlib.import_module(module), name)
+    calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
+
+    def recording(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        calls.append((self, args, kwargs))
+        return nn.Module.__call__(self, *args, **kwargs)
+
+    kind.__call__ = recording
+    try:
+        names: dict[str, Any] = {}
+        for example in doctest.DocTestParser().get_examples(inspect.getdoc(kind) or ""):
+            exec(example.source, names)
+            if calls:
+                break
+    finally:
+        del kind.__call__
+    if not calls:
+        raise LookupError(f"the docstring's example of {module}.{name} doesn't call it")
+    model, args, kwargs = calls[-1]
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    return model, dict(bound.arguments)
