@@ -81,7 +81,7 @@ def classes() -> dict[str, Build]:
         features = models.wav2vec2_model(**speech, aux_num_out=None)
         from torchaudio.models.squim.subjective import Predictor, SquimSubjective
 
-        return SquimSubjective(features, torch.nn.Linear(32, 16), Predictor(16, 8))
+        return SquimSubjective(features, torch.nn.Linear(32, 16), Predictor(32, 8))
 
     return {
         "Conformer": lambda: (
@@ -95,12 +95,16 @@ def classes() -> dict[str, Build]:
             {"input": torch.randn(2, 21, 32), "lengths": lengths},
         ),
         "HDemucs": lambda: (
-            models.HDemucs(["drums", "vocals"], channels=8, nfft=512, depth=4, dconv_attn=3, dconv_lstm=3),
+            models.HDemucs(["drums", "vocals"], channels=8, nfft=1024, depth=5),
             torch.randn(1, 2, 4096),
         ),
         "HuBERTPretrainModel": lambda: (
             models.hubert_pretrain_model(**speech, **hubert),
-            {"waveforms": torch.randn(2, 1600), "labels": torch.randint(10, (2, 159)), "audio_lengths": torch.tensor([1600, 1600])},
+            {
+                "waveforms": torch.randn(2, 1600),
+                "labels": torch.randint(10, (2, 159)),
+                "audio_lengths": torch.tensor([1600, 1600]),
+            },
         ),
         "RNNT": lambda: (
             models.emformer_rnnt_model(**rnnt),
@@ -113,11 +117,21 @@ def classes() -> dict[str, Build]:
         ),
         "SquimObjective": lambda: (
             models.squim_objective_model(
-                feat_dim=32, win_len=64, d_model=32, nhead=4, hidden_dim=32, num_blocks=1, rnn_type="LSTM", chunk_size=15
+                feat_dim=32,
+                win_len=64,
+                d_model=32,
+                nhead=4,
+                hidden_dim=32,
+                num_blocks=1,
+                rnn_type="LSTM",
+                chunk_size=15,
             ),
             torch.randn(2, 2000),
         ),
-        "SquimSubjective": lambda: (subjective(), {"waveform": torch.randn(2, 1600), "reference": torch.randn(2, 1600)}),
+        "SquimSubjective": lambda: (
+            subjective(),
+            {"waveform": torch.randn(2, 1600), "reference": torch.randn(2, 1600)},
+        ),
         "Tacotron2": lambda: (
             models.Tacotron2(
                 n_mels=16,

@@ -1,10 +1,12 @@
-"""diffusers: what ``diffusers.models.unets`` and ``diffusers.models.autoencoders`` export and ``tests/models`` builds,
-and the transformers of ten of its best-known pipelines.
+"""diffusers: U-Nets and autoencoders that ``tests/models`` builds, and the transformers of ten pipelines.
 
-Classes of these modules that ``tests/models`` doesn't build (of the U-Nets DreamLite's, Kandinsky 3's, I2VGen's and Stable
-Cascade's, of the autoencoders Allegro's, Flux 2's, HunyuanImage's, HunyuanVideo 1.5's, LongCat's and Qwen's) and
-``MotionAdapter``, which is added to another network, aren't listed; ``UVit2DModel`` is tested with its pipeline alone.
-Sizes are those of the tests or near them.
+The modules are ``diffusers.models.unets`` (with ``UNetControlNetXSModel``, which is tested with them),
+``diffusers.models.autoencoders``, and of ``diffusers.models.transformers`` the files ``auraflow_transformer_2d``,
+``cogvideox_transformer_3d``, ``dit_transformer_2d``, ``pixart_transformer_2d``, ``prior_transformer``,
+``sana_transformer``, ``transformer_flux``, ``transformer_ltx``, ``transformer_sd3`` and ``transformer_wan``. The tests
+don't build the U-Nets of DreamLite, Kandinsky 3, I2VGen and Stable Cascade, ``UVit2DModel``, and the autoencoders of
+Allegro, Flux 2, HunyuanImage, HunyuanVideo 1.5, LongCat and Qwen; ``MotionAdapter`` is no network by itself. Sizes are
+those of the tests or near them.
 """
 
 from __future__ import annotations
@@ -238,7 +240,14 @@ def classes() -> dict[str, Build]:
         ),
         "AutoencoderKLKVAE": (
             {"sample": images()},
-            {"channels": 32, "num_enc_blocks": 1, "num_dec_blocks": 1, "z_channels": 4, "ch_mult": (1, 2), "sample_size": 32},
+            {
+                "channels": 32,
+                "num_enc_blocks": 1,
+                "num_dec_blocks": 1,
+                "z_channels": 4,
+                "ch_mult": (1, 2),
+                "sample_size": 32,
+            },
         ),
         "AutoencoderKLKVAEVideo": (
             {"sample": film(frames=3)},
@@ -299,7 +308,13 @@ def classes() -> dict[str, Build]:
         ),
         "AutoencoderKLWan": (
             {"sample": film()},
-            {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True, True]},
+            {
+                "base_dim": 8,
+                "z_dim": 4,
+                "dim_mult": [1, 1, 1, 1],
+                "num_res_blocks": 1,
+                "temperal_downsample": [False, True, True],
+            },
         ),
         "AutoencoderOobleck": (
             {"sample": torch.randn(2, 2, 24), "sample_posterior": False},
@@ -323,7 +338,14 @@ def classes() -> dict[str, Build]:
         ),
         "AutoencoderVidTok": (
             {"sample": film(frames=4)},
-            {"ch": 32, "ch_mult": [1, 2], "z_channels": 4, "num_res_blocks": 1, "regularizer": "kl", "is_causal": False},
+            {
+                "ch": 32,
+                "ch_mult": [1, 2],
+                "z_channels": 4,
+                "num_res_blocks": 1,
+                "regularizer": "kl",
+                "is_causal": False,
+            },
         ),
         "ConsistencyDecoderVAE": (
             {"sample": images()},

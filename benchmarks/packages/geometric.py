@@ -127,7 +127,11 @@ def classes() -> dict[str, Build]:
 
     def renet() -> Any:
         model = models.RENet(16, 8, hidden_channels=16, seq_len=4)
-        entries: dict[str, Tensor] = {"sub": torch.randint(16, (4,)), "rel": torch.randint(8, (4,)), "obj": torch.randint(16, (4,))}
+        entries: dict[str, Tensor] = {
+            "sub": torch.randint(16, (4,)),
+            "rel": torch.randint(8, (4,)),
+            "obj": torch.randint(16, (4,)),
+        }
         for side in ("sub", "obj"):
             entries[f"h_{side}"] = torch.randint(16, (12,))
             entries[f"h_{side}_t"] = torch.randint(4, (12,))
@@ -183,7 +187,9 @@ def classes() -> dict[str, Build]:
         ),
         "NeuralFingerprint": lambda: (models.NeuralFingerprint(16, 32, 5, num_layers=3), graph()),
         "PMLP": lambda: (models.PMLP(16, 32, 4, num_layers=3), graph()),
-        "PNA": basic(models.PNA, aggregators=["mean", "max"], scalers=["identity"], deg=torch.ones(5, dtype=torch.long)),
+        "PNA": basic(
+            models.PNA, aggregators=["mean", "max"], scalers=["identity"], deg=torch.ones(5, dtype=torch.long)
+        ),
         "Polynormer": lambda: (
             models.Polynormer(16, 32, 4, local_layers=2, heads=2),
             {**graph(), "batch": halves()},

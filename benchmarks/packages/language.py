@@ -64,7 +64,10 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "blip": ("BlipForConditionalGeneration", PAIR),
     "clip": ("CLIPModel", {**PAIR, "projection_dim": 16}),
     "convnext": ("ConvNextForImageClassification", {**FOUR_STAGES, "image_size": 32}),
-    "deberta-v2": ("DebertaV2ForSequenceClassification", {**READS, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}),
+    "deberta-v2": (
+        "DebertaV2ForSequenceClassification",
+        {**READS, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+    ),
     "detr": (
         "DetrForObjectDetection",
         {
@@ -99,7 +102,12 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "roberta": ("RobertaForSequenceClassification", {**READS, "pad_token_id": 1}),
     "segformer": (
         "SegformerForSemanticSegmentation",
-        {"hidden_sizes": [8, 16, 16, 32], "depths": [1] * 4, "decoder_hidden_size": 16, "num_attention_heads": [1, 2, 2, 4]},
+        {
+            "hidden_sizes": [8, 16, 16, 32],
+            "depths": [1] * 4,
+            "decoder_hidden_size": 16,
+            "num_attention_heads": [1, 2, 2, 4],
+        },
     ),
     "siglip": ("SiglipModel", PAIR),
     "swin": (
@@ -202,18 +210,26 @@ def sentence_classes() -> dict[str, Build]:
 
     def cross() -> tuple[nn.Module, Inputs]:
         network = CrossEncoder(folder_of("CrossEncoder", "BertForSequenceClassification"), device="cpu")
-        return network, dict(network.tokenizer([(TEXTS[0], TEXTS[1])] * 2, padding=True, return_tensors="pt"))
+        return network, {
+            "input": dict(network.tokenizer([(TEXTS[0], TEXTS[1])] * 2, padding=True, return_tensors="pt"))
+        }
 
     def sparse() -> tuple[nn.Module, Inputs]:
         network = SparseEncoder(modules=[MLMTransformer(folder_of("BertForMaskedLM")), SpladePooling()], device="cpu")
         return network, {"input": dict(network.tokenize(TEXTS))}
 
     def pair() -> tuple[nn.Module, Inputs]:
-        from transformers import CLIPModel
+        from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
         config = CLIPModel.config_class(**copy.deepcopy(TRANSFORMERS["clip"][1]))
         folder = tempfile.mkdtemp()
         CLIPModel(config).save_pretrained(folder)
+        words = Path(folder, "words.json")
+        words.write_text('{"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2, "b</w>": 3}', encoding="utf-8")
+        merges = Path(folder, "merges.txt")
+        merges.write_text("#version: 0.2", encoding="utf-8")
+        pixels = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
+        CLIPProcessor(pixels, CLIPTokenizer(str(words), str(merges))).save_pretrained(folder)
         return models.CLIPModel(folder), {"features": {"pixel_values": images(), "image_text_info": [0, 0]}}
 
     def routed() -> tuple[nn.Module, Inputs]:
@@ -252,15 +268,15 @@ def clip_classes() -> dict[str, Build]:
     seen: dict[str, Any] = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 8}
     both: Inputs = {"image": images(), "text": tokens(length=16)}
     towers: dict[str, Any] = {"embed_dim": 16, "vision_cfg": seen, "text_cfg": text}
-    writer: dict[str, Any] = {**text, "attn_pooler_heads": 4}
+    writer: dict[str, Any] = {"heads": 4, "layers": 2, "width": 32, "context_length": 16}
 
     return {
         "CLIP": lambda: (open_clip.CLIP(**towers), both),
         "CoCa": lambda: (
             open_clip.CoCa(
                 16,
-                {**writer, "embed_cls": True, "output_tokens": True},
-                {**writer},
+                writer,
+                {**text, "embed_cls": True, "output_tokens": True, "context_length": 15},
                 {**seen, "attentional_pool": True, "attn_pooler_heads": 4, "output_tokens": True},
             ),
             both,

@@ -42,7 +42,7 @@ def classes() -> dict[str, Build]:
     from monai.networks.nets.vista3d import ClassMappingClassify, PointMappingSAM
 
     def vista() -> Any:
-        encoder = SegResNetDS2(init_filters=8, blocks_down=(1, 1), norm="instance", dsdepth=1)
+        encoder = SegResNetDS2(init_filters=8, out_channels=8, blocks_down=(1, 1), norm="instance", dsdepth=1)
         return nets.VISTA3D(encoder, ClassMappingClassify(4, 8), PointMappingSAM(8, last_supported=2))
 
     return {
@@ -78,8 +78,10 @@ def classes() -> dict[str, Build]:
             images(3, 64),
         ),
         "FullyConnectedNet": lambda: (nets.FullyConnectedNet(10, 3, [16, 32]), torch.randn(4, 10)),
-        "Generator": lambda: (nets.Generator((16,), (8, 4, 4), channels=(16, 8, 1), strides=(2, 2, 1)), images(16, 1)[
-            ..., 0, 0]),
+        "Generator": lambda: (
+            nets.Generator((16,), (8, 4, 4), channels=(16, 8, 1), strides=(2, 2, 1)),
+            images(16, 1)[..., 0, 0],
+        ),
         "GlobalNet": lambda: (nets.GlobalNet((32, 32), 2, 2, 8, 2), images(2)),
         "HighResNet": lambda: (nets.HighResNet(2, 1, 2), images(1)),
         "HoVerNet": lambda: (nets.HoVerNet(out_classes=3), images(3, 256, batch=1)),
@@ -88,7 +90,10 @@ def classes() -> dict[str, Build]:
             images(1, 64),
         ),
         "LocalNet": lambda: (nets.LocalNet(2, 2, 8, (0, 1, 2)), images(2)),
-        "MILModel": lambda: (nets.MILModel(3, pretrained=False, backbone="resnet18"), {"x": torch.randn(2, 3, 3, 32, 32)}),
+        "MILModel": lambda: (
+            nets.MILModel(3, pretrained=False, backbone="resnet18"),
+            {"x": torch.randn(2, 3, 3, 32, 32)},
+        ),
         "MaskedAutoEncoderViT": lambda: (
             nets.MaskedAutoEncoderViT(
                 **VIT,
@@ -152,7 +157,9 @@ def classes() -> dict[str, Build]:
         "SwinUNETR": lambda: (SwinUNETR(1, 2, depths=(1,) * 4, feature_size=12, spatial_dims=2), images(1, 64)),
         "TorchVisionFCModel": lambda: (nets.TorchVisionFCModel("resnet18", 3, use_conv=True, pool=None), images(3, 64)),
         "Transchex": lambda: (
-            nets.Transchex(3, (32, 32), 8, 3, 1, 1, 1, hidden_size=32, intermediate_size=64, num_attention_heads=4),
+            nets.Transchex(
+                3, (32, 32), (8, 8), 3, 1, 1, 1, hidden_size=32, intermediate_size=64, num_attention_heads=4
+            ),
             {"input_ids": torch.randint(2, (2, 8)), "vision_feats": images(3)},
         ),
         "UNETR": lambda: (
@@ -180,15 +187,19 @@ def classes() -> dict[str, Build]:
             ),
             images(1),
         ),
-        "VarAutoEncoder": lambda: (nets.VarAutoEncoder(2, (1, 32, 32), 1, 8, use_mean_at_inference=True, **CHANNELS), images(
-            1
-        )),
+        "VarAutoEncoder": lambda: (
+            nets.VarAutoEncoder(2, (1, 32, 32), 1, 8, use_mean_at_inference=True, **CHANNELS),
+            images(1),
+        ),
         "VarFullyConnectedNet": lambda: (
             nets.VarFullyConnectedNet(10, 10, 4, [16, 32], [32, 16], use_mean_at_inference=True),
             torch.randn(4, 10),
         ),
         "ViT": lambda: (nets.ViT(**VIT, img_size=32, num_layers=2, classification=True, spatial_dims=2), images(1)),
-        "ViTAutoEnc": lambda: (nets.ViTAutoEnc(**VIT, img_size=32, num_layers=4, spatial_dims=2), images(1)),
+        "ViTAutoEnc": lambda: (
+            nets.ViTAutoEnc(**{**VIT, "patch_size": 4}, img_size=32, num_layers=4, spatial_dims=2),
+            images(1),
+        ),
         "VoxelMorph": lambda: (
             nets.VoxelMorph(
                 nets.VoxelMorphUNet(2, 2, 8, channels=(8, 8, 16, 16, 16, 16), final_conv_channels=(8,)), spatial_dims=2

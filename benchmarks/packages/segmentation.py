@@ -20,7 +20,7 @@ def classes() -> dict[str, Build]:
         ),
         "DeepLabV3": lambda: (smp.DeepLabV3(**small, decoder_channels=32), images(3, 64)),
         "DeepLabV3Plus": lambda: (smp.DeepLabV3Plus(**small, decoder_channels=32), images(3, 64)),
-        "FPN": lambda: (smp.FPN(**small, decoder_pyramid_channels=32, decoder_segmentation_channels=16), images(3, 64)),
+        "FPN": lambda: (smp.FPN(**small, decoder_pyramid_channels=32, decoder_segmentation_channels=32), images(3, 64)),
         "Linknet": lambda: (smp.Linknet(**small), images(3, 64)),
         "MAnet": lambda: (smp.MAnet(**small, **steps, decoder_pab_channels=16), images(3, 64)),
         "PAN": lambda: (smp.PAN(**small), images(3, 128)),

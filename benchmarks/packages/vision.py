@@ -45,18 +45,16 @@ def timm_classes() -> dict[str, Build]:
 
 def detector(kind: str) -> tuple[nn.Module, Inputs]:
     """Return a detector on a small trunk with two images of 128 pixels."""
-    from torchvision.models import MobileNetV2, detection, mobilenet_v2
+    from torchvision.models import detection, mobilenet_v2
     from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
-    from torchvision.models.detection.backbone_utils import mobilenet_backbone
     from torchvision.ops import MultiScaleRoIAlign
 
     sizes: dict[str, Any] = {"min_size": 128, "max_size": 160}
     if kind == "ssdlite320_mobilenet_v3_large":
         network: nn.Module = detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=5)
     else:
-        trunk: Any = mobilenet_v2(weights=None, width_mult=0.35).features
-        trunk.out_channels = 1280
-        assert isinstance(MobileNetV2, type)
+        trunk: Any = mobilenet_v2(weights=None, width_mult=0.35).features[:-1]
+        trunk.out_channels = 112
         anchors = AnchorGenerator(((16, 32, 64),), ((0.5, 1.0, 2.0),))
         if kind == "SSD":
             boxes = DefaultBoxGenerator([[2]])
@@ -72,7 +70,6 @@ def detector(kind: str) -> tuple[nn.Module, Inputs]:
             if kind == "KeypointRCNN":
                 pools["keypoint_roi_pool"] = MultiScaleRoIAlign(["0"], 14, 2)
             network = getattr(detection, kind)(trunk, 5, rpn_anchor_generator=anchors, **sizes, **pools)
-        assert callable(mobilenet_backbone)
     return network, ([torch.rand(3, 128, 128), torch.rand(3, 128, 128)],)
 
 
