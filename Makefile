@@ -41,13 +41,15 @@ PROCESSORS ?=
 FUZZ ?=
 FAULTS ?=
 RELIABILITY ?=
+# for `make packages`: options of benchmarks/packages/run.py, such as "--only monai --at-once 2"
+PACKAGES ?=
 # for `make mutants`: options of tools/mutants/run.py, such as --minutes 30
 MUTANTS ?=
 
 # for `make cuda`: a Python that has the packages, so that nothing is installed, e.g. PY=python3; without one, VENV's
 PY ?= $(BIN)/python
 
-.PHONY: tables trained trained-table trained-packages fuzz faults reliability demo compare test test-all test-slow test-with test-lowest test-processors test-nightly zoo cuda lint docs start pictures mutants upstream checkout clean
+.PHONY: tables trained trained-table trained-packages packages fuzz faults reliability demo compare test test-all test-slow test-with test-lowest test-processors test-nightly zoo cuda lint docs start pictures mutants upstream checkout clean
 
 demo: $(READY)
 	$(BIN)/nni-topo demo --out demo
@@ -107,6 +109,12 @@ zoo: $(READY)
 	mkdir -p runs && rm -f runs/zoo.jsonl
 	YOLO_CONFIG_DIR=runs $(BIN)/python -m tools.golden record --out runs/zoo.jsonl
 	$(BIN)/python -m tools.golden compare tools/golden/zoo.jsonl.gz runs/zoo.jsonl $(ZOO)
+
+# public classes of other people's packages, made smaller as a user does it; it goes on where it was stopped
+packages: $(READY)
+	$(BIN)/python -m pip install --quiet --requirement benchmarks/packages/requirements.txt
+	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore -m benchmarks.packages.run --out runs/packages.jsonl $(PACKAGES)
+	$(BIN)/python -m benchmarks.packages.report runs/packages.jsonl
 
 # networks that were trained elsewhere, and scikit-image for its photos: neither needs what they name. More photos are in
 # Debian's opencv-doc and mate-backgrounds

@@ -80,6 +80,7 @@ def checks() -> list[Check]:
         Check("damaged files and killed jobs", "make faults"),
         Check("processors", "make test-processors"),
         Check("all networks of the zoo", "make zoo ZOO=--without-times"),
+        Check("other people's packages", "rm -f runs/packages.jsonl; make packages"),
         Check("NNI's own tests", "make upstream UPSTREAM=--record", variables=("NNI",)),
         Check("lowest versions", "make test-lowest", programs=("python3.10",)),
         Check("PyTorch 2.12, Python 3.12", "make test-with PYTHON=python3.12 WITH='torch==2.12.*'", ("python3.12",)),

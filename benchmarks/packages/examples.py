@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -41,19 +42,18 @@ def documented(module: str, name: str) -> tuple[nn.Module, Inputs]:
     kind = getattr(importlib.import_module(module), name)
     calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
 
+    call = kind.__call__
+
     def recording(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         calls.append((self, args, kwargs))
-        return nn.Module.__call__(self, *args, **kwargs)
+        return call(self, *args, **kwargs)
 
-    kind.__call__ = recording
-    try:
-        names: dict[str, Any] = {}
+    names: dict[str, Any] = {"torch": torch, "nn": nn}  # which docstrings often presume
+    with patch.object(kind, "__call__", recording):
         for example in doctest.DocTestParser().get_examples(inspect.getdoc(kind) or ""):
             exec(example.source, names)
             if calls:
                 break
-    finally:
-        del kind.__call__
     if not calls:
         raise LookupError(f"the docstring's example of {module}.{name} doesn't call it")
     model, args, kwargs = calls[-1]

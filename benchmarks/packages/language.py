@@ -219,6 +219,7 @@ def sentence_classes() -> dict[str, Build]:
         return network, {"input": dict(network.tokenize(TEXTS))}
 
     def pair() -> tuple[nn.Module, Inputs]:
+        from PIL import Image
         from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
         config = CLIPModel.config_class(**copy.deepcopy(TRANSFORMERS["clip"][1]))
@@ -230,7 +231,8 @@ def sentence_classes() -> dict[str, Build]:
         merges.write_text("#version: 0.2", encoding="utf-8")
         pixels = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
         CLIPProcessor(pixels, CLIPTokenizer(str(words), str(merges))).save_pretrained(folder)
-        return models.CLIPModel(folder), {"features": {"pixel_values": images(), "image_text_info": [0, 0]}}
+        network = models.CLIPModel(folder)
+        return network, {"features": dict(network.tokenize([Image.new("RGB", (32, 32))] * 2))}
 
     def routed() -> tuple[nn.Module, Inputs]:
         network = models.Router.for_query_document([encoder(), models.Pooling(32)], [encoder(), models.Pooling(32)])
@@ -268,18 +270,24 @@ def clip_classes() -> dict[str, Build]:
     seen: dict[str, Any] = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 8}
     both: Inputs = {"image": images(), "text": tokens(length=16)}
     towers: dict[str, Any] = {"embed_dim": 16, "vision_cfg": seen, "text_cfg": text}
-    writer: dict[str, Any] = {"heads": 4, "layers": 2, "width": 32, "context_length": 16}
+    writer: dict[str, Any] = {"heads": 4, "layers": 2, "width": 32, "context_length": 15}
 
     return {
         "CLIP": lambda: (open_clip.CLIP(**towers), both),
         "CoCa": lambda: (
             open_clip.CoCa(
-                16,
+                32,
                 writer,
                 {**text, "embed_cls": True, "output_tokens": True, "context_length": 15},
-                {**seen, "attentional_pool": True, "attn_pooler_heads": 4, "output_tokens": True},
+                {
+                    **seen,
+                    "attentional_pool": True,
+                    "attn_pooler_heads": 4,
+                    "attn_pooler_queries": 16,
+                    "output_tokens": True,
+                },
             ),
-            both,
+            {"image": images(), "text": tokens(length=15)},
         ),
         "CustomTextCLIP": lambda: (open_clip.CustomTextCLIP(**towers), both),
         "ModifiedResNet": lambda: (ModifiedResNet([1, 1, 1, 1], 16, 4, 32, 8), images(3, 32)),

@@ -6,6 +6,8 @@ other class of its module builds or inherits from, but for losses, norms and qua
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from functools import partial
 
 from benchmarks.packages.examples import Build, documented
@@ -35,5 +37,7 @@ def classes() -> dict[str, Build]:
     listed: dict[str, Build] = {}
     for path in NETWORKS.split():
         module, _, name = path.rpartition(".")
+        with contextlib.suppress(ImportError):  # here once for all processes, which are forked
+            importlib.import_module(f"speechbrain.lobes.models.{module}")
         listed[path] = partial(documented, f"speechbrain.lobes.models.{module}", name)
     return listed

@@ -40,6 +40,8 @@ def of_timm(name: str) -> tuple[nn.Module, Inputs]:
 
 def timm_classes() -> dict[str, Build]:
     """Return what builds each of timm's networks with its example."""
+    import timm  # noqa: F401 -- once for all processes, which are forked
+
     return {path: partial(of_timm, path.partition(".")[2]) for path in TIMM.split()}
 
 
@@ -112,6 +114,8 @@ def video(kind: str) -> tuple[nn.Module, Inputs]:
 
 def torchvision_classes() -> dict[str, Build]:
     """Return what builds each of torchvision's classes with its example."""
+    import torchvision.models.detection  # noqa: F401 -- once for all processes, which are forked
+
     detectors = ("FCOS", "FasterRCNN", "KeypointRCNN", "MaskRCNN", "RetinaNet", "SSD", "ssdlite320_mobilenet_v3_large")
     films = ("MViT", "S3D", "SwinTransformer3d", "mc3_18", "r2plus1d_18", "r3d_18")
     return {
