@@ -154,6 +154,7 @@ def patches() -> tuple[Callable[[], bool], ...]:
         wrapping.call_layers_of_attention,
         wrapping.ask_for_blocks,
         wrapping.ask_for_targets,
+        wrapping.ask_for_agreement,
         wrapping.undo_failed_constructors,
         speedup.keep_given_masks,
         speedup.keep_graph_for_all_outputs,

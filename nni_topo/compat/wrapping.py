@@ -34,6 +34,10 @@ target_settings: list[Callable[[Any], dict[str, Any] | None]] = []
 """Functions that get a module and return NNI's settings of its parameters, by name; None: its class's settings."""
 
 
+agreeing: list[Callable[[Pruner, Any, Any], Any]] = []
+"""Functions that get a pruner of NNI, its metrics and its masks, and return the masks that it uses."""
+
+
 def keep_shared_parameters() -> bool:
     """Keep parameters shared between layers while the layers are wrapped and afterwards.
 
@@ -215,6 +219,24 @@ def ask_for_blocks() -> bool:
             change(self.bound_model, self._target_spaces)
 
     Pruner._register_scalers = register_all
+    return True
+
+
+def ask_for_agreement() -> bool:
+    """Let `agreeing` change the masks that a pruner has generated.
+
+    Place: ``nni/compression/base/compressor.py``, ``Pruner.generate_masks``. Cause: NNI's groups couple all channels of
+    their layers one to one, so that its pruners mask different channels in layers that share only some of them.
+    """
+
+    def generate_agreeing(self: Pruner) -> Any:
+        metrics = self._calculate_metrics(self._collect_data())
+        masks = self._generate_sparsity(metrics)
+        for change in agreeing:
+            masks = change(self, metrics, masks)
+        return masks
+
+    Pruner.generate_masks = functools.wraps(Pruner.generate_masks)(generate_agreeing)
     return True
 
 

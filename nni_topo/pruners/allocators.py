@@ -7,6 +7,7 @@ from collections import defaultdict
 
 import numpy as np
 import torch
+from nni.compression.base.compressor import Pruner
 from nni.compression.base.target_space import TargetType
 from nni.compression.pruning.tools.sparse_gen import (
     _expand_masks,
@@ -16,10 +17,11 @@ from nni.compression.pruning.tools.sparse_gen import (
 from numpy.typing import NDArray
 
 from nni_topo.maths.ties import descending
+from nni_topo.network.speedup.dependency import DependencyGroups
 from nni_topo.pruners.agreement import Agreement
 from nni_topo.pruners.hooks import KeptSet, Masks, Metrics, PruningContext, SparsityAllocator, unit_scores
 from nni_topo.pruners.planner import FloatArray
-from nni_topo.pruners.units import PruningUnit
+from nni_topo.pruners.units import KeptBlocks, PruningUnit
 
 _logger = logging.getLogger(__name__)
 
@@ -54,11 +56,44 @@ class ConfigAllocator(SparsityAllocator):
                 "more channels are kept in %s",
                 "; ".join(more),
             )
-        blocked = context.spread({name: torch.from_numpy(each).float() for name, each in agreed.items()})
-        on_device = {m: {t: mask.to(metrics[m][t].device) for t, mask in ts.items()} for m, ts in blocked.items()}
-        masks: Masks = _expand_masks(on_device, context.target_spaces)
-        _add_aligned(masks, context)
-        return dict(masks)
+        return masks_of(agreed, metrics, context)
+
+
+def masks_of(kept: KeptBlocks, metrics: Metrics, context: PruningContext) -> Masks:
+    """Return the masks of units' members, and of the targets aligned to them; ``kept``: kept blocks of some units."""
+    masks: Masks = defaultdict(dict)
+    for unit in context.units:
+        for module, target in unit.members if unit.name in kept else ():
+            blocks = torch.from_numpy(kept[unit.name]).float().reshape(context.metric_shape(module, target))
+            masks[module][target] = blocks.to(metrics[module][target].device)
+    masks = _expand_masks(masks, context.target_spaces)
+    _add_aligned(masks, context)
+    return dict(masks)
+
+
+def with_ties(pruner: Pruner, metrics: Metrics, masks: Masks) -> Masks:
+    """Return the masks of a pruner of NNI, with masks of layers that share some channels as dependency groups say.
+
+    Each layer keeps as many blocks as in ``masks``, or more if the coupling requires it. The package's own pruners
+    select for such layers together anyway.
+    """
+    groups = pruner.config_list
+    if not isinstance(groups, DependencyGroups):
+        return masks
+    context = PruningContext(pruner.bound_model, pruner._target_spaces, ties=groups.ties, shares=groups.shares)
+    units, kept, scores = list[PruningUnit](), KeptBlocks(), dict[str, FloatArray]()
+    for unit in context.units if groups.ties or groups.shares else ():
+        # A pruner of a user's own may have metrics of other shapes, or none.
+        sizes = {metrics.get(module, {}).get(target, torch.empty(0)).numel() for module, target in unit.members}
+        if (unit.ties or unit.shares) and sizes == {unit.blocks}:
+            module, target = unit.members[0]
+            blocks = context.target_spaces[module][target]._scaler.shrink(masks[module][target], keepdim=True)
+            units.append(unit)
+            kept[unit.name] = blocks.reshape(-1).cpu().numpy() > 0.0
+            scores[unit.name] = unit_scores(unit, metrics).numpy()
+    for module, targets in masks_of(Agreement(units)(kept, scores), metrics, context).items():
+        masks[module].update(targets)
+    return masks
 
 
 def keep_highest(unit: PruningUnit, scores: FloatArray, rows: int) -> NDArray[np.bool_]:

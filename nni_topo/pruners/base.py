@@ -216,7 +216,7 @@ class StructuredPruner(Pruner):
         """Return the masks; NNI's three stages call the hooks."""
         self._begin_facts()
         with quiet(self.progress):
-            return super().generate_masks()  # type: ignore[no-any-return]
+            return self._generate_sparsity(self._calculate_metrics(self._collect_data()))
 
     def masks_for(self, budget: Budget) -> Masks:
         """Return the masks for another budget of the same kind and allocation, without putting them into the model.

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
@@ -241,8 +242,10 @@ class BudgetPlanner(Planner):
             self._cost = network_cost(budget.kind, analysis, self.latency_table)
         cost = share_left(units, self._cost, self.rounded)
 
-        def solve(share: float) -> list[int]:
+        def solve(share: float, held: Mapping[int, int] = MappingProxyType({})) -> list[int]:
+            """Return the rows to remove; ``held``: by the index of a unit, the rows that it has to lose."""
             bounds = bounds_under(budget, share, units, cost)
+            bounds = [(held.get(place, low), held.get(place, high)) for place, (low, high) in enumerate(bounds)]
             if budget.allocation == "uniform":
                 rows, steps = [unit.rows for unit in units], [self.step(unit) for unit in units]
                 return solve_uniform(rows, cost, share, bounds, alike=bool(budget.equal_blocks), steps=steps)
@@ -272,7 +275,7 @@ class BudgetPlanner(Planner):
                 (left,) = timed([removed])
         else:
             self._multiples = None
-            removed = solve(share)
+            removed = self._nearest(units, solve(share), lambda held: solve(share, held), cost)
             if self.prefers_multiples:
                 removed = self._in_multiples(units, removed, lambda: solve(share), cost)
             left = cost(removed)
@@ -294,6 +297,48 @@ class BudgetPlanner(Planner):
             warn_if_missed(self.outcome)
         return {unit.name: unit.kept_rows(count) for unit, count in zip(units, removed, strict=True)}
 
+    def _joint(self, units: Sequence[PruningUnit]) -> list[list[int]]:
+        """List the indices of units that may lose a step: with equal blocks all of one width, else one or all tied."""
+        if self.budget.equal_blocks:
+            alike = defaultdict[int, list[int]](list)
+            for place, unit in enumerate(units):
+                alike[unit.rows].append(place)
+            return list(alike.values())
+        return [*([place] for place in range(len(units))), *Agreement(units).together]
+
+    def _nearest(
+        self,
+        units: Sequence[PruningUnit],
+        removed: list[int],
+        solve: Callable[[Mapping[int, int]], list[int]],
+        cost: Callable[[Sequence[int]], float],
+    ) -> list[int]:
+        """Return the rows to remove whose cost is nearest to the budget: ``removed``, if that is near.
+
+        Otherwise each unit whose next step costs more than the tolerance loses one step more, one less, or as many as
+        before, and ``solve`` finds the rows of all other units again.
+        """
+        share = self.budget.share
+        tolerance = budget_outcome(self.budget.kind, share, share, "").tolerance
+        nearest, gap = removed, abs(cost(removed) - share)
+        if gap <= tolerance:
+            return removed
+        bounds = bounds_under(self.budget, share, units, cost)
+        for places in self._joint(units):
+            fewest, choices = min(units[place].rows for place in places), list[dict[int, int]]()
+            for sign in (-1, 0, 1):
+                held = dict[int, int]()
+                for place in places:
+                    step = units[place].rows // fewest * self.step(units[place])
+                    held[place] = min(max(removed[place] + sign * step, bounds[place][0]), bounds[place][1])
+                choices.append(held)
+            alone = [cost([held.get(place, count) for place, count in enumerate(removed)]) for held in choices]
+            if max(alone) - min(alone) > tolerance:
+                for other in map(solve, choices):
+                    if abs(cost(other) - share) < gap:
+                        nearest, gap = other, abs(cost(other) - share)
+        return nearest
+
     def _in_multiples(
         self,
         units: Sequence[PruningUnit],
@@ -310,10 +355,7 @@ class BudgetPlanner(Planner):
         if abs(cost(removed) - share) > tolerance:
             return removed
         self._multiples = preferred_steps(units, _LEAST_STEPS)
-        # With equal blocks, units with equally many rows keep equally many; otherwise each unit is alone.
-        together: dict[Any, list[int]] = defaultdict(list)
-        for place, unit in enumerate(units):
-            together[unit.rows if self.budget.equal_blocks else unit.name].append(place)
+        joint = self._joint(units)
         for _ in range(_FINER):
             rounded = solve()
             left = cost(rounded)
@@ -322,7 +364,7 @@ class BudgetPlanner(Planner):
             # One multiple more or less in one layer may meet the budget.
             bounds = bounds_under(self.budget, share, units, cost)
             coarsest, most = list[int](), 0.0
-            for places in together.values():
+            for places in joint:
                 for sign in (-1, 1):
                     other = list(rounded)
                     for place in places:

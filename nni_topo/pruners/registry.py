@@ -13,8 +13,10 @@ from nni.compression.base.compressor import Pruner
 from nni.compression.utils import Evaluator
 from torch import nn
 
+from nni_topo.compat.wrapping import agreeing
 from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.network.runtime.arguments import CONFIG_LIST, MODEL
+from nni_topo.pruners.allocators import with_ties
 from nni_topo.pruners.checks import check_request, of_single_weights
 from nni_topo.pruners.heads import show_heads_to_nni
 from nni_topo.pruners.hooks import DataCollector, MetricCalculator, SparsityAllocator
@@ -155,7 +157,8 @@ def expose_in_nni() -> None:
     """Make the package's classes attributes of NNI's modules, where NNI's users look for them; NNI has no registry.
 
     It also silences the schedulers' warning that these pruners weren't tested with them. All pruners, NNI's too, can
-    then prune attention heads, and prune transposed convolutions by output channels.
+    then prune attention heads, prune transposed convolutions by output channels, and remove the same channels where
+    layers share some of them.
     """
     own = [cls for info in PRUNERS.table.values() if info.origin == "nni_topo" and isinstance(cls := info.load(), type)]
     for cls in own:
@@ -166,6 +169,8 @@ def expose_in_nni() -> None:
         if is_class(part) and issubclass(part, (DataCollector, MetricCalculator, SparsityAllocator)):
             setattr(nni.compression.pruning.tools, name, part)
     show_heads_to_nni()
+    if with_ties not in agreeing:
+        agreeing.append(with_ties)
     untested = {f"Compatibility not tested with pruner type {cls.__name__}." for cls in own}
     logger = logging.getLogger(f"{_NNI}.scheduled_pruner")
     logger.addFilter(lambda record: record.getMessage() not in untested)

@@ -210,7 +210,23 @@ class Prepared:
         return replace(made, left=self.share_left(made.dense))
 
     def recover(self, share: float) -> Pipeline:
-        """Select channels to keep, reconstruct weights and remove the other channels, without counting costs.
+        """Select channels to keep, reconstruct weights and remove the other channels.
+
+        If the network misses the budget because it costs more or less than planned, say where layers kept channels that
+        were to be removed, the difference is planned away once.
+        """
+        made = self._recover(share)
+        if self.budget.kind == "latency" or made.planned is None:
+            return made
+        left = self.share_left(made.dense)
+        outcome, aim = budget_outcome(self.budget.kind, share, left, ""), share - (left - made.planned.left)
+        if outcome.is_near or math.isclose(left, made.planned.left) or not 0.0 < aim <= 1.0:
+            return made
+        corrected = self._recover(aim)
+        return corrected if abs(self.share_left(corrected.dense) - share) < abs(left - share) else made
+
+    def _recover(self, share: float) -> Pipeline:
+        """Select channels, reconstruct weights and remove channels, with the budget as the pruner counts it.
 
         With the allocation ``"auto"`` the budget is distributed in each way that the pruner offers, and the network
         with the smallest loss on the judging images is kept.

@@ -56,14 +56,14 @@ def partial_couplings(
     selected, free = set(names), dict[str, set[int]]()
     for name in flow.layers:
         if name in selected:
-            free[name] = set(flow.group_ids_of(name).tolist()) - {FIXED}
+            free[name] = set(flow.class_ids_of(name).tolist()) - {FIXED}
     found = dict[str, tuple[int, ...]]()
     for group in coupled_names(free):
-        all_ids = [flow.group_ids_of(name) for name in group]
+        all_ids = [flow.class_ids_of(name) for name in group]
         has_staying = any((ids == FIXED).any() and (ids != FIXED).any() for ids in all_ids)
         if _is_stated(flow, group) and (flow.shuffles or not (with_staying and has_staying)):
             continue
-        # Kept channels aren't coupled with one another, so each gets an id of its own. Only layers with equal group
+        # Kept channels aren't coupled with one another, so each gets an id of its own. Only layers with equal class
         # ids share these ids.
         own = dict[bytes, np.ndarray]()
         for name, ids in zip(group, all_ids, strict=True):
@@ -74,10 +74,9 @@ def partial_couplings(
 
 def _is_stated(flow: ChannelFlow, names: list[str]) -> bool:
     """Tell whether layers are coupled unit by unit in the same order, and no two units of a layer are coupled."""
-    first = flow.group_ids(flow.unit_channel_ids(names[0]))
-    for name in names[1:]:
-        if not np.array_equal(flow.group_ids(flow.unit_channel_ids(name)), first):
-            return False
+    first, *others = [flow.class_ids_of(name)[flow.units(name)[:, 0]] for name in names]
+    if not all(np.array_equal(class_ids, first) for class_ids in others):
+        return False
     free = first[first != FIXED]
     return len(np.unique(free)) == len(free)
 
@@ -103,6 +102,13 @@ def blocks_of(flow: ChannelFlow) -> dict[str, int]:
             are_equal = (sizes == size).all() and (starts % size == 0).all() and len(group_ids) % size == 0
             if are_equal:
                 counts[name] = math.lcm(counts.get(name, 1), len(group_ids) // size)
+        class_ids = flow.class_ids_of(name)
+        pattern = len(np.unique(class_ids))
+        repeats = len(class_ids) // pattern
+        if not np.array_equal(class_ids, group_ids) and np.array_equal(
+            class_ids, np.tile(class_ids[:pattern], repeats)
+        ):
+            counts[name] = math.lcm(counts.get(name, 1), repeats)
     return _with_equal_blocks(flow, counts) if flow.reorders else counts
 
 

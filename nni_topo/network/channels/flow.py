@@ -36,6 +36,7 @@ from nni_topo.network.channels.ids import (
     compressed,
     fixed,
     given_shapes,
+    smallest_of_connected,
     staying,
     varies,
 )
@@ -433,6 +434,37 @@ class ChannelFlow(Propagation):
             if len(counted) > 1:
                 where = f"the attribute {f'{held_at[0]}.{held_at[1]}'.lstrip('.')}"
                 self.blocks.append(Blocks([counted], may_vanish=False, place=where))
+        self._class_ids = self._with_patterns()
+
+    def _with_patterns(self) -> np.ndarray:
+        """Return the class id of each group id: int, (count,).
+
+        Where a group norm or grouped convolution reads blocks of several layers' channels, as after a concatenation,
+        the layers reach equal numbers in all blocks by one pattern: the channels at one position of every block form a
+        class. Other blocks of these channels need the pattern, too: between 4 and 6 channels it repeats every 2.
+        """
+        moved = set[int]()
+        for blocks in self.blocks:
+            if blocks.moves and self.reorders:  # these are chosen by segment instead
+                moved.update(self.group_ids(blocks.ids).tolist())
+        firsts = sorted(layer.first for layer in self.layers.values())
+        waiting = list[tuple[np.ndarray, bool]]()  # group ids, (blocks, channels of a block); whether of several layers
+        for blocks in self.blocks:
+            for side in blocks.sides if blocks.may_vanish else ():
+                ids = self.group_ids(np.stack(side))
+                if len(side) > 1 and moved.isdisjoint(ids.ravel().tolist()):
+                    waiting.append((ids, len(np.unique(np.searchsorted(firsts, ids, "right"))) > 1))
+        class_ids, reached = np.arange(self.size), np.zeros(self.size, dtype=np.bool_)
+        while True:
+            joining = [ids for ids, is_of_several in waiting if is_of_several or reached[ids].any()]
+            waiting = [(ids, False) for ids, is_of_several in waiting if not (is_of_several or reached[ids].any())]
+            if not joining:
+                return class_ids
+            for ids in joining:
+                reached[ids] = True
+                pairs = np.stack(np.broadcast_arrays(class_ids[ids[:1]], class_ids[ids]), -1).reshape(-1, 2)
+                class_ids = smallest_of_connected(pairs, self.size)[class_ids]
+            reached[FIXED] = False
 
     def _dims_before_last(self, args: tuple[Any, ...]) -> dict[str, int]:
         """Return, by name, the channel dimension of free parameters for which it isn't the default.
@@ -629,6 +661,11 @@ class ChannelFlow(Propagation):
         """Look up the group ids of a layer's output channels: int, shape (channels,)."""
         return self.group_ids(self.channel_ids_of(name))
 
+    def class_ids_of(self, name: str) -> np.ndarray:
+        """Look up the class ids of a layer's output channels: int, shape (channels,)."""
+        found: np.ndarray = self._class_ids[self.group_ids_of(name)]
+        return found
+
     def kept(self, chosen: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return which channels stay if layers keep the selected channels: bool, by group id.
 
@@ -651,13 +688,14 @@ class ChannelFlow(Propagation):
         return kept | ~stated
 
     def coupled_with(self, name: str) -> list[str]:
-        """List the other layers that share channels, including kept ones, with a layer, in network order."""
-        shared = np.unique(self._before[self.channel_ids_of(name)])
-        return [
-            other
-            for other in self.layers
-            if other != name and np.isin(self._before[self.channel_ids_of(other)], shared).any()
-        ]
+        """List the other layers that share channels or classes, including kept ones, with a layer, in network order."""
+
+        def labels(layer: str) -> np.ndarray:
+            class_ids = self.class_ids_of(layer)
+            return np.unique(np.concatenate([self._before[self.channel_ids_of(layer)], class_ids[class_ids != FIXED]]))
+
+        shared = labels(name)
+        return [other for other in self.layers if other != name and np.isin(labels(other), shared).any()]
 
     def coupling_operations(self, name: str) -> list[Node]:
         """List the operations that couple a layer's channels with others or with one another, in network order."""
@@ -681,7 +719,10 @@ class ChannelFlow(Propagation):
     def why_pinned(self, name: str) -> reasons.Reasons:
         """Return the reasons why channels of a layer can never be removed, each once."""
         group_ids = self._before[self.channel_ids_of(name)].tolist()
-        return tuple(dict.fromkeys(self._reasons[group_id] for group_id in group_ids if group_id in self._reasons))
+        found = [self._reasons[group_id] for group_id in group_ids if group_id in self._reasons]
+        if ((self.class_ids_of(name) == FIXED) & (self.group_ids_of(name) != FIXED)).any():
+            found.append(reasons.blocks_equal(self.block_places(name)))
+        return tuple(dict.fromkeys(found))
 
     def reaches_output(self, name: str) -> bool:
         """Tell whether any channel of a layer is in the model's output, and so has to stay."""

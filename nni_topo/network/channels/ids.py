@@ -9,6 +9,8 @@ says which channel each entry belongs to. Terms of this package:
   kept.
 - block: channels that an operation reads as a unit, such as a group of a convolution or norm. All blocks of an
   operation have to keep the same number of channels.
+- class id: the smallest group id among channels that pruners remove together. It is the group id, except where an
+  operation reads blocks of several layers' channels: these layers lose the same channels of every block.
 - piece: one output of an operation that splits a tensor, such as chunk.
 - segment: the channels of one layer that go to the same pieces.
 - place: a position in a tensor or along one of its dimensions, such as a pixel or a token. The place of a node is the
@@ -214,11 +216,7 @@ class ChannelIds:
         """Return the group id of each channel, int, (count,), given arrays of coupled pairs."""
         pairs = np.concatenate(arrays)
         while True:
-            graph = coo_matrix((np.ones(len(pairs), dtype=bool), pairs.T), shape=(self.count, self.count))
-            _, firsts, parts = np.unique(
-                connected_components(graph, directed=False)[1], return_index=True, return_inverse=True
-            )
-            found: np.ndarray = firsts[parts]
+            found = smallest_of_connected(pairs, self.count)
             more = list[np.ndarray]()
             for ids, rows in self._rows:
                 first = rows[:, 0]
@@ -242,6 +240,14 @@ class ChannelIds:
                 is_kept = bool(np.isin(viewed, staying).all())
                 found[each.owner] = ForeignWidth(known.dim, known.by_kept or is_kept, known.times + 1)
         return found
+
+
+def smallest_of_connected(pairs: np.ndarray, count: int) -> np.ndarray:
+    """Return for each id below ``count`` the smallest id that pairs, (pairs, 2), connect with it: int, (count,)."""
+    graph = coo_matrix((np.ones(len(pairs), dtype=bool), pairs.T), shape=(count, count))
+    _, firsts, parts = np.unique(connected_components(graph, directed=False)[1], return_index=True, return_inverse=True)
+    found: np.ndarray = firsts[parts]
+    return found
 
 
 def fixed(leaf: Any) -> Any:

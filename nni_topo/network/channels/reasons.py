@@ -100,6 +100,10 @@ _ADVICE: dict[str, str] = {
     ),
     "one_head": "give the attention more heads than one",
     "only_head": "give the attention more heads than one",
+    "blocks_equal": (
+        "choose a number of groups with which every group of the norm or convolution holds channels of one layer, or "
+        "{leave_out}"
+    ),
     "shared_by_heads": "prune heads: each pruned head loses its queries",
     "fixed_sizes": "read the sizes from the tensor (x.shape), or give -1 for the dimension of the channels",
     "result_depends": (

@@ -70,9 +70,10 @@ class DependencyGroups(list[dict[str, Any]]):
         The layers in ``op_names``. The package's pruners raise if they can't prune one of these; other layers that they
         can't prune keep all channels, with a warning.
     ties : mapping of str to tuple of int
-        By layer that shares only some channels with other layers, or shares channels with itself: a number for each
-        channel, (channels,). Channels with equal numbers are removed together; those with a negative number are kept.
-        The package's pruners follow it; NNI's entries can't express it.
+        By layer that shares only some channels with other layers, or shares channels with itself, or has channels in
+        the same blocks as other layers: a number for each channel, (channels,). Channels with equal numbers are removed
+        together; those with a negative number are kept. The pruners follow it, NNI's own too; NNI's entries can't
+        express it.
     shares : mapping of str to Share
         By layer whose channels are shuffled and split: how many channels of each segment are kept at the ratio of the
         layer's entry. Used like ``ties``.
@@ -191,9 +192,11 @@ def dependency_groups(
     names both, and ``skipped`` has the layer. A depth-wise convolution needn't be selected: it loses the channels of
     the layer before it. If several layers come before it, it gets no entry, because NNI can't express such a group, and
     loses the channels that these lose. If layers share only some channels, as through a concatenation or a split before
-    an addition, ``ties`` says which. The package's pruners then prune as close to each layer's ratio as the coupling
-    allows. NNI's pruners choose channels for each layer separately, and `to_dense` keeps every channel that any of the
-    layers keeps. Layers that share a weight are coupled, like one layer that is called twice.
+    an addition, ``ties`` says which; it also couples layers whose concatenation a group norm or grouped convolution
+    reads, at equal positions of all blocks. The pruners, NNI's own too, then prune as close to each layer's ratio as
+    the coupling allows. Given ``list(groups)``, NNI's pruners choose channels for each layer separately, and
+    `to_dense` keeps every channel that any of the layers keeps. Layers that share a weight are coupled, like one layer
+    that is called twice.
 
     Layers that compute queries, keys or values of attention lose whole heads: they get a granularity and a group. The
     output projection loses rows if every layer that adds to the residual stream is selected, or if ``op_names`` has it;
@@ -278,7 +281,7 @@ def groups_of(
     by_row = selection.layers - left_out.keys() - projections.keys()
     in_part = dict[str, Reasons]()  # by layer that loses some channels, why it keeps others
     for name in flow.layers:
-        if name in by_row and FIXED in flow.group_ids_of(name):
+        if name in by_row and FIXED in flow.class_ids_of(name):
             in_part[name] = flow.why_pinned(name)
     for name, why in left_out.items() if strict else ():
         if why != (reasons.model_output(),):
@@ -298,8 +301,8 @@ def groups_of(
     ties = partial_couplings(flow, by_row - followers)
     skipped = reasons.as_text(left_out)
     for name, why in in_part.items():
-        group_ids = flow.group_ids_of(name)
-        skipped[name] = reasons.in_part(int((group_ids == FIXED).sum()), len(group_ids), why)
+        class_ids = flow.class_ids_of(name)
+        skipped[name] = reasons.in_part(int((class_ids == FIXED).sum()), len(class_ids), why)
     held = held_by_unselected(flow, DependencyGroups(entries).layers())
     alone = {name: (reasons.unselected(others),) for name, others in held.items()}
     skipped |= reasons.as_text(alone)
@@ -441,6 +444,8 @@ def unprunable_layers(analysis: Analysis, names: Sequence[str]) -> dict[str, Rea
             attention = flow.heads.get(name)
             own = reasons.coupled_with_itself() if attention is None else reasons.only_head(attention.name)
             skipped[name] = (own,)
+        elif not is_pinned and len(set(flow.class_ids_of(name).tolist())) == 1 < len(group_ids):
+            skipped[name] = (reasons.blocks_equal(flow.block_places(name)),)
         elif is_pinned or flow.reaches_output(name):
             in_parts = is_in_parts(flow.traced.graph)
             skipped[name] = (reasons.untraced_output() if in_parts else reasons.model_output(),)
@@ -467,15 +472,15 @@ def held_by_unselected(flow: ChannelFlow, groups: Iterable[Collection[str]]) -> 
     owners = dict[int, list[str]]()  # by channel, the unselected layers that share it
     for name, layer in flow.layers.items():
         if name not in selected and not layer.depthwise:  # a depth-wise convolution follows the layer before it
-            for group_id in set(flow.group_ids_of(name).tolist()) - {FIXED}:
-                owners.setdefault(group_id, []).append(name)
+            for class_id in set(flow.class_ids_of(name).tolist()) - {FIXED}:
+                owners.setdefault(class_id, []).append(name)
     held = dict[str, tuple[str, ...]]()
     for group in groups:
         partners = dict[str, dict[str, None]]()
         for name in group:
-            group_ids = set(flow.group_ids_of(name).tolist()) - {FIXED} if name in flow.layers else set[int]()
-            if group_ids and group_ids <= owners.keys():
-                partners[name] = {other: None for group_id in sorted(group_ids) for other in owners[group_id]}
+            class_ids = set(flow.class_ids_of(name).tolist()) - {FIXED} if name in flow.layers else set[int]()
+            if class_ids and class_ids <= owners.keys():
+                partners[name] = {other: None for class_id in sorted(class_ids) for other in owners[class_id]}
         if partners.keys() == set(group):
             held |= {name: tuple(others) for name, others in partners.items()}
     return held

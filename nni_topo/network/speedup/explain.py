@@ -181,7 +181,7 @@ def explain(model: nn.Module, example_inputs: Any, layer: str) -> Explanation:
     if layer not in flow.layers:
         return Explanation(layer, channels, channels, reasons=why)
     channels = flow.layers[layer].channels
-    kept = channels if why else int((flow.group_ids_of(layer) == FIXED).sum())
+    kept = channels if why else int((flow.class_ids_of(layer) == FIXED).sum())
     coupled = tuple(flow.coupled_with(layer))
     couplings = []
     if coupled or any(reason.kind == "coupled_with_itself" for reason in why):

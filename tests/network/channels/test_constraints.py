@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from nni.compression.pruning import FPGMPruner, L1NormPruner, L2NormPruner
 from partly_tied_nets import NETS, Block, make
 from speedup_nets import masks_of
 from torch import nn
@@ -19,6 +20,9 @@ PRUNERS = {
     "l1": lambda model, config: nni_topo.MatrixPruner(model, config, norm=1),
     "random": lambda model, config: nni_topo.RandomPruner(model, config, seed=3),
     "topological": nni_topo.TopologicalPruner,
+    "NNI's l1": L1NormPruner,
+    "NNI's l2": L2NormPruner,
+    "NNI's fpgm": FPGMPruner,
 }
 
 
@@ -40,8 +44,8 @@ def rows(masks):
     }
 
 
-@pytest.mark.parametrize(("name", "pruner"), [*zip(NETS, itertools.cycle(PRUNERS), strict=False)])
-@pytest.mark.quick_every(3)
+@pytest.mark.parametrize(("name", "pruner"), list(itertools.product(NETS, PRUNERS)))
+@pytest.mark.quick_every(5)
 def test_half_of_the_channels_go_and_the_dense_model_computes_the_same(name, pruner, caplog):
     model = make(name)
     groups = dependency_groups(model, IMAGES, HALF)
@@ -161,7 +165,7 @@ class Gated(nn.Module):
         return self.head(self.leave(torch.nn.functional.silu(gate) * values))
 
 
-@pytest.mark.parametrize(("shape", "pruner"), [((4, 6), "l1"), ((2, 4, 5, 6), "random")])
+@pytest.mark.parametrize(("shape", "pruner"), [((4, 6), "l1"), ((2, 4, 5, 6), "random"), ((4, 6), "NNI's l1")])
 def test_both_halves_of_a_gated_layer_go_alike_of_states_in_any_shape(shape, pruner):
     torch.manual_seed(0)
     model, states = Gated().eval(), torch.randn(*shape)

@@ -9,7 +9,7 @@ from nni_topo.network.channels.reasons import Reason, Sentence, advice
 
 # The kinds that masks or a request bring about, not the model.
 BY_MASKS = {
-    "blocks_equal", "coupled_with_itself", "last_read", "norm_follows", "not_asked",
+    "coupled_with_itself", "last_read", "norm_follows", "not_asked",
     "rounding", "shared",
 }  # fmt: skip
 
