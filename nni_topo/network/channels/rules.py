@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import inspect
 import operator as operator_module
+import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -1109,23 +1110,33 @@ def _layer_norm(op: Operation) -> Any:
 # Products.
 
 
-@rule("matmul", "bmm", "rmatmul", "imatmul")
+@rule("matmul", "mm", "bmm", "rmatmul", "imatmul")
 def _product(op: Operation) -> Any:
     """Couple the channels over which a matrix product sums; channels of other rows or columns stay where they are."""
     if op.shape is None or len(op.ids) != 2:
         return op.by_place(known=False)
-    is_own = [isinstance(node, Node) and node.op == "get_attr" for node in op.node.args[:2]]
     one, other = op.ids
-    return _multiplied(op, one, other, op.shape, is_own)
+    return _multiplied(op, one, other, op.shape, [_is_attribute(op, 0, "input"), _is_attribute(op, 1, *_SECOND)])
 
 
-@rule("baddbmm")
+_SECOND = ("other", "mat2", "tensor2")
+
+
+def _is_attribute(op: Operation, at: int, *names: str) -> bool:
+    """Tell whether an argument is a parameter or constant of the model."""
+    node = _argument(op.node.args, op.node.kwargs, at, names)
+    return isinstance(node, Node) and node.op == "get_attr"
+
+
+@rule("addmm", "baddbmm")
 def _product_added(op: Operation) -> Any:
     """Follow a matrix product that is added to a tensor."""
     if op.shape is None or len(op.ids) != 3:
         return op.all_kept()
-    one, other = op.argument(1, "batch1"), op.argument(2, "batch2")
-    product, added = _multiplied(op, one, other, op.shape, [False, False]), op.argument(0, "input")
+    names = ("mat1", "batch1"), ("mat2", "batch2")
+    one, other = (op.argument(at, *names[at - 1]) for at in (1, 2))
+    is_own = [_is_attribute(op, at, *names[at - 1]) for at in (1, 2)]
+    product, added = _multiplied(op, one, other, op.shape, is_own), op.argument(0, "input")
     sizes = (1,) * (product.dim() - added.dim()) + tuple(added.shape)
     if all(sizes[d] == 1 for d in _varying(product)) and not _varying(added):
         return product  # the same is added to all channels
@@ -1291,14 +1302,14 @@ def _attention(op: Operation) -> Any:
     return value[..., :1, :].repeat_interleave(shared_by, -3).expand(op.shape or ())
 
 
-@rule("einsum")
+@rule("einsum", "tensordot", "inner", "outer")
 def _einstein_sum(op: Operation) -> Any:
     """Follow channels by the letters of their dimensions, as in ``"bqc,bkc->bqk"``; heads are removed as a whole.
 
     Channels of one letter are coupled, and go to the output's dimension of that letter, or are summed over. A free
     parameter that mixes places, such as a graph's adjacency matrix in ``"nm,bmc->bnc"``, keeps its size.
     """
-    read = einsum_letters(op.args[0] if op.args else None, [tuple(each.shape) for each in op.ids])
+    read = letters_of(op.node, [tuple(each.shape) for each in op.ids])
     if read is None or op.shape is None or len(read[1]) != len(op.shape):
         return op.all_kept()
     operands, output = read
@@ -1391,10 +1402,30 @@ def _is_own(ids: Tensor, channels: ChannelIds) -> bool:
     return bool(held.size and own and np.any(own, axis=0).all())
 
 
-def einsum_letters(equation: Any, shapes: list[tuple[int, ...]]) -> tuple[list[str], str] | None:
-    """Return a letter for each dimension of each operand, and of the output; None if the call isn't supported."""
-    if not isinstance(equation, str):
+def letters_of(node: Node, shapes: list[tuple[int, ...]]) -> tuple[list[str], str] | None:
+    """Return a letter for each dimension of each operand of a product, and of its output; None if it isn't supported.
+
+    ``shapes``: of the operands.
+    """
+    if operation_name(node) == "einsum":
+        equation = node.args[0] if node.args else None
+        return _letters_of_equation(equation, shapes) if isinstance(equation, str) else None
+    if len(shapes) != 2:
         return None
+    one, other = (string.ascii_letters[26 * at : 26 * at + len(shape)] for at, shape in enumerate(shapes))
+    summed: Any = {"inner": ([-1], [-1]), "outer": ([], [])}.get(operation_name(node))
+    if summed is None:
+        summed = _argument(node.args, node.kwargs, 2, ("dims",), 2)
+    if isinstance(summed, int):  # the last dimensions of one with the first of the other
+        summed = [*range(-summed, 0)], [*range(summed)]
+    if not isinstance(summed, (tuple, list)):
+        return None
+    for first, second in zip(*summed, strict=True):
+        other = other.replace(other[second], one[first])
+    return [one, other], "".join(letter for letter in one + other if (one + other).count(letter) == 1)
+
+
+def _letters_of_equation(equation: str, shapes: list[tuple[int, ...]]) -> tuple[list[str], str] | None:
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     operands = inputs.split(",")
     if len(operands) != len(shapes):

@@ -15,7 +15,7 @@ from torch.fx import Graph, Node
 
 from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.channels.ids import FIXED
-from nni_topo.network.channels.rules import einsum_letters, operation_name
+from nni_topo.network.channels.rules import letters_of, operation_name
 from nni_topo.network.cost.measure import count_macs, count_params, counted_run
 from nni_topo.network.graph.nodes import tensor_shape
 from nni_topo.network.graph.tracing import layer_sizes
@@ -309,14 +309,14 @@ def products_of(graph: Graph, flow: ChannelFlow, times: int) -> list[Product]:
                 multiply(query, key.at(*range(len(key.shape) - 2), -1, -2))
                 shape = (*query.shape[:-1], key.shape[-2])
                 multiply(_Factor(torch.full((1,) * len(shape), FIXED), shape), value)
-        elif name == "einsum":
-            operands = node.args[1:]
+        elif name in ("einsum", "tensordot", "inner", "outer"):
+            operands = node.args[1:] if name == "einsum" else node.args[:2]
             if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
                 operands = operands[0]
             factors = [each for each in map(factor, operands) if each is not None]
             if len(operands) != 2 or len(factors) != 2:
                 continue  # products of three or more factors count as not pruned
-            read = einsum_letters(node.args[0], [each.shape for each in factors])
+            read = letters_of(node, [each.shape for each in factors])
             if read is not None:
                 letters = list(dict.fromkeys("".join(read[0])))
                 placed = []

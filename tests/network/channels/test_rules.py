@@ -341,6 +341,21 @@ CALLS = {
         ),
         "added product of rows": (lambda n: torch.baddbmm(n.x[:, :1, :1], n.a, rows(n.x)), "1x4x1: a*"),
         "added to rows": (lambda n: torch.baddbmm(n.b[:, :, :2], n.a, rows(n.x)), "1x4x1: b*; a: b*"),
+        "mm": (lambda n: torch.mm(n.a[0].T, n.p(4, 5)), "1x1: 0; p1 in 0: a*"),
+        "mm of rows": (lambda n: n.a[0].mm(n.x[0].T), "4x1: a*"),
+        "addmm": (lambda n: torch.addmm(n.x[0, 0, :5], n.a[0].T, n.p(4, 5)), "1x1: 0; p1 in 0: a*"),
+        "addmm by name": (
+            lambda n: torch.addmm(mat2=n.p(4, 5), mat1=n.a[0].T, input=n.x[0, 0, :5]),
+            "1x1: 0; p1 in 0: a*",
+        ),
+        "tensordot": (lambda n: torch.tensordot(rows(n.a), n.p(4, 5), dims=1), "1x1x1: 0; p1 in 0: a*"),
+        "tensordot of given dimensions": (
+            lambda n: torch.tensordot(n.a, n.b, dims=([0, 1], [0, 1])),
+            "1x1: 0; b: a*",
+        ),
+        "tensordot of pixels": (lambda n: torch.tensordot(n.a, n.x, ([0, 2], [0, 2])), "4x1: a*"),
+        "inner": (lambda n: torch.inner(rows(n.a)[0], rows(n.b)[0]), "1x1: 0; b: a*"),
+        "outer": (lambda n: torch.outer(n.a[0, :, 0], n.x[0, 0]), "4x1: a*"),
         "linear": (lambda n: functional.linear(rows(n.a), n.p(4, 4)), "1x1x1: 0; p1 in 1: a*; summed"),
         "rows of a matrix of ones own": (
             lambda n: n.p(4, 2) @ n.x + n.a,
