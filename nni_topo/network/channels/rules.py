@@ -203,15 +203,13 @@ class Operation:
 
         ``reduces``: whether the output lacks these dimensions, or has them with length 1.
         """
-        first = self.ids[0]
-        held = [d for d in dims if varies(first, d)]
-        if held and adds:
+        held = [d for d in dims if varies(self.ids[0], d)]
+        if held and adds and (not reduces or held == _varying(self.ids[0])):
             self.channels.summed.add(self.node.name)
         elif held:
-            entries = compressed(first).movedim(held, list(range(len(held))))
-            rows = entries.flatten(0, len(held) - 1).flatten(1) if entries.dim() > len(held) else entries.reshape(-1, 1)
-            # If all entries along a dimension are coupled, they are removed together, with the result.
-            self.channels.pin_unless_tied(rows.numpy(), reasons.result_depends(self.node))
+            whole = self.whole_rows(self.ids[0], held)
+            if reduces or self.shape != tuple(self.ids[0].shape):
+                self.ids[0] = whole
         if len(self.ids) > 1 and self.shape is not None and meet_alike(self.ids, self.shape):
             return self.met(self.ids, self.shape)
         if len(self.ids) > 1:
@@ -220,6 +218,25 @@ class Operation:
             # If it returns fewer entries than it reads (topk), the operation is the reason, not the way it is called.
             return self.carried(self.ids, carry, reasons.result_depends(self.node) if held and not adds else None)
         return self.carried(self.ids, lambda ids, shape: carry_reduced(ids, shape, dims))
+
+    def whole_rows(self, ids: Tensor, dims: list[int]) -> Tensor:
+        """Remove entries along dimensions together, or keep them; return ids that don't differ along these.
+
+        Such entries are the pixels of a channel that a view made of a linear layer's outputs, or the channels of a
+        head. They are coupled if channels, or heads, come before them. Otherwise they are kept unless they are coupled
+        anyway.
+        """
+        first = ids
+        for d in dims:
+            first = first.narrow(d, 0, 1)
+        outer = [d for d in _varying(ids) if d not in dims]
+        if outer and outer[0] < dims[0]:
+            self.couple(first, ids)
+        else:
+            entries = compressed(ids).movedim(dims, list(range(len(dims))))
+            rows = entries.flatten(0, len(dims) - 1).flatten(1) if outer else entries.reshape(-1, 1)
+            self.channels.pin_unless_tied(rows.numpy(), reasons.result_depends(self.node))
+        return first.expand(ids.shape) if outer else ids
 
 
 def _argument(
@@ -278,7 +295,8 @@ class Dims:
     """The dimensions along which an operator works, and what it does there."""
 
     at: int | None  # position of the argument ``dim``, the tensor's being 0; None: by name only
-    default: int | tuple[int, ...] | Callable[[int], int] | None  # without the argument; None: all dimensions
+    # Without the argument; None: all dimensions.
+    default: int | tuple[int, ...] | Callable[[int], int | tuple[int, ...]] | None
     adds: bool = False  # zeros don't change the result
     reduces: bool = False  # the output lacks the dimensions, or has them with length 1
 
@@ -440,11 +458,20 @@ def _joined(op: Operation) -> Any:
     return torch.from_numpy(op.channels.settled()[1])[moved]
 
 
-@rule("pad")
+@rule(
+    "pad", nn.modules.padding._ConstantPadNd, nn.modules.padding._ReflectionPadNd,
+    nn.modules.padding._ReplicationPadNd, nn.modules.padding._CircularPadNd,
+)  # fmt: skip
 def _padded(op: Operation) -> Any:
     """Follow padding: entries added along channels are kept; entries added along other dimensions get their ids."""
-    ids, ends = op.ids[0], op.argument(1, "pad")
-    mode = op.argument(2, "mode", default="constant")
+    ids = op.ids[0]
+    if op.module is None:
+        ends, mode = op.argument(1, "pad"), op.argument(2, "mode", default="constant")
+    else:
+        ends, mode = op.module.padding, "constant" if hasattr(op.module, "value") else "reflect"
+    places = [d for d in _varying(ids) if any(ends[2 * (ids.dim() - 1 - d) :][:2])]
+    if places and places != _varying(ids):
+        ids = op.whole_rows(ids, places)
     spare = list(ends)
     for d in range(ids.dim()):
         at = 2 * (ids.dim() - 1 - d)
@@ -525,19 +552,20 @@ def _taken_apart(op: Operation, moved: Tensor, sizes: Any) -> Tensor:
     if len(op.ids) != 1 or len(_varying(op.ids[0])) != 1:
         return moved
     places = _varying(moved)
-    if len(places) != 2 or len(sizes) <= places[1]:
+    if len(places) < 2 or len(sizes) <= places[-1]:
         return moved
     # Numbers, and numbers computed from attributes, are fixed.
-    count_is_fixed, length_is_fixed = (
+    fixed_sizes = [
         (isinstance(sizes[d], int) or is_computed_of_attributes(sizes[d])) and sizes[d] != -1 for d in places
-    )
-    rows = moved.movedim(places, (0, 1)).flatten(2)[:, :, 0].numpy()
-    if count_is_fixed and not length_is_fixed:
-        is_counted = isinstance(sizes[places[0]], TracedInt)
+    ]
+    first, *rest = fixed_sizes
+    is_counted = isinstance(sizes[places[0]], TracedInt)
+    rows = moved.movedim(places, list(range(len(places)))).flatten(len(places))[..., 0].flatten(1).numpy()
+    if first and len(rest) == 1 and not rest[0]:
         where = described(op.node)
         op.channels.blocks.append(Blocks([list(rows)], may_vanish=False, moves=True, place=where, counted=is_counted))
         op.channels.reorders = True
-    elif length_is_fixed and not count_is_fixed:
+    elif all(rest) and (not first or (is_counted and not any(isinstance(sizes[d], TracedInt) for d in places[1:]))):
         op.channels.tie(rows[:, :1], rows)
     return moved
 
@@ -1016,6 +1044,11 @@ def _counted(size: Any, channels: ChannelIds) -> Tensor | None:
 # Operators that work along dimensions.
 
 
+def _places_of_images(rank: int) -> tuple[int, ...]:
+    """List the dimensions after the channels."""
+    return tuple(range(2, rank))
+
+
 # Zeros don't change their results.
 @rule("sum", "nansum", "any", "count_nonzero", dims=Dims(1, None, adds=True, reduces=True))
 @rule("norm", "linalg_vector_norm", "linalg_norm", dims=Dims(2, None, adds=True, reduces=True))
@@ -1057,6 +1090,9 @@ def _counted(size: Any, channels: ChannelIds) -> Tensor | None:
     "max_pool3d", "avg_pool3d", "adaptive_max_pool3d", "adaptive_avg_pool3d", "lp_pool3d", nn.MaxPool3d, nn.AvgPool3d,
     nn.LPPool3d, nn.AdaptiveMaxPool3d, nn.AdaptiveAvgPool3d, dims=Dims(None, (-3, -2, -1)),
 )  # fmt: skip
+@rule(
+    "interpolate", "upsample", "upsample_nearest", "upsample_bilinear", nn.Upsample, dims=Dims(None, _places_of_images)
+)
 def _works_along(op: Operation) -> Any:
     """Follow an operator whose rule needs no more than the dimensions along which it works."""
     where: Dims = op.rule.dims  # type: ignore[assignment, union-attr]
