@@ -53,6 +53,7 @@ from nni_topo.network.channels.rules import (
 )
 from nni_topo.network.graph.nodes import (
     AS_NUMBERS,
+    COMPARED,
     RANDOM,
     UNUSED,
     described,
@@ -61,9 +62,9 @@ from nni_topo.network.graph.nodes import (
     place,
     tensor_shape,
 )
-from nni_topo.network.graph.traced_int import TracedInt, attribute_channels, fold_numbers
+from nni_topo.network.graph.traced_int import TracedInt, attribute_channels, attribute_sizes_in, fold_numbers
 from nni_topo.network.layers.derived import is_head
-from nni_topo.network.layers.integer_attributes import Place
+from nni_topo.network.layers.integer_attributes import LAYER_WIDTHS, Place, is_of_torch
 from nni_topo.network.layers.kinds import (
     CONVOLUTIONS,
     NORMS,
@@ -410,6 +411,7 @@ class ChannelFlow(Propagation):
             if name in self.layers:
                 self._given.pin(self.channel_ids_of(name)[is_read], reason)
         attribute_sizes = attribute_channels(graph_module.graph, self.ids, self._given.settled()[0])
+        self._follow_layer_widths(attribute_sizes)
         fold_numbers(graph_module.graph, attribute_sizes.keys())
         self._keep_fixed_places(attribute_sizes.keys())
         self._keep_shuffled_into_groups()
@@ -598,6 +600,28 @@ class ChannelFlow(Propagation):
                     held[part] = True
                 if held.any():
                     self._given.pin(entering.flatten().numpy()[held], rule.why_held(node))
+
+    def _follow_layer_widths(self, following: dict[Place, list[tuple[int, np.ndarray]]]) -> None:
+        """Let widths of PyTorch's layers that a forward reads, as ``self.conv.in_channels``, count their own channels.
+
+        ``following``: the channels that attributes count, by place. If it isn't known what the forward does with a
+        width, the layer keeps these channels.
+        """
+        read: dict[Place, Node] = {}
+        for node in self.traced.graph.nodes:
+            places = [size.place for size in attribute_sizes_in((node.args, node.kwargs)) if size.place is not None]
+            places += [place for place, _ in node.meta.get(COMPARED, ())]
+            read.update(dict.fromkeys(places, node))
+        for (name, key, path), node in read.items():
+            if key not in LAYER_WIDTHS or name not in self._called or not is_of_torch(self.fetch_attr(name)):
+                continue
+            is_made = key in ("out_channels", "out_features", "embedding_dim") and name in self.layers
+            channels = self.channel_ids_of(name) if is_made else self.entering_channel_ids(name)
+            uses = following.pop((name, key, path), [])
+            if uses and all(parts == 1 and len(counted) == len(channels) for parts, counted in uses):
+                following[name, key, path] = [*uses, (1, channels)]
+            else:
+                self._given.pin(np.unique(channels), reasons.number_made(node))
 
     def _keep_shuffled_into_groups(self) -> None:
         """Keep shuffled channels that a grouped convolution reads: the dense model would put them into other groups."""

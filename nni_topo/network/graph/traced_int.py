@@ -21,7 +21,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
 from nni_topo.network.graph.nodes import COMPARED, leaves_of, plain_name, tensor_shape
-from nni_topo.network.layers.integer_attributes import Place, numbers_in, numbers_read, with_numbers
+from nni_topo.network.layers.integer_attributes import Place, layer_widths, numbers_in, numbers_read, with_numbers
 
 
 class UnclearPlaces(set[Place]):
@@ -50,7 +50,7 @@ class UnclearPlaces(set[Place]):
         shown = set[tuple[Place, ...]]()
         for node in graph.nodes:
             shown.update(
-                tuple(size.places) for size in _attribute_sizes((node.args, node.kwargs)) if size.per is not None
+                tuple(size.places) for size in attribute_sizes_in((node.args, node.kwargs)) if size.per is not None
             )
         before = -1
         while before != len(self):
@@ -250,7 +250,7 @@ for _name in _NOTED:
 def attributes_traced(model: nn.Module) -> Iterator[UnclearPlaces]:
     """Turn integers in attributes into `TracedInt` within the block; yield the places with uses that no graph shows."""
     before, unclear = [], UnclearPlaces()
-    for module, name, key, value in numbers_read(model):
+    for module, name, key, value in (*numbers_read(model), *layer_widths(model)):
         owner, _, last = key.rpartition(".")
         before.append((getattr(module, owner) if owner else module, last, module, name, key, value))
     try:
@@ -300,11 +300,11 @@ def forget_places(graph: Graph, places: set[Place]) -> None:
         return _plain(leaf) if isinstance(leaf, TracedInt) and known & set(leaf.places) else leaf
 
     for node in graph.nodes:
-        if _attribute_sizes((node.args, node.kwargs)):
+        if attribute_sizes_in((node.args, node.kwargs)):
             node.args, node.kwargs = map_aggregate((node.args, node.kwargs), plain)
 
 
-def _attribute_sizes(given: Any) -> list[TracedInt]:
+def attribute_sizes_in(given: Any) -> list[TracedInt]:
     """List the numbers in a node's arguments that attributes hold."""
     return [each for each in leaves_of(given) if isinstance(each, TracedInt)]
 
@@ -329,7 +329,7 @@ def attribute_channels(
             for parent in node.all_input_nodes:
                 for size in _computed_of(parent):
                     unclear.update(size.places)
-        sizes = _attribute_sizes((node.args, node.kwargs))
+        sizes = attribute_sizes_in((node.args, node.kwargs))
         if not sizes:
             continue
         uses = list(_uses(node, ids, groups))
@@ -396,7 +396,7 @@ def _computed_of(node: Node) -> list[TracedInt]:
     """List the attributes' numbers from which a node computes a number; empty if it needs anything else."""
     if not is_computed_of_attributes(node):
         return []
-    found = _attribute_sizes(node.args)
+    found = attribute_sizes_in(node.args)
     for each in node.all_input_nodes:
         found += _computed_of(each)
     return found
@@ -407,12 +407,17 @@ def _uses(node: Node, ids: dict[str, Any], groups: np.ndarray) -> Iterator[tuple
     name, args, leaving = plain_name(node), node.args, ids.get(node.name)
     nothing = np.zeros(0, dtype=np.int64)
     if name == "repeat_interleave":  # a number of repetitions counts no channels
-        for size in _attribute_sizes((args, node.kwargs)):
+        for size in attribute_sizes_in((args, node.kwargs)):
             yield size, nothing
-    elif name in ("view", "reshape", "expand", "broadcast_to", *_MAKING, *_REPEATING):
+    elif name in ("view", "reshape", "unflatten", "expand", "broadcast_to", *_MAKING, *_REPEATING):
         is_made = name in _MAKING
         sizes: Any = args if is_made and not name.startswith("new_") else args[1:]
         sizes = sizes[0] if sizes and isinstance(sizes[0], (tuple, list)) else sizes
+        if name == "unflatten":
+            dim: Any = node.kwargs.get("dim", args[1] if len(args) > 1 else 0)
+            shape = tensor_shape(node.all_input_nodes[0])
+            parts: Any = node.kwargs.get("sizes", args[-1])
+            sizes = (1,) * (dim % len(shape or (1,))) + tuple(parts if isinstance(parts, (tuple, list)) else ())
         if name in _REPEATING and isinstance(leaving, Tensor):
             sizes = (1,) * (leaving.dim() - len(sizes)) + tuple(sizes)
         for d, size in enumerate(sizes):
@@ -427,7 +432,8 @@ def _uses(node: Node, ids: dict[str, Any], groups: np.ndarray) -> Iterator[tuple
         if isinstance(by_channel, TracedInt):
             yield by_channel, _ids_in(leaving, 1)
     elif name in ("split", "split_with_sizes", "getitem") and len(args) > 1 and isinstance(args[0], Node):
-        entering, shape, sizes = ids.get(args[0].name), tensor_shape(args[0]), args[1]
+        shape, sizes = tensor_shape(args[0]), args[1]
+        entering = ids.get(args[0].name)
         if name == "getitem":
             cuts = sizes if isinstance(sizes, tuple) and all(isinstance(each, slice) for each in sizes) else ()
             for d, cut in enumerate(cuts):
@@ -436,7 +442,7 @@ def _uses(node: Node, ids: dict[str, Any], groups: np.ndarray) -> Iterator[tuple
                         row = _ids_in(entering, d)
                         yield end, None if row is None else row[:end]
             return
-        dim: Any = node.kwargs.get("dim", args[2] if len(args) > 2 else 0)
+        dim = node.kwargs.get("dim", args[2] if len(args) > 2 else 0)
         row = _ids_in(entering, dim)
         # If all channels are kept, their ids are equal, and stored as one.
         if row is None or (shape is not None and len(row) != shape[dim]):
@@ -475,7 +481,7 @@ def _ids_in(ids: Any, dim: Any, size: int | None = None) -> np.ndarray | None:
 
 def resized(given: Any, sizes: dict[Place, int]) -> Any:
     """Replace sizes that come from attributes by new ones, in a node's arguments."""
-    if not _attribute_sizes(given):
+    if not attribute_sizes_in(given):
         return given  # `map_aggregate` would turn a tensor's shape into a plain tuple
 
     def new(leaf: Any) -> Any:

@@ -61,7 +61,7 @@ def numbers_read(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Any]]:
     wouldn't reach.
     """
     for name, module in model.named_modules():
-        for key, value in () if type(module).__module__.startswith("torch.nn.") else list(vars(module).items()):
+        for key, value in () if is_of_torch(module) else list(vars(module).items()):
             if key not in _TABLES and numbers_in(value) is not None:
                 yield module, name, key, value
     holders: dict[int, list[str]] = defaultdict(list)
@@ -84,6 +84,23 @@ def numbers_read(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Any]]:
         for key, value in list(vars(config).items()):
             if type(value) in (list, tuple) and numbers_in(value) is not None:
                 yield model.get_submodule(first), first, f"config.{key}", value
+
+
+LAYER_WIDTHS = ("in_channels", "out_channels", "in_features", "out_features", "num_features", "embedding_dim")
+"""Attributes of PyTorch's layers and norms that change when these are cut."""
+
+
+def layer_widths(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, int]]:
+    """Yield the widths that layers of torch.nn hold, as a forward may read them: module, name, key, value."""
+    for name, module in model.named_modules():
+        for key in LAYER_WIDTHS if is_of_torch(module) else ():
+            if type(vars(module).get(key)) is int:
+                yield module, name, key, vars(module)[key]
+
+
+def is_of_torch(module: nn.Module) -> bool:
+    """Tell whether a module's class is one of torch.nn."""
+    return type(module).__module__.startswith("torch.nn.")
 
 
 def numbers_of(model: nn.Module) -> dict[Place, int]:

@@ -383,7 +383,72 @@ NAMED_ARGUMENTS = {
     "sums of two": two(lambda a, c: torch.add(x1=a, x2=c), BOTH),
 }  # fmt: skip
 
+
+def seeds(batch: int, size: int) -> tuple[Tensor, ...]:
+    return (torch.randn(batch, 10),)
+
+
+def decoder(middle: Callable[[Any, Tensor], Tensor], view: Callable[[Any, Tensor], Tensor], **parts: Any) -> Case:
+    """Make a case of a linear layer whose outputs become images of sixteen channels, which a convolution reads."""
+    return Case(
+        lambda: {
+            "a": nn.Linear(10, 16 * 4 * 4), "b": nn.Conv2d(16, 8, 3, padding=1), "last": nn.Conv2d(8, 3, 1),
+            "norm": nn.BatchNorm2d(16), **{name: make() for name, make in parts.items()},
+        },
+        lambda self, z: self.last(self.b(middle(self, view(self, self.a(z)))).relu()),
+        seeds, {"a": 8 * 4 * 4, "b": 4}, ((4, 1), (3, 1)),
+    )  # fmt: skip
+
+
+def by_samples(self: Any, x: Tensor) -> Tensor:
+    return x.view(x.size(0), -1, 4, 4)
+
+
+def after_view(middle: Callable[[Any, Tensor], Tensor]) -> Case:
+    return decoder(middle, by_samples)
+
+
+def after_module(make: Callable[[], nn.Module]) -> Case:
+    return decoder(lambda self, x: self.work(x), by_samples, work=make)
+
+
+def of_view(view: Callable[[Any, Tensor], Tensor], **parts: Any) -> Case:
+    return decoder(lambda self, x: functional.interpolate(x, scale_factor=2).relu(), view, **parts)
+
+
+def attended(self: Any, x: Tensor) -> Tensor:
+    return x * x.flatten(2).softmax(-1).view_as(x)
+
+
+IMAGES_OF_A_LINEAR_LAYER = {
+    "batch norm": after_module(lambda: nn.BatchNorm2d(16)),
+    "nearest": after_module(lambda: nn.Upsample(scale_factor=2)),
+    "bilinear": after_module(lambda: nn.UpsamplingBilinear2d(scale_factor=2)),
+    "bicubic": after_view(lambda self, x: functional.interpolate(x, (7, 7), mode="bicubic")),
+    "max pool": after_module(lambda: nn.MaxPool2d(2)),
+    "average pool": after_module(lambda: nn.AvgPool2d(2)),
+    "adaptive pool": after_view(lambda self, x: functional.adaptive_max_pool2d(x, 3)),
+    "zeros": after_module(lambda: nn.ZeroPad2d((1, 0, 2, 1))),
+    "constants": after_module(lambda: nn.ConstantPad2d(1, 0.5)),
+    "reflection": after_module(lambda: nn.ReflectionPad2d(1)),
+    "replication": after_module(lambda: nn.ReplicationPad2d(1)),
+    "circular": after_module(lambda: nn.CircularPad2d(1)),
+    "pad": after_view(lambda self, x: functional.pad(x, (1, 1, 1, 1))),
+    "pad by reflection": after_view(lambda self, x: functional.pad(x, (1, 1, 2, 0), mode="reflect")),
+    "mean of the pixels": after_view(lambda self, x: self.norm(x) * x.mean((2, 3), keepdim=True)),
+    "sum of the pixels": after_view(lambda self, x: self.norm(x) * x.sum((2, 3), keepdim=True).tanh()),
+    "largest pixel": after_view(lambda self, x: x - x.amax((2, 3), keepdim=True)),
+    "softmax of the pixels": after_view(attended),
+    "a view by a convolution's width": of_view(lambda self, x: x.view(-1, self.b.in_channels, 4, 4)),
+    "a view by a norm's width": of_view(lambda self, x: self.norm(x.reshape(-1, self.norm.num_features, 4, 4))),
+    "a view by an attribute": of_view(lambda self, x: x.view(-1, self.channels, 4, 4), channels=lambda: 16),
+    "unflatten": of_view(lambda self, x: x.unflatten(1, (-1, 4, 4))),
+    "unflatten by a width": of_view(lambda self, x: x.unflatten(1, (self.b.in_channels, 4, 4))),
+    "two steps": of_view(lambda self, x: x.view(len(x), -1, 16).view(len(x), -1, 4, 4)),
+}  # fmt: skip
+
 TABLES = {
+    "images of a linear layer": IMAGES_OF_A_LINEAR_LAYER,
     "one number a channel": ONE_NUMBER_A_CHANNEL,
     "expanded over channels": EXPANDED,
     "named arguments": NAMED_ARGUMENTS,

@@ -81,12 +81,12 @@ def test_attributes_are_traced_within_the_block_and_put_back() -> None:
         assert inner.sizes[1]["a"].place == ("0", "sizes", (1, "a"))
         assert copy.deepcopy(inner.width).place == inner.width.place
         assert type(inner.one) is int  # the number of so much else
-        assert type(inner.layer.in_features) is int  # PyTorch's own
+        assert inner.layer.in_features.place == ("0.layer", "in_features", ())  # a width of PyTorch's own layers
         assert unclear == set()
         assert inner.width % 3 == 2
         assert unclear == {("0", "width", ())}
     assert (type(inner.width), inner.width, inner.sizes) == (int, 8, [3, {"a": 5}])
-    assert [type(inner.sizes[0]), type(inner.sizes[1]["a"])] == [int, int]
+    assert [type(inner.sizes[0]), type(inner.sizes[1]["a"]), type(inner.layer.in_features)] == [int, int, int]
     with pytest.raises(RuntimeError, match="inside"), attributes_traced(model):
         raise RuntimeError("inside")
     assert type(inner.width) is int
