@@ -34,6 +34,7 @@ from nni_topo.network.attention.unfused.multihead import (
 from nni_topo.network.attention.unfused.own_width import take_own_width
 from nni_topo.network.layers.kinds import entering_channels, is_recurrent
 from nni_topo.network.runtime.modules import put_attribute
+from nni_topo.network.runtime.results import STORED, STORED_WITHIN
 
 IntArray = NDArray[np.int64]
 
@@ -360,10 +361,14 @@ def open_attention(graph_module: GraphModule, given: dict[str, Given]) -> None:
             inner = graph.call_function(
                 attend, (module, attention.out.removeprefix(f"{attention.name}."), *node.args), node.kwargs
             )
-            inner.meta = {key: node.meta.get(key) for key in ("nn_module_stack", "reads")}
+            inner.meta = {
+                key: node.meta[key] for key in ("nn_module_stack", "reads", STORED_WITHIN) if key in node.meta
+            }
             mixed = graph.call_module(
                 attention.out, (graph.call_function(operator.getitem, (inner, 0)) if many else inner,)
             )
+        for value in [user for user, at in picked.items() if at == 0] if many else [node]:
+            mixed.meta |= {STORED: value.meta[STORED]} if STORED in value.meta else {}
         if many:
             for user, at in picked.items():
                 user.replace_all_uses_with(mixed) if at == 0 else user.replace_input_with(node, inner)

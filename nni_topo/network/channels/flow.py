@@ -11,7 +11,7 @@ position, and a depth-wise convolution couples each output channel with its inpu
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import pairwise, zip_longest
 from typing import Any
 
@@ -86,6 +86,7 @@ from nni_topo.network.layers.kinds import (
 )
 from nni_topo.network.layers.norms import channel_dim, gives_no_channels
 from nni_topo.network.runtime.inputs import tensors_of
+from nni_topo.network.runtime.results import STORED, STORED_WITHIN
 from nni_topo.sharing import find_ties
 
 _logger = logging.getLogger(__name__)
@@ -388,7 +389,7 @@ class ChannelFlow(Propagation):
         self,
         graph_module: GraphModule,
         args: tuple[Any, ...],
-        read_in_training: Mapping[str, tuple[np.ndarray, reasons.Reason]] | None = None,
+        kept_for_training: Iterable[tuple[str, np.ndarray, reasons.Reason]] = (),
     ) -> None:
         super().__init__(graph_module)
         with torch.no_grad():
@@ -407,9 +408,22 @@ class ChannelFlow(Propagation):
                 for ids in tensors_of(self.ids[node.name]):
                     self._given.pin(np.unique(ids.numpy()), reasons.read_as_numbers(node))
         self._couple_shared_weights(arriving)
-        for name, (is_read, reason) in (read_in_training or {}).items():
-            if name in self.layers:
-                self._given.pin(self.channel_ids_of(name)[is_read], reason)
+        needed = list[tuple[np.ndarray, reasons.Reason]]()
+        for name, is_kept, why in kept_for_training:
+            if name in self.layers:  # else it runs in training mode only
+                needed.append((self.channel_ids_of(name)[is_kept], why))
+        for node in graph_module.graph.nodes:
+            if STORED in node.meta:
+                for ids in tensors_of(self.ids[node.name]):
+                    needed.append((np.unique(ids.numpy()), reasons.stored(of=node.meta[STORED])))
+            for name, sizes in node.meta.get(STORED_WITHIN, {}).items():
+                for channels in self._ids_within(node, sizes):
+                    needed.append((channels, reasons.stored(of=name)))
+        if needed:
+            before = self._given.settled()[0]
+            # A mask on what the model returns is an error, but one on what is needed otherwise is undone.
+            for channels, why in needed:
+                self._given.pin(channels[~np.isin(before[channels], before[arriving])], why)
         attribute_sizes = attribute_channels(graph_module.graph, self.ids, self._given.settled()[0])
         self._follow_layer_widths(attribute_sizes)
         fold_numbers(graph_module.graph, attribute_sizes.keys())
@@ -467,6 +481,18 @@ class ChannelFlow(Propagation):
                 pairs = np.stack(np.broadcast_arrays(class_ids[ids[:1]], class_ids[ids]), -1).reshape(-1, 2)
                 class_ids = smallest_of_connected(pairs, self.size)[class_ids]
             reached[FIXED] = False
+
+    def _ids_within(self, node: Node, sizes: tuple[int, ...]) -> list[np.ndarray]:
+        """Return the ids that a tensor may hold that a module computed, which is one node: those with its sizes."""
+        module: Any = node.args[0] if node.target is attend else node
+        attention = self.attention.get(str(module.target))
+        found = [np.unique(ids.numpy()) for ids in tensors_of(self.ids[node.name])]
+        if attention is None:
+            return [ids for ids in found if len(ids) in sizes]
+        samples, heads = (tensor_shape(node) or (1,))[0], attention.query_heads
+        of_heads = [self.channel_ids_of(layer) for layer in attention.layers]
+        widths = {heads, samples * heads, heads * attention.size, *map(len, of_heads)}
+        return of_heads if widths.intersection(sizes) else []
 
     def _dims_before_last(self, args: tuple[Any, ...]) -> dict[str, int]:
         """Return, by name, the channel dimension of free parameters for which it isn't the default.

@@ -126,6 +126,8 @@ _ADVICE: dict[str, str] = {
     "convolves_channels": "prune the layer whose channels the convolution slides along",
     "needs_all_channels": "prune the heads of the attention instead",
     "training_reader": "delete the layer from the model if it isn't trained any more",
+    "training_output": "delete the layer from the model if nothing is trained with what it returns",
+    "stored": "if no code reads the attribute after the forward, don't leave a tensor in it",
     "dry_run_failed": "change the forward so that it runs on random weights and inputs",
     "head_by_head": (
         "select every layer that adds to the same residual stream: its channels are then pruned instead of heads"
@@ -194,6 +196,8 @@ result_depends = Sentence("result_depends", "the result of an operation depends 
 
 another_name = Sentence("another_name", "it is {layer} under another name, and is pruned with it")
 training_reader = Sentence("training_reader", "{layer} reads them in training mode only")
+training_output = Sentence("training_output", "the model returns them in training mode")
+stored = Sentence("stored", "the forward leaves them in the attribute {of}, where other code may read them")
 head_by_head = Sentence("head_by_head", "it shares channels with {layer}, which loses heads")
 last_read = Sentence("last_read", "{layer} needs at least one of the channels that it reads")
 only_head = Sentence("only_head", "it makes the only head or unit of {layer}, which needs at least one")

@@ -56,6 +56,7 @@ from nni_topo.network.runtime.inputs import (
     tensors_of,
 )
 from nni_topo.network.runtime.modules import is_transformed
+from nni_topo.network.runtime.results import STORED, STORED_WITHIN, Results, stored_tensors
 
 _logger = logging.getLogger(__name__)
 _PLAIN = (
@@ -197,13 +198,14 @@ class _Recorder(TorchFunctionMode):
         self.graph = Graph()
         self.constants: dict[str, Tensor] = {}
         self.reads_values = False
-        self.read = set[Node]()  # nodes that stay in the graph because Python code read their values
+        self.read = set[Node]()  # nodes that stay in the graph because Python code read or stored their values
         self.numbers = set[Node]()  # nodes of tensors' sizes, and of numbers computed from them
         self._unshown = UnshownSizes()
         self._followed = followed  # by id, modules that are one node up to the function that they call
         self._leaves = leaves  # by id, modules that are one node
         self._own = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
         self._nodes: dict[int, Node] = {}
+        self._within: dict[int, tuple[weakref.ref[Tensor], str]] = {}  # tensors computed in modules that are one node
         self._alive: list[Any] = []  # keeps tensors, so that no other gets the id of a freed one
         self._stack: list[str] = []  # names of the modules that are running and recorded, the innermost last
         self._inside = 0  # if not 0, a module or function that is one node is running
@@ -217,9 +219,13 @@ class _Recorder(TorchFunctionMode):
                 self._enter(value, self.graph.placeholder(name))
         self.entry = self._nodes[id(first_of_samples(named))]  # its first size is the number of samples
         args, kwargs = call_by_name(model, named)
-        with made_tensors_dropped(model), self._calls_seen(model), self:
-            self.outputs = model(*args, **kwargs)
+        buffers = dict(model.named_buffers()).keys()
+        with made_tensors_dropped(model):
+            with self._calls_seen(model), self:
+                self.outputs = model(*args, **kwargs)
+            stored = stored_tensors(model, buffers)
         self._check_choice(model)
+        self._note_stored(stored)
         if self._picked and any(tensors_of(each) and not isinstance(each, Tensor) for each in named.values()):
             raise SpeedupError("a model that picks from lists by value (a detector, boxes) is followed part by part")
         for size in {id(each): each for each in self._unshown}.values():
@@ -251,6 +257,8 @@ class _Recorder(TorchFunctionMode):
             self._nodes[id(out)].meta[HEAD] = True
             return out
         leaves = leaves_of((args, kwargs))
+        if self._inside and self._stack and any(id(x) in self._nodes or id(x) in self._within for x in leaves):
+            self._within |= {id(tensor): (weakref.ref(tensor), self._stack[-1]) for tensor in tensors_of(out)}
         if self._inside or not any(self._is_followed(each) for each in leaves):
             # No node shows what is computed here from an attribute's number.
             for each in leaves:
@@ -279,6 +287,21 @@ class _Recorder(TorchFunctionMode):
             return
         if any(self._is_followed(each) for each in leaves_of(args[1:])):
             self._node(args[0])
+
+    def _note_stored(self, stored: Results) -> None:
+        """Mark the nodes whose values the forward has left in attributes; a single number has no channels."""
+        for name, tensor in stored:
+            node = self._nodes.get(id(tensor))
+            reference, module = self._within.get(id(tensor), (None, ""))
+            if not tensor.dim():
+                continue
+            if node is not None:
+                node.meta.setdefault(STORED, name)
+                self.read.add(node)
+            elif reference is not None and reference() is tensor:
+                for call in self.graph.nodes:
+                    if call.op == "call_module" and call.target == module:
+                        call.meta.setdefault(STORED_WITHIN, {})[name] = tuple(tensor.shape)
 
     def _check_choice(self, model: nn.Module) -> None:
         """Raise if a value chose some modules of a list and left others out, which the graph can't show."""

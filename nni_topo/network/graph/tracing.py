@@ -53,6 +53,7 @@ from nni_topo.network.runtime.inputs import (
     tensors_of,
 )
 from nni_topo.network.runtime.modules import is_transformed
+from nni_topo.network.runtime.results import STORED, STORED_WITHIN
 from nni_topo.network.runtime.switches import (
     as_written,
     drawn_since,
@@ -450,6 +451,10 @@ class _Joined:
         copied.args, copied.kwargs = map_aggregate(
             (copied.args, copied.kwargs), lambda leaf: leaf.within(name) if isinstance(leaf, TracedInt) else leaf
         )
+        if STORED in copied.meta:
+            copied.meta[STORED] = f"{name}.{copied.meta[STORED]}"
+        within = copied.meta.get(STORED_WITHIN, {})
+        copied.meta[STORED_WITHIN] = {f"{name}.{attribute}": sizes for attribute, sizes in within.items()}
         stack = [f"{name}.{each}".strip(".") for each in ("", *(node.meta.get("nn_module_stack") or {}))]
         copied.meta["nn_module_stack"] = {each: (each, nn.Module) for each in stack if each}
         if node.op in ("call_module", "get_attr"):

@@ -246,15 +246,19 @@ def _with_copies(given: Any, copies: Mapping[nn.Module, nn.Module]) -> Any:
     return tree_map_only(nn.Module, lambda each: copies.get(each, each), given)
 
 
-@contextmanager
-def _copies(models: list[nn.Module]) -> Iterator[dict[nn.Module, nn.Module]]:
-    """Copy models for a block; copies get their own weights if these take at most a quarter of the free memory."""
+def has_room_for(models: list[nn.Module]) -> bool:
+    """Tell whether the parameters of models take at most a quarter of the free memory."""
     needed: dict[torch.device, int] = {}
     for each in nn.ModuleList(models).parameters():
         if not is_lazy(each) and not each.is_meta:
             needed[each.device] = needed.get(each.device, 0) + each.nbytes
-    have_room = all(count <= _SHARE * free_memory_of(device) for device, count in needed.items())
-    copies = copied_together(models, light=not have_room)
+    return all(count <= _SHARE * free_memory_of(device) for device, count in needed.items())
+
+
+@contextmanager
+def _copies(models: list[nn.Module]) -> Iterator[dict[nn.Module, nn.Module]]:
+    """Copy models for a block; copies get their own weights if there is room for them."""
+    copies = copied_together(models, light=not has_room_for(models))
     for copied in copies:
         for parameter in copied.parameters():
             parameter.grad = None  # so that no gradient is added to the user's

@@ -92,6 +92,20 @@ def as_written() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(has_fast_paths)
 
 
+class DropoutOff(TorchFunctionMode):
+    """Within the block, functions of PyTorch drop nothing, whatever mode they are called with."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, given = getattr(func, "__name__", ""), kwargs or {}
+        if name == "scaled_dot_product_attention":
+            if len(args) > 4:  # `dropout_p` is the fifth argument
+                return func(*args[:4], 0.0, *args[5:], **given)
+            return func(*args, **given | {"dropout_p": 0.0})
+        if name.rstrip("_").endswith(("dropout", "dropout1d", "dropout2d", "dropout3d")):
+            return args[0] if args else given["input"]
+        return func(*args, **given)
+
+
 @contextmanager
 def random_state_kept() -> Iterator[None]:
     """Restore the random states of PyTorch, NumPy and Python afterwards."""

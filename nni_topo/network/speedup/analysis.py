@@ -30,7 +30,8 @@ from nni_topo.network.layers.norms import channel_dim
 from nni_topo.network.runtime.copies import detached_copy, evaluating, put_parameters, unwrapped_copy
 from nni_topo.network.runtime.fits import call_arguments
 from nni_topo.network.runtime.inputs import Call, first_samples, tensors_of
-from nni_topo.network.runtime.switches import as_written, random_state_kept
+from nni_topo.network.runtime.results import hands_over_more_in_training, put_in_training
+from nni_topo.network.runtime.switches import DropoutOff, as_written, random_state_kept
 from nni_topo.network.speedup.dry_run import find_unprunable
 
 _logger = logging.getLogger(__name__)
@@ -234,12 +235,12 @@ def _traced_with(original: nn.Module, call: Call, own_widths: dict[str, int]) ->
     model = copied()
     recording = trace(model, call)
     graph_module = recording.graph_module
-    read = dict[str, Any]()
-    if unused := unused_tensors(model, graph_module.graph):
-        # A new copy, because the traced one may hold objects of the tracer.
-        read = _read_in_training(copied(), unused, call)
+    # New copies, because the traced one may hold objects of the tracer.
+    unused, kept = unused_tensors(model, graph_module.graph), list[tuple[str, np.ndarray, Reason]]()
+    if unused or hands_over_more_in_training(copied(), call):
+        kept = _kept_for_training(copied(), unused, call)
     try:
-        flow = ChannelFlow(graph_module, recording.args, read)
+        flow = ChannelFlow(graph_module, recording.args, kept)
     except Exception as error:  # a forward may do what no rule covers yet
         if isinstance(error, NniTopoError) or out_of_memory(error):
             raise
@@ -355,38 +356,35 @@ def unused_tensors(model: nn.Module, graph: Graph) -> list[str]:
     return [name for name, each in (*model.named_parameters(), *held) if id(each) not in used]
 
 
-def _read_in_training(model: nn.Module, unused: list[str], call: Call) -> dict[str, tuple[np.ndarray, Reason]]:
-    """Find the channels that are read only in training mode, by modules such as auxiliary heads.
+def _kept_for_training(model: nn.Module, unused: list[str], call: Call) -> list[tuple[str, np.ndarray, Reason]]:
+    """Find the channels that are needed in training mode only: by modules such as auxiliary heads, or by the caller.
 
-    The model, in evaluation mode, is traced a second time, with modules that contain ``unused`` parameters in training
-    mode; the first graph doesn't use these. Returns by layer which channels must be kept for training mode, bool,
-    (channels,), and why; no layers if the model can't be traced in that mode.
+    The model, in evaluation mode, is traced a second time in training mode; if that fails, with no other modules in
+    training mode than those that contain ``unused`` parameters, which the first graph doesn't use. Returns layers, each
+    with the channels to keep, bool, (channels,), and why; none if the model can't be traced in training mode.
     """
-    try:
-        # The copy has weights of its own, because a forward may write into them in training mode.
-        trained = detached_copy(model)
-        for name in unused:
-            owners = name.split(".")[:-1]
-            for length in range(len(owners) + 1):
-                # Only the modules that contain the parameter. Dropout, batch norms and PyTorch's other layers don't
-                # decide where data goes, and would compute something else in training mode.
-                owner = trained.get_submodule(".".join(owners[:length]))
-                is_layer = type(owner).__module__.startswith("torch.nn.modules.") and not isinstance(
-                    owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-                )
-                owner.training = owner.training or not is_layer
-        recording = trace(trained, call)
-        graph = recording.graph_module.graph
-        if is_in_parts(graph):
-            raise SpeedupError("a model must be traced as a whole to follow training mode, got one traced in parts")
-        for node in graph.nodes:
-            node.meta.pop(RANDOM, None)  # of dropout; channels that are random in evaluation mode are kept anyway
-        flow = ChannelFlow(recording.graph_module, recording.args)
-    except Exception as error:  # a user's forward may raise anything
-        if out_of_memory(error):
-            raise
-        _logger.debug("%s can't be followed in training mode", type(model).__name__, exc_info=True)
-        return {}
+    flow: ChannelFlow | None = None
+    owners = {name[:end] for name in unused for end, letter in enumerate(name) if letter == "."} | {""}
+    for names in (None, owners) if unused else (None,):
+        try:
+            # The copy has weights of its own, because a forward may write into them in training mode.
+            trained = detached_copy(model)
+            put_in_training(trained, names)
+            with DropoutOff():
+                recording = trace(trained, call)
+            graph = recording.graph_module.graph
+            if is_in_parts(graph):
+                raise SpeedupError("a model must be traced as a whole to follow training mode, got one traced in parts")
+            for node in graph.nodes:
+                node.meta.pop(RANDOM, None)  # of dropout; channels that are random in evaluation mode are kept anyway
+            flow = ChannelFlow(recording.graph_module, recording.args)
+            break
+        except Exception as error:  # a user's forward may raise anything
+            if out_of_memory(error):
+                raise
+            _logger.debug("%s can't be followed in training mode", type(model).__name__, exc_info=True)
+    if flow is None:
+        return []
     # The nodes that depend on an input, or whose values are later combined with such a node or returned.
     met = set[Node]()
     for node in graph.nodes:
@@ -400,7 +398,7 @@ def _read_in_training(model: nn.Module, unused: list[str], call: Call) -> dict[s
         name = str(node.target)
         if node.op not in ("call_module", "get_attr") or node not in met:
             continue
-        if not any(each == name or each.startswith(f"{name}.") for each in unused):
+        if not any(tensor == name or tensor.startswith(f"{name}.") for tensor in unused):
             continue
         for user in (node,) if node.op == "call_module" else node.users:
             for tensor in (*user.all_input_nodes, user):  # channels coupled with a module's output are kept, too
@@ -408,12 +406,13 @@ def _read_in_training(model: nn.Module, unused: list[str], call: Call) -> dict[s
                     for group in np.unique(flow.group_ids(ids.numpy().ravel())).tolist():
                         readers.setdefault(group, name)
     readers.pop(FIXED, None)
-    read = dict[str, tuple[np.ndarray, Reason]]()
+    kept = list[tuple[str, np.ndarray, Reason]]()
     for layer in flow.layers:
         groups = flow.group_ids_of(layer)
-        found = [readers[group] for group in groups.tolist() if group in readers]
-        if found:
-            read[layer] = np.isin(groups, list(readers)), reasons.training_reader(found[0])
-        elif why := flow.why_pinned(layer):
-            read[layer] = groups == FIXED, why[0]
-    return read
+        read = [readers[group] for group in groups.tolist() if group in readers]
+        if read:
+            kept.append((layer, np.isin(groups, list(readers)), reasons.training_reader(read[0])))
+        if (groups == FIXED).any():
+            kept.append((layer, groups == FIXED, flow.why_pinned(layer)[0]))
+        kept.append((layer, np.isin(groups, flow.at_output), reasons.training_output()))
+    return kept

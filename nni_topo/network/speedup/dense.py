@@ -34,7 +34,7 @@ from nni_topo.network.speedup.analysis import Analysis, Facts, unused_tensors
 from nni_topo.network.speedup.constants import TOLERANCE, absorb, constants_read, fit_norms
 from nni_topo.network.speedup.dense_report import DenseReport, dense_report, remember_report
 from nni_topo.network.speedup.dependency import DependencyGroups
-from nni_topo.network.speedup.equivalence import apply_masks, check_equal
+from nni_topo.network.speedup.equivalence import apply_masks, check_equal, check_training_mode
 from nni_topo.network.speedup.leaving_out import leave_out
 from nni_topo.network.speedup.reconcile import MasksLike, Resolved, check_masks, resolve, warn_of_kept
 from nni_topo.network.speedup.replace import Cutter, kept_outputs
@@ -82,7 +82,9 @@ def to_dense(
         Compare the outputs of the dense and the masked model, in evaluation mode, on random inputs; floats also times
         0.01 and 100, and shifted by 3 both ways. They may differ by 1e-4 of the largest output. If the channels may
         depend on the input size (views that join channels with positions, branches), the two are compared at a second
-        size too. ``report.checked`` describes the inputs.
+        size too. If the model runs in training mode on ``example_inputs``, the structure and shapes of what it returns
+        in that mode are compared, without dropout and with batch norms in evaluation mode. ``report.checked`` describes
+        the comparisons.
 
     Returns
     -------
@@ -129,9 +131,9 @@ def to_dense(
     neither a bias nor a batch norm after it, or if it differs by position; ``report.notes`` names these layers. After
     `compensate`, which assumes that removed channels contribute nothing, use ``"zero"``.
 
-    Cost: two to four forward passes to trace the model and three to compare; another trace and comparison if the
-    channels may depend on the input size; two more passes if the network has attributes of the table, as timm's and
-    torchvision's do.
+    Cost: four to six forward passes to trace the model and five to compare; a second trace if the model returns
+    something else in training mode; another trace and comparison if the channels may depend on the input size; two more
+    passes if the network has attributes of the table, as timm's and torchvision's do.
     """
     check_model(model)
     return dense_of(
@@ -276,12 +278,14 @@ def _compare(analysis: Analysis, reference: torch.nn.Module, dense: torch.nn.Mod
 
     with left_alone(dense):
         checked = check_equal(reference, dense, analysis.call, kept, advise=why_unequal)
-        if not analysis.depends_on_size:
-            return checked
-        if analysis.second is None:
-            return f"{checked}; the model runs on no other size that was tried, so only this size was checked"
-        other = check_equal(reference, dense, analysis.second.call, kept, advise=why_unequal)
-    return f"{checked}; {other}"
+        second = analysis.second if analysis.depends_on_size else None
+        if second is not None:
+            checked += f"; {check_equal(reference, dense, second.call, kept, advise=why_unequal)}"
+        elif analysis.depends_on_size:
+            checked += "; the model runs on no other size that was tried, so only this size was checked"
+        if check_training_mode(reference, dense, analysis.call):
+            checked += "; the shapes of the outputs in training mode"
+    return checked
 
 
 def _unread(flow: ChannelFlow, original: torch.nn.Module, dense: torch.nn.Module, report: DenseReport) -> list[str]:

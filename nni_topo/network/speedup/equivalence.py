@@ -35,6 +35,7 @@ from nni_topo.network.runtime.inputs import (
 )
 from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.reports import hand_on_report
+from nni_topo.network.runtime.results import results_in_training, run_for_results
 from nni_topo.network.runtime.switches import random_state_kept
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.leaving_out import leave_out
@@ -111,6 +112,30 @@ def check_equal(
             _check_one(pair, other, kept, advise, variation)
             compared.append(variation)
     return _told(drawn, compared)
+
+
+def check_training_mode(reference: torch.nn.Module, dense: torch.nn.Module, call: Call) -> bool:
+    """Raise a SpeedupError unless a dense model returns in training mode what the masked one does, by name and shape.
+
+    Returns False if the masked model can't be run in training mode, which may need targets.
+    """
+    expected = results_in_training(reference, call)
+    if expected is None:
+        return False
+    advice = leaving_out("the layers that give them")
+    rule = f"a dense model must return the unpruned shapes in training mode, too: {advice}"
+    try:
+        actual = run_for_results(dense, call, training=True)
+    except Exception as error:  # a user's forward may raise anything
+        if out_of_memory(error):
+            raise
+        raise SpeedupError(f"{rule}, got {raised(error)}") from error
+    shapes = [{name: tuple(tensor.shape) for name, tensor in returned} for returned, _ in (expected, actual)]
+    for name in {**shapes[0], **shapes[1]}:
+        one, other = (found.get(name, "nothing") for found in shapes)
+        if one != other:
+            raise SpeedupError(f"{rule}, got {other} instead of {one} ({name})")
+    return True
 
 
 def _varied(call: Call, variation: _Variation) -> Call:

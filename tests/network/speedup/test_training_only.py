@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
@@ -84,8 +86,9 @@ def half(model, *names):
     masks = {}
     for name in names:
         kept = torch.arange(len(model.get_submodule(name).weight)) % 2
-        spread = kept.float().view(-1, 1, 1, 1)
-        masks[name] = {"weight": spread.expand(model.get_submodule(name).weight.shape).clone(), "bias": kept.float()}
+        weight = model.get_submodule(name).weight
+        spread = kept.float().view(-1, *[1] * (weight.dim() - 1))
+        masks[name] = {"weight": spread.expand(weight.shape).clone(), "bias": kept.float()}
     return masks
 
 
@@ -183,3 +186,209 @@ def test_what_a_buffer_remembers_in_training_stays_whole(move):
     groups = nni_topo.dependency_groups(model, IMAGES, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
     assert [entry["op_names"] for entry in groups] == [["a"]]
     assert groups.skipped["b"] == "centre reads them in training mode only"
+
+
+class Exits(nn.Module):
+    """Three stages with a head each, of which only the last gives the output in evaluation mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.stages = nn.ModuleList(convolution(*widths) for widths in ((3, 8), (8, 12), (12, 16)))
+        self.norm, self.drop = nn.BatchNorm2d(16), nn.Dropout()
+        self.heads = nn.ModuleList(nn.Linear(width, 4) for width in (8, 12, 16))
+
+    def features(self, x):
+        found = []
+        for stage in self.stages:
+            x = stage(x).relu()
+            found.append(x)
+        return [*found[:-1], self.norm(found[-1])]
+
+    def scores(self, x):
+        return [head(self.drop(each).mean((2, 3))) for head, each in zip(self.heads, self.features(x), strict=True)]
+
+
+class Listed(Exits):
+    def forward(self, x):
+        scores = self.scores(x)
+        return scores if self.training else scores[-1]
+
+
+class InDict(Exits):
+    def forward(self, x):
+        first, second, last = self.scores(x)
+        return {"out": last, "aux": {"first": first, "second": second}} if self.training else {"out": last}
+
+
+@dataclass
+class Found:
+    scores: torch.Tensor
+    others: list[torch.Tensor] | None = None
+
+
+class InDataClass(Exits):
+    def forward(self, x):
+        *others, last = self.scores(x)
+        return Found(last, others if self.training else None)
+
+
+class WithMomentum(Exits):
+    """What runs in training mode moves a buffer, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        scores = self.scores(x)
+        if self.training:
+            self.calls += 1
+        return scores if self.training else scores[-1]
+
+
+class Stored(Exits):
+    """The heads' scores stay in attributes, also of a submodule, in both modes."""
+
+    def forward(self, x):
+        first, second, last = self.scores(x)
+        self.aux_scores, self.stages[1].seen = first, {"scores": [second]}
+        self.penalty, self.last_size, self.steps = last.square().mean(), x.shape, torch.arange(x.shape[-1])
+        return last
+
+
+class StoredInTraining(Exits):
+    def forward(self, x):
+        first, second, last = self.scores(x)
+        if self.training:
+            self.aux_scores, self.other = first, second
+        return last
+
+
+def stored(net):
+    found = []
+    for module in net.modules():
+        for name in ("aux_scores", "other", "seen"):
+            value = vars(module).get(name)
+            found += [value] if isinstance(value, torch.Tensor) else value["scores"] if value else []
+    return found
+
+
+def results(net, images):
+    """What a network returns in training mode without noise, and what it leaves in attributes."""
+    net.train()
+    for module in net.modules():
+        if isinstance(module, (nn.BatchNorm2d, nn.Dropout)):
+            module.eval()
+    with torch.no_grad():
+        found = net(images)
+    if isinstance(found, dict):
+        found = [found["out"], *found["aux"].values()]
+    elif isinstance(found, Found):
+        found = [found.scores, *found.others]
+    return [*(found if isinstance(found, list) else [found]), *stored(net)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        *((kind, "training_output") for kind in (Listed, InDict, InDataClass, WithMomentum)),
+        *((kind, "stored") for kind in (Stored, StoredInTraining)),
+    ],
+)
+def test_results_that_the_output_lacks_in_evaluation_mode_keep_their_channels(kind, reason):
+    torch.manual_seed(0)
+    model, image = kind().eval(), IMAGES[:1]  # batch norms in training mode refuse one sample
+    before = nni_topo.testing.snapshot(model)
+    config = [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}]
+    groups = nni_topo.dependency_groups(model, image, config)
+    assert [entry["op_names"] for entry in groups] == [["stages.0"], ["stages.1"], ["stages.2"]]
+    assert {name: each.kind for name, (each,) in groups.reasons.items()} == {
+        "heads.0": reason, "heads.1": reason, "heads.2": "model_output",
+    }  # fmt: skip
+    masks = half(model, *(f"stages.{at}" for at in range(3)))
+    dense, masked = nni_topo.to_dense(model, image, masks), nni_topo.masked_model(model, image, masks)
+    assert nni_topo.testing.snapshot(model) == before
+    assert [len(each.weight) for each in (*dense.stages, *dense.heads)] == [4, 6, 8, 4, 4, 4]
+    others = torch.rand(5, 3, 12, 16)
+    one, other = (net(others) for net in (dense, masked))
+    found, wanted = results(dense, others), results(masked, others)
+    assert len(found) == 3
+    pairs = zip(found, wanted, strict=True)
+    for a, b in [*pairs, (one, other)] if isinstance(one, torch.Tensor) else pairs:
+        assert a.shape == (5, 4)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+class Features(Exits):
+    """The features themselves are returned in training mode."""
+
+    def forward(self, x):
+        features = self.features(x)
+        scores = self.heads[2](features[-1].mean((2, 3)))
+        return (scores, features[1]) if self.training else scores
+
+
+def test_features_that_training_returns_stay_whole_and_others_can_be_cut():
+    groups = nni_topo.dependency_groups(Features().eval(), IMAGES, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    assert [entry["op_names"] for entry in groups] == [["stages.0"], ["stages.2"]]
+    assert [each.kind for each in groups.reasons["stages.1"]] == ["training_output"]
+
+
+class Unread(Exits):
+    """Heads whose scores nothing reads, in neither mode, and a training mode that needs targets."""
+
+    def forward(self, x, targets=None):
+        scores = self.scores(x)[-1]
+        return functional.cross_entropy(scores, targets) if self.training else scores
+
+
+def test_layers_that_nothing_reads_can_be_cut_and_a_training_mode_with_targets_is_no_error():
+    model = Unread().eval()
+    groups = nni_topo.dependency_groups(model, IMAGES, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    assert [entry["op_names"] for entry in groups] == [["heads.0"], ["heads.1"]]
+    masks = half(model, "heads.0", "heads.1")
+    dense = nni_topo.to_dense(model, IMAGES, masks)
+    assert [len(head.weight) for head in dense.heads] == [2, 2, 4]
+    torch.testing.assert_close(dense(torch.rand(3, 3, 9, 9)).shape, (3, 4))
+
+
+class Fused(nn.Module):
+    """Attention that keeps its weights in an attribute, for whoever wants to look at them."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.num_heads, self.keep = 4, keep
+        self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x):
+        samples, places, _ = x.shape
+        q, k, v = self.qkv(x).reshape(samples, places, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        weights = (q @ k.transpose(-2, -1) / 2).softmax(-1)
+        self.weights = self.keep(weights)
+        return self.proj((weights @ v).transpose(1, 2).reshape(samples, places, -1))
+
+
+class Maps(nn.Module):
+    """A network with attention."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.enter, self.attention, self.head = nn.Linear(5, 16), Fused(keep), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.head(self.attention(self.enter(x)))
+
+
+@pytest.mark.parametrize(
+    ("keep", "removed"), [(lambda x: x.detach(), 0), (lambda x: x.mean(1), 2), (lambda _: None, 2)]
+)
+def test_attention_whose_weights_stay_in_an_attribute_keeps_its_heads(keep, removed):
+    states = torch.randn(2, 6, 5)
+    model = Maps(keep).eval()
+    groups = nni_topo.dependency_groups(model, states, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    if not removed:
+        assert [each.kind for each in groups.reasons["attention.qkv"]] == ["stored"]
+    pruner = nni_topo.create_pruner("l1", model, groups)
+    masks = pruner.compress()[1]
+    pruner.unwrap_model()
+    assert len(nni_topo.to_dense(model, states, masks).attention.qkv.weight) == 48 - removed * 12

@@ -1,0 +1,99 @@
+"""What a forward hands over: the tensors that it returns, and those that it stores in attributes of modules."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from nni_topo.network.runtime.copies import detached_copy, has_room_for
+from nni_topo.network.runtime.inputs import Call, let_go, returned_by_name, run_few, tensors_of
+from nni_topo.network.runtime.switches import DropoutOff, as_written, random_state_kept
+
+_logger = logging.getLogger(__name__)
+STORED = "nni_topo_stored"  # in a node's meta: the attribute in which the forward leaves the node's value
+# In the meta of a whole module's node: shapes of tensors that the module computes and leaves in attributes, by name.
+STORED_WITHIN = "nni_topo_stored_within"
+_TABLES = ("_parameters", "_modules", "_buffers")  # attributes of every module
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_NOISY = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
+
+Results = list[tuple[str, Tensor]]
+"""Tensors, with the keys in the output that lead to them, or the names of the attributes that hold them."""
+
+
+def stored_tensors(model: nn.Module, buffers: Collection[str]) -> Results:
+    """List the tensors that attributes of modules hold, alone or in containers.
+
+    Parameters and the named ``buffers`` are left out: they are the model's own, and are cut with its layers.
+    """
+    stored = Results()
+    for name, module in model.named_modules():
+        for key, value in (*vars(module).items(), *module._buffers.items()):
+            place = f"{name}.{key}".lstrip(".")
+            if key not in _TABLES and place not in buffers:
+                stored += [(place, tensor) for tensor in tensors_of(value)]
+    return stored
+
+
+def put_in_training(model: nn.Module, names: Collection[str] | None = None) -> None:
+    """Put modules into training mode, by default all, but for PyTorch's layers, batch norms and dropout.
+
+    These don't decide where data goes, and compute something else in training mode; batch norms also refuse a single
+    sample.
+    """
+    for name, module in model.named_modules():
+        is_layer = type(module).__module__.startswith("torch.nn.modules.") and not isinstance(module, _CONTAINERS)
+        if not (is_layer or isinstance(module, _NOISY)) and (names is None or name in names):
+            module.training = True
+
+
+def run_for_results(model: nn.Module, call: Call, *, training: bool) -> tuple[Results, Results]:
+    """Run a copy of a model, which is in evaluation mode, on a few samples of a call, without dropout.
+
+    Returns the tensors that the forward returned, and those that it stored in attributes of modules. ``training``: run
+    in training mode, see `put_in_training`. The copy then has weights of its own, because a forward may write into
+    them.
+    """
+    runner = detached_copy(model, light=not training)
+    if training:
+        put_in_training(runner)
+    buffers = dict(runner.named_buffers()).keys()
+    before = stored_tensors(runner, buffers)
+    ids_before = {id(tensor) for _, tensor in before}
+    with torch.no_grad(), random_state_kept(), as_written(), DropoutOff():
+        # Clones, because a forward may change its inputs in place.
+        returned = returned_by_name(run_few(runner, tree_map_only(Tensor, Tensor.clone, call)))
+    stored = [(name, tensor) for name, tensor in stored_tensors(runner, buffers) if id(tensor) not in ids_before]
+    return returned, stored
+
+
+def results_in_training(model: nn.Module, call: Call) -> tuple[Results, Results] | None:
+    """Run a copy of a model in training mode, see `run_for_results`; None if that fails or there is no room for it."""
+    try:
+        return run_for_results(model, call, training=True) if has_room_for([model]) else None
+    except Exception as error:  # a forward may raise anything, such as a detector's without targets
+        _logger.debug("%s can't be run in training mode", type(model).__name__, exc_info=True)
+        let_go(error)
+        return None
+
+
+def hands_over_more_in_training(model: nn.Module, call: Call) -> bool:
+    """Tell whether a forward returns or stores other tensors in training mode than in evaluation mode.
+
+    ``model`` is in evaluation mode. False if it can't be run in training mode.
+    """
+    in_training = results_in_training(model, call)
+    if in_training is None:
+        return False
+    for ones, others in zip(in_training, run_for_results(model, call, training=False), strict=True):
+        kinds = [[(name, tensor.shape, tensor.dtype) for name, tensor in tensors] for tensors in (ones, others)]
+        if kinds[0] != kinds[1]:
+            return True
+        for (_, one), (_, other) in zip(ones, others, strict=True):
+            if not torch.equal(one.nan_to_num(), other.nan_to_num()):
+                return True
+    return False
