@@ -373,7 +373,7 @@ def has_property(node: Node, what: str) -> bool:
 
 @rule(
     "column_stack", "dstack", "hstack", "vstack", "row_stack", "reshape_as", "swapaxes", "t", "moveaxis", "flip",
-    "roll", "detach", "getattr", "permute", "transpose", "movedim", "squeeze", "unsqueeze", "contiguous", "clone",
+    "detach", "getattr", "permute", "transpose", "movedim", "squeeze", "unsqueeze", "contiguous", "clone",
     "pixel_shuffle", "pixel_unshuffle", nn.PixelShuffle, nn.PixelUnshuffle, moves=True,
 )  # fmt: skip
 @rule("flatten", nn.Flatten, nn.Unflatten, moves=True, joins=True)
@@ -484,7 +484,7 @@ def _padded(op: Operation) -> Any:
     return padded.expand(op.shape or ())
 
 
-@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "fold", nn.Fold)
+@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 def _kept(op: Operation) -> Any:
     return op.all_kept()
 
@@ -602,7 +602,9 @@ def _held_by_split(given: FixedPlaces) -> list[slice]:
         return []
     sizes = given.argument(1, *_SPLIT_SIZES)
     if given.is_fixed(sizes):
-        return [slice(None)]
+        # All pieces but the last one keep their size, and the last one doesn't vanish.
+        size = max(int(sizes), 1)
+        return [slice((given.size - 1) // size * size + 1)]
     if not isinstance(sizes, Sequence):
         return []
     metas: Any = given.node.meta.get("tensor_meta")
@@ -700,9 +702,36 @@ def _by_layer(pieces: list[np.ndarray], channels: ChannelIds) -> list[list[np.nd
     return sides
 
 
+def _held_by_ends(given: FixedPlaces, *ends: Any) -> list[slice]:
+    # A bound beyond all channels, or before them, stays at the same end if channels are removed.
+    fixed = [end for end in ends if given.is_fixed(end) and 0 < abs(end) < given.size]
+    return [slice(end) if end > 0 else slice(end, None) for end in fixed]
+
+
+def _held_by_place(given: FixedPlaces, place: Any) -> list[slice]:
+    # The first or last channel needn't be kept if only its shape or type is read.
+    if not given.is_fixed(place) or (place in (0, -1) and reads_shape_only(given.node)):
+        return []
+    return [slice(place + 1) if place >= 0 else slice(place, None)]
+
+
 def _held_by_narrow(given: FixedPlaces) -> list[slice]:
-    numbers = given.argument(2, "start"), given.argument(3, "length")
-    return [slice(None)] if given.is_along(1) and any(map(given.is_fixed, numbers)) else []
+    if not given.is_along(1):
+        return []
+    start, length = given.argument(2, "start"), given.argument(3, "length")
+    if not given.is_fixed(length):
+        return _held_by_ends(given, start)
+    return [slice(start + length) if given.is_fixed(start) and start >= 0 else slice(None)]
+
+
+def _held_by_roll(given: FixedPlaces) -> list[slice]:
+    shifts, dims = given.argument(1, "shifts"), given.argument(2, "dims")
+    if dims is None or dims == ():
+        return [slice(None)]  # it rolls the flattened tensor
+    pairs = zip(*(each if isinstance(each, Sequence) else [each] for each in (shifts, dims)), strict=True)
+    fixed = [shift for shift, dim in pairs if dim % len(given.shape) == given.dim and given.is_fixed(shift) and shift]
+    # The channels that move from the end to the start, or from the start to the end.
+    return [slice(-shift, None) if shift > 0 else slice(-shift) for shift in fixed]
 
 
 @rule("unbind", moves=True, held=lambda given: [slice(None)] if given.is_along(1) else [])
@@ -710,8 +739,9 @@ def _held_by_narrow(given: FixedPlaces) -> list[slice]:
 @rule("narrow", moves=True, picks=True, held=_held_by_narrow)
 @rule(
     "select", moves=True, picks=True, picks_one=True,
-    held=lambda given: [slice(None)] if given.is_along(1) and given.is_fixed(given.argument(2, "index")) else [],
+    held=lambda given: _held_by_place(given, given.argument(2, "index")) if given.is_along(1) else [],
 )  # fmt: skip
+@rule("roll", moves=True, held=_held_by_roll)
 def _pieces_taken(op: Operation) -> Any:
     return op.moved()
 
@@ -730,15 +760,10 @@ def _held_by_index(given: FixedPlaces) -> list[slice]:
     if isinstance(found, slice):
         if found.step not in (None, 1):
             return [slice(None)]
-        # A bound beyond all channels, or before them, stays at the same end if channels are removed.
-        ends = [end for end in (found.start, found.stop) if given.is_fixed(end) and 0 < abs(end) < given.size]
-        return [slice(end) if end > 0 else slice(end, None) for end in ends]
+        return _held_by_ends(given, found.start, found.stop)
     if isinstance(found, (list, tuple)) or (isinstance(found, Node) and found.name in given.picks):
         return [slice(None)]
-    # The first or last channel needn't be kept if only its shape or type is read.
-    if not given.is_fixed(found) or (found in (0, -1) and reads_shape_only(given.node)):
-        return []
-    return [slice(found + 1) if found >= 0 else slice(found, None)]
+    return _held_by_place(given, found)
 
 
 def reads_shape_only(node: Node) -> bool:
@@ -1498,6 +1523,18 @@ def _unfolded(op: Operation) -> Any:
         return op.all_kept()
     row = ids.select(-1, 0).select(-1, 0).reshape(-1, ids.shape[at])[0]
     return row.repeat_interleave(op.shape[-2] // len(row)).unsqueeze(-1).expand(op.shape)
+
+
+@rule("fold", nn.Fold)
+def _folded(op: Operation) -> Any:
+    """Follow fold, which adds windows up to images: the rows of one channel, one for each place, are coupled."""
+    ids = op.ids[0]
+    at = ids.dim() - 2
+    if op.shape is None or any(varies(ids, d) for d in range(ids.dim()) if d != at):
+        return op.all_kept()
+    rows = ids.select(-1, 0).reshape(-1, ids.shape[at])[0].view(op.shape[-3], -1)
+    op.couple(rows[:, :1], rows)
+    return rows[:, 0].view(-1, 1, 1).expand(op.shape)
 
 
 @rule("grid_sample")

@@ -186,7 +186,7 @@ CALLS = {
         "channels": (lambda n: n.a.unbind(1)[0], "1x1: 0; a: 0* fixed_channels"),
         "by four": (
             lambda n: n.c.split(4, dim=1),
-            "1x4x1: 0*; 1x4x1: 0*; c: 0* fixed_channels",
+            "1x4x1: 0*; 1x4x1: 0 c5 c6 c7; c: 0 0 0 0 0 c5 c6 c7 fixed_channels",
         ),
         "pixels": (lambda n: n.c.split(3, 2), "1x8x1: c*; 1x8x1: c*"),
         "by another's number and the rest": (
@@ -221,13 +221,20 @@ CALLS = {
         "glu": (lambda n: functional.glu(n.c, 1), "1x4x1: c0 c1 c2 c3; c: c0 c1 c2 c3 c0 c1 c2 c3"),
     },
     "what is picked": {
-        "narrow": (lambda n: n.a.narrow(1, 1, 2), "1x2x1: 0*; a: 0* fixed_channels"),
-        "select": (lambda n: n.a.select(1, 2), "1x1: 0; a: 0* fixed_channels"),
+        "narrow": (lambda n: n.a.narrow(1, 1, 2), "1x2x1: 0*; a: 0 0 0 a3 fixed_channels"),
+        "narrow to the end": (lambda n: n.a.narrow(1, 1, 3), "1x3x1: 0*; a: 0* fixed_channels"),
+        "narrow before the end": (lambda n: n.a.narrow(1, -3, 2), "1x2x1: 0*; a: 0* fixed_channels"),
+        "select": (lambda n: n.a.select(1, 1), "1x1: 0; a: 0 0 a2 a3 fixed_channels"),
+        "select from the end": (lambda n: n.a.select(dim=1, index=-1), "1x1: 0; a: a0 a1 a2 0 fixed_channels"),
         "slice": (lambda n: n.a[:, 1:3], "1x2x1: 0*; a: 0 0 0 a3 fixed_channels"),
         "slice to the second last": (lambda n: n.a[:, :-1], "1x3x1: a0 a1 a2; a: a0 a1 a2 0 fixed_channels"),
         "slice with steps": (lambda n: n.a[:, ::2], "1x2x1: 0*; a: 0* fixed_channels"),
         "one": (lambda n: n.a[:, 1], "1x1: 0; a: 0 0 a2 a3 fixed_channels"),
         "the first": (lambda n: n.a[:, 0], "1x1: 0; a: 0 a1 a2 a3 fixed_channels"),
+        "rolled on": (lambda n: n.a.roll(1, 1), "1x4x1: 0 a0 a1 a2; a: a0 a1 a2 0 fixed_channels"),
+        "rolled back": (lambda n: torch.roll(n.a, (-1, 2), (1, 2)), "1x4x1: a1 a2 a3 0; a: 0 a1 a2 a3 fixed_channels"),
+        "rolled pixels": (lambda n: n.a.roll(1, -1), "1x4x1: a*"),
+        "rolled flat": (lambda n: n.a.roll(6), "1x4x1: 0*; a: 0* fixed_channels"),
         "list": (lambda n: n.a[:, [0, 1]], "1x2x1: 0*; a: 0* fixed_channels"),
         "mask": (lambda n: n.a[:, torch.tensor([True, False, True, False])], "1x2x1: 0*; a: 0* fixed_channels"),
         "shape of the first": (lambda n: n.a.reshape(3, -1, *n.a[:, 0].shape[1:]), "1x4x1: a*"),
@@ -426,7 +433,10 @@ CALLS = {
             "1x32x1: c0 c0 c0 c0 c1 c1 c1 c1 c2 c2 c2 c2 c3 c3 c3 c3 c4 c4 c4 c4 c5 c5 c5 c5 c6 c6 c6 c6 c7 c7 c7 c7",
         ),
         "windows of pixels": (lambda n: n.a.unfold(2, 2, 2), "1x4x1x1: a*"),
-        "fold": (lambda n: functional.fold(n.c, (3, 4), 2), "1x1x1x1: 0; c: 0* call_not_covered"),
+        "fold": (
+            lambda n: functional.fold(n.c, (3, 4), 2),
+            "1x2x1x1: c0 c4; c: c0 c0 c0 c0 c4 c4 c4 c4",
+        ),
         "pool of pixels": (lambda n: functional.max_pool1d(n.a, 2), "1x4x1: a*"),
         "sampled": (
             lambda n: functional.grid_sample(
