@@ -24,13 +24,13 @@ import torch
 from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
-from nni_topo.errors import DataError, GradientError
+from nni_topo.errors import ConfigError, DataError, GradientError
 from nni_topo.network.runtime.arguments import BATCHES, MODEL, check_model
-from nni_topo.network.runtime.calibration import HELD_OUT, Calibration
+from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.copies import detached_copy, leaves_models_alone
-from nni_topo.network.runtime.fits import check_samples_first, first_call
+from nni_topo.network.runtime.fits import check_samples_first, first_call, with_whole_batches
 from nni_topo.network.runtime.hooks import batches_of
-from nni_topo.network.runtime.inputs import Call, batch_size, calls
+from nni_topo.network.runtime.inputs import Call, calls
 from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.runtime.precision import PRECISION, Precision, check_precision, not_under_autocast
 from nni_topo.network.runtime.progress import LONG, duration
@@ -58,14 +58,13 @@ from nni_topo.recovery.lesson import (
     Judgement,
     Lesson,
     Objective,
-    check_any_count,
     check_augment,
     is_better,
     is_blendable,
-    joined,
     student_of,
 )
 from nni_topo.recovery.outputs import ComparedOutputs, Outputs
+from nni_topo.recovery.pool import Pool, are_joinable, inputs_to_compare
 from nni_topo.recovery.report import signed_like
 from nni_topo.rules import FLAG, FUNCTION, NONE, SEED, number, one_of, taking, whole
 from nni_topo.sharing import named_tensors
@@ -229,6 +228,13 @@ def course_length(images: int, batch_size: int) -> int:
     return max(_STEPS, _PASSES * math.ceil(images / batch_size))
 
 
+def course_on(model: nn.Module, images: Calibration, batch_size: int) -> tuple[int, float]:
+    """Return the maximum number of steps of a course on some images, and about how many images a step has."""
+    if are_joinable(model, images):
+        return course_length(images.samples, batch_size), min(batch_size, images.samples)
+    return course_length(len(images), 1), images.samples / len(images)
+
+
 @public(dense=MODEL, original=MODEL, images=BATCHES, held_out=BATCHES | NONE, **KNOBS)
 def distillation(
     dense: nn.Module,
@@ -261,34 +267,45 @@ def distillation(
         for model in (original, dense):
             first_call(model, each)
         check_samples_first(original, each)
-    pool = joined([call for each in given for call in calls(original, each)])
-    check_any_count(original, pool, "original")
-    check_any_count(dense, pool, "dense")
-    counts, student = [each.samples for each in given], student_of(dense, pool)
+    for model in (original, dense):
+        given = [with_whole_batches(model, each) for each in given]
+    # Which samples judge, of those that are held out or else of all.
+    is_held = torch.ones(given[-1].samples, dtype=torch.bool)
+    if held_out is None:
+        is_held = samples_to_judge_on(dense, given[0])
+    inputs, why_whole = inputs_to_compare({"original": original, "dense": dense}, given)
+    counts = [each.samples for each in given]
+    if isinstance(inputs, list):
+        if held_out is None and not given[0].withheld.any():  # parts of so few samples were not tried
+            given[0] = given[0].as_whole_batches(why_whole)
+            is_held = samples_to_judge_on(dense, given[0])
+        parts = given if held_out is not None else [given[0].marked(~is_held), given[0].marked(is_held)]
+        inputs = [call for part in parts if len(part) for call in calls(original, part)]
+        counts = [len(part) for part in parts]
+        if not all(counts):
+            raise too_few_batches(sum(counts), why_whole)
+    pool = Pool(inputs)
+    student = student_of(dense, pool.few(2))
     lesson = Lesson(
         original,
         student,
-        pool,
+        inputs,
         objective,
         temperature,
         outputs=outputs,
         blocks=blocks,
         precision=precision,
     )
-    is_blended = blend and is_blendable(pool)
+    is_blended = blend and is_blendable(pool.few(1))
     if lesson.named.left_out:
         _logger.warning("%s", lesson.named)
 
-    # Which images judge, and from which the network learns.
+    # The numbers of those that judge, and of those from which the network learns.
     order = torch.randperm(counts[0], generator=torch.Generator().manual_seed(seed))
-    if held_out is not None:
+    if len(counts) > 1:
         drawn = torch.randperm(counts[1], generator=torch.Generator().manual_seed(seed))
         held, learned = counts[0] + drawn, order
-        is_held = torch.ones(given[1].samples, dtype=torch.bool)
     else:
-        is_held = samples_to_judge_on(dense, given[0])
-        if len(is_held) > 1 and not is_held.any():
-            is_held[-1] = True  # there are fewer than eight samples
         held, learned = order[is_held[order]], order[~is_held[order]]
     was_solved_on = int((is_solved_on(dense, given[-1]) & is_held).sum())
     if not len(learned) or not len(held):
@@ -296,10 +313,10 @@ def distillation(
     lesson.split(held, learned)
     _check_gradients(lesson, student, learned[:2])
     if augment is not None:
-        check_augment(original, pool, augment, seed)
+        check_augment(original, pool.few(2), augment, seed)
 
     def judge(net: nn.Module, index: Tensor) -> Judgement:
-        with clock.judging(len(index)):
+        with clock.judging(pool.samples(index)):
             return lesson.judge(net, index)
 
     def after_few_steps(net: nn.Module) -> float:
@@ -323,14 +340,15 @@ def distillation(
                 return measured, judged_again
         return net, found
 
-    most_steps = steps or course_length(len(learned), batch_size)
-    is_normed = len(learned) >= _BATCH_NORM_IMAGES and bool(batch_norms(dense)[0])
-    before, looked_at = judge(student, held), held[:_LOOKED_AT]
-    clock.judged_at_end = len(looked_at) + len(held)
+    most_steps = steps or course_length(len(learned), 1 if pool.are_whole else batch_size)
+    # Whole batches may be as small as a single sample, which has no statistics.
+    is_normed = not pool.are_whole and len(learned) >= _BATCH_NORM_IMAGES and bool(batch_norms(dense)[0])
+    before, looked_at = judge(student, held), pool.first(held, _LOOKED_AT)
+    clock.judged_at_end = pool.samples(looked_at) + pool.samples(held)
     if is_normed:  # the result is judged twice, and its batch norms measured on the images
         clock.judged_at_end += len(held) + len(learned)
     training = Training(
-        student=lambda: student_of(dense, pool),
+        student=lambda: student_of(dense, pool.few(2)),
         batches=lambda: lesson.batches(learned, batch_size, seed, augment, is_blended),
         objective=lesson.objective,
         total=most_steps,
@@ -395,7 +413,7 @@ def distillation(
             for name, tensor in named_tensors(result).items():
                 tensor.copy_(learned_values[name])
         hand_on_report(dense, result, "distilled (nni_topo.distill)")
-        is_learned = torch.ones(counts[0], dtype=torch.bool) if held_out is not None else ~is_held
+        is_learned = torch.ones(given[0].samples, dtype=torch.bool) if held_out is not None else ~is_held
         tell_solved_on(result, itertools.compress(given[0].digests, is_learned.tolist()))
     done = Distillation(
         model=result,
@@ -412,12 +430,12 @@ def distillation(
         most_steps=most_steps,
         rates=rates,
         curve=tuple(course.curve) if course else (),
-        held_out=len(held),
+        held_out=pool.samples(held),
         solved_on=was_solved_on,
         is_out_of_time=is_out_of_time,
         weights_of=weights_of if is_kept else 0,
         gains_nothing=course is not None and course.gains_nothing,
-        images=sum(counts),
+        images=sum(each.samples for each in given),
         seconds=clock.spent,
         outputs=lesson.named,
         frozen=frozen_layers(dense),
@@ -442,12 +460,13 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
         The trained network before pruning, with the same inputs and outputs. It isn't changed.
     images : iterable or nni.compression.utils.Evaluator
         Batches of inputs, or of ``(inputs, ...)``; labels aren't used. If it is an evaluator, the batches it evaluates
-        on. Inputs of all batches have the same shape, except for the number of samples. 1,000 images are enough for
-        small networks.
+        on. 1,000 images are enough for small networks. Samples of several batches form the batches of the steps; where
+        that isn't possible, because inputs differ in shape or a model runs on whole batches only, a batch is a step.
     held_out : iterable or nni.compression.utils.Evaluator, optional
         Batches like ``images``, to judge by. By default every eighth of ``images``, or every eighth group of a
-        :class:`nni_topo.Calibration` with groups: the samples that :func:`nni_topo.compensate` leaves out. Samples on
-        which ``dense`` was solved in this process don't judge if there are others; if not, a warning says so.
+        :class:`nni_topo.Calibration` with groups, or every eighth whole batch: the samples that
+        :func:`nni_topo.compensate` leaves out. Samples on which ``dense`` was solved in this process don't judge if
+        there are others; if not, a warning says so.
     objective : {"auto", "kl", "squares", "cosine"}, default="auto"
         ``"kl"``: Kullback-Leibler divergence from the unpruned network's softened probabilities along the last axis,
         times the squared temperature. Steps minimize it together with ``"squares"``, which keeps the scores of
@@ -512,8 +531,8 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     Raises
     ------
     ConfigError
-        If a knob can't be used, a model doesn't run on any number of samples, the two models' outputs differ in kind or
-        shape, or nothing can be learned.
+        If a knob can't be used, a model runs on whole batches only and there is one, the two models' outputs differ in
+        kind or shape, or nothing can be learned.
     GradientError
         If the outputs have no gradients, for example because ``forward`` runs under :class:`torch.no_grad`, or changes
         a tensor that a gradient needs in place. It is also a ConfigError.
@@ -561,29 +580,31 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
 def is_solved_on(model: nn.Module, images: Calibration) -> Tensor:
     """Return the samples on which a model's weights were solved, as far as is known: bool (samples,).
 
-    If samples have groups, these are all samples of each group on which weights were solved.
+    If samples have groups, or batches stay whole, these are all samples of each of them on which weights were solved.
     """
     known = solved_on(model)
     if not known:
         return torch.zeros(images.samples, dtype=torch.bool)
     found = torch.tensor([each in known for each in images.digests])
-    return found if images.groups is None else torch.isin(images.groups, images.groups[found])
+    return torch.isin(images.units, images.units[found])
 
 
 def samples_to_judge_on(model: nn.Module, images: Calibration) -> Tensor:
     """Return which samples judge by default: bool (samples,).
 
     They are the eighth that other steps leave out. If weights of the model were solved on some of these, the
-    same number of samples on which none were solved is used instead, if there are any.
+    same number of samples on which none were solved is used instead, if there are any. Of fewer than eight samples the
+    last one judges.
     """
-    eighth = images.held_out(HELD_OUT)
+    units, eighth = images.units, images.withheld
+    if len(units.unique()) > 1 and not eighth.any():
+        eighth = units == units[-1]
     fresh = ~is_solved_on(model, images)
     if bool(fresh[eighth].all()) or not fresh.any():
         return eighth
-    groups = torch.arange(images.samples) if images.groups is None else images.groups
-    others = groups[fresh].unique()
-    every = len(others) // max(1, len(groups[eighth].unique())) or 1
-    return torch.isin(groups, others[every - 1 :: every])
+    others = units[fresh].unique()
+    every = len(others) // max(1, len(units[eighth].unique())) or 1
+    return torch.isin(units, others[every - 1 :: every])
 
 
 def _check_gradients(lesson: Lesson, student: nn.Module, few: Tensor) -> None:
@@ -617,10 +638,19 @@ def _check_gradients(lesson: Lesson, student: nn.Module, few: Tensor) -> None:
     student.zero_grad(set_to_none=True)
 
 
+def too_few_batches(count: int, why: str) -> ConfigError:
+    """Return the error for too few batches of a model that runs on whole batches only."""
+    return ConfigError(
+        "distillation must be able to run a model on any number of samples, or have at least two batches, one to judge "
+        f"by, got {count}: {why}; samples must be the first dimension of every input, also of the states of recurrent "
+        "layers. Pass more batches, or leave distillation out: shrink(..., distill=False) (images)"
+    )
+
+
 @leaves_models_alone
 def check_can_learn(
     model: nn.Module,
-    call: Call,
+    inputs: Call | list[Call],
     *,
     objective: Objective = "auto",
     temperature: float = 2.0,
@@ -629,19 +659,20 @@ def check_can_learn(
     blend: bool = True,
     precision: Precision = "float32",
 ) -> float:
-    """Raise errors of `distillation` for a model's outputs on a batch, before the smaller model exists.
+    """Raise errors of `distillation` for a model's outputs on a batch, or on whole ones, before the work.
 
     ConfigError for outputs that can't be compared, GradientError for outputs without gradients. Return the seconds per
     sample of a gradient step.
     """
     check_precision(precision, device_of(model), "distill")
-    check_any_count(model, call, "model")
-    student = student_of(model, call)
-    lesson = Lesson(model, student, call, objective, temperature, outputs=outputs, blocks=blocks, precision=precision)
-    _check_gradients(lesson, student, torch.arange(min(2, batch_size(call))))
+    pool = Pool(inputs)
+    student = student_of(model, pool.few(2))
+    lesson = Lesson(model, student, inputs, objective, temperature, outputs=outputs, blocks=blocks, precision=precision)
+    units = torch.arange(pool.count)
+    _check_gradients(lesson, student, units[:2])
     # On few samples, because the model may need more memory for a whole batch than the smaller one will.
-    few = torch.arange(min(_TIMED, batch_size(call)))
-    inputs, wanted = next(lesson.batches(few, len(few), 0, None, False))
+    few = units[:1] if pool.are_whole else units[:_TIMED]
+    batch, wanted = next(lesson.batches(few, len(few), 0, None, False))
     with learning(student):
-        seconds = timed(lambda: lesson.objective(student, inputs, wanted).backward(), student)
-    return seconds / len(few)
+        seconds = timed(lambda: lesson.objective(student, batch, wanted).backward(), student)
+    return seconds / pool.samples(few)

@@ -5,30 +5,32 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax, normalize
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_map_only
 
-from nni_topo.errors import ConfigError, DataError, raised
+from nni_topo.errors import ConfigError, NniTopoError, out_of_memory, raised
 from nni_topo.network.layers.memory_format import lay_out
+from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.copies import detached_copy, evaluating, evaluation_mode
 from nni_topo.network.runtime.fits import failure_on
 from nni_topo.network.runtime.inputs import (
+    MODEL_ERRORS,
     Call,
     arguments_of,
     batch_size,
-    calls,
     cast_floats,
-    lists_of_samples,
+    described,
     on_device,
     real_positions_of,
     taken,
     tensors_of,
 )
-from nni_topo.network.runtime.memory import check_memory, free_memory_of
+from nni_topo.network.runtime.memory import free_memory_of
 from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.runtime.precision import Precision, computing_in
 from nni_topo.network.runtime.switches import random_state_kept, seed_torch
@@ -38,10 +40,12 @@ from nni_topo.recovery.outputs import (
     READ,
     ComparedOutputs,
     Outputs,
+    Places,
     are_tags,
     as_in_batch,
     blocks_seen,
     compared_outputs,
+    entry_count,
     finite,
     in_words,
     mean_distances,
@@ -50,13 +54,13 @@ from nni_topo.recovery.outputs import (
     shared_blocks,
     unpadded,
 )
+from nni_topo.recovery.pool import Pool, have_one_shape, inputs_to_compare, joined
 
 Objective = Literal["auto", "kl", "squares", "cosine"]
 Augment = Callable[[Any], Any]
 
 _BLENDED = 0.5  # share of the images in a view
 _AT_ONCE = 256
-_COPIES = 3
 _VARIED = 1024  # approximate number of samples for the variances of outputs
 _NUMBERS = 2**27  # most entries of outputs in one batch that is judged: large outputs get smaller batches
 _FEWEST = 16  # smallest such batch, however large the outputs
@@ -87,14 +91,15 @@ def is_better(after: Judgement, before: Judgement) -> bool:
 class Lesson:
     """The unpruned network's outputs for some images, and the distance of another network's outputs from them.
 
-    Images are numbered as in ``pool``.
+    Images are numbered as in ``pool``: a call of all images, or a list of calls that stay whole; then the numbers are
+    those of the calls.
     """
 
     def __init__(
         self,
         unpruned: nn.Module,
         student: nn.Module,
-        pool: Call,
+        pool: Call | list[Call],
         objective: str,
         temperature: float,
         *,
@@ -104,32 +109,32 @@ class Lesson:
     ) -> None:
         # A copy that shares its weights and stays in evaluation mode.
         self._unpruned: nn.Module = evaluating(detached_copy(unpruned, light=True))
-        self._pool, self._temperature, self._outputs = pool, temperature, outputs
+        self._pool, self._temperature, self._outputs = Pool(pool), temperature, outputs
         self.precision = precision  # of the steps; judgements are in the precision of the parameters
         # Device and type of the trained parameters; complex weights have real inputs.
         floats = [each for each in student.parameters() if each.is_floating_point()]
         learned = next((each for each in floats if each.requires_grad), floats[0])
         self._place = learned.device, learned.dtype
-        self._answers = _LazyOutputs(self.answer, batch_size(pool))
-        self._views: dict[int, _LazyOutputs] = {}  # shared by all courses, which learn from the same images
+        self._answers = self._lazy_outputs(self._pool.count)
+        # Shared by all courses, which learn from the same images.
+        self._views: dict[int, _LazyOutputs | _OutputsOfBatches] = {}
         # Which outputs are compared, and how.
-        count, one = min(READ, batch_size(pool)), torch.arange(1)
-        few = taken(pool, torch.arange(count))
+        few, one = self._pool.few(READ), torch.arange(1)
         call = on_device(few, device_of(self._unpruned))
         with evaluation_mode(self._unpruned), torch.no_grad():
-            self._places = places_by_sample(self._unpruned, call, outputs)
+            self._places = None if self._pool.are_whole else places_by_sample(self._unpruned, call, outputs)
             answer = self._unpruned(*call[0], **call[1])
-        read, likely = read_outputs(answer, call, count, outputs, self._places)
+        read, likely = self._read(answer, call, self._places)
         self.named = compared_outputs(answer, read) if outputs is None else ComparedOutputs((), ())
         if objective == "auto":
             objective = "squares" if likely == "kl" and are_tags(read[:1]) else likely
         self.kind = objective
-        wanted = self._answers(pool, one)
+        wanted = self._wanted(one)
         few = cast_floats(few, self._place[1])
         with evaluation_mode(student), torch.no_grad():
-            own = places_by_sample(student, few, outputs)
-            call = taken(few, one)
-            found = read_outputs(student(*call[0], **call[1]), call, 1, outputs, own)[0]
+            places = None if self._pool.are_whole else places_by_sample(student, few, outputs)
+            call = few if self._pool.are_whole else taken(few, one)
+            found, _ = self._read(student(*call[0], **call[1]), call, places)
         shapes, expected = ([tuple(each.shape[1:]) for each in tensors] for tensors in (found, wanted))
         if shapes != expected:
             raise ConfigError(f"both models must give outputs of the same shapes, got {shapes} and {expected} (dense)")
@@ -141,10 +146,10 @@ class Lesson:
         # Scales of distances, for judging and for the steps' loss.
         self._together = max(_FEWEST, _NUMBERS // max(1, sum(each.numel() for each in wanted)))  # most samples at once
         self._count = len(wanted)  # number of outputs
-        self._scales = self._learned_scales = self._variances(torch.arange(batch_size(pool)))
+        self._scales = self._learned_scales = self._variances(torch.arange(self._pool.count))
         self._weight_of_distance = 0.0
         self._blocks = blocks  # weight of the loss of the blocks' outputs
-        self._block_names = shared_blocks(self._unpruned, student, taken(pool, one), self._place) if blocks else []
+        self._block_names = shared_blocks(self._unpruned, student, self._pool.few(1), self._place) if blocks else []
         if blocks and not self._block_names:
             raise ConfigError(
                 f"blocks must be 0 where no block's output has the same shape in both models, got {blocks} (blocks)"
@@ -155,9 +160,9 @@ class Lesson:
 
         A single image has no variance, so it sets no scale.
         """
-        if len(held) > 1:
+        if self._pool.samples(held) > 1:
             self._scales = self._variances(held)
-        if len(learned) > 1:
+        if self._pool.samples(learned) > 1:
             self._learned_scales = self._variances(learned)
             if self.kind == "kl":
                 # The distance of a network with constant outputs is about 1; its divergence depends on the scale of
@@ -169,8 +174,8 @@ class Lesson:
         # By output: loss times entries, distance times entries, number of entries, number of equal largest logits.
         sums = torch.zeros(self._count, 4, dtype=torch.float64, device="cpu")
         with evaluation_mode(student), torch.no_grad():
-            for part in _together(index):
-                found, wanted = self._compared(student, taken(self._pool, part), self._answers(self._pool, part))
+            for part in self._pool.together(index, _AT_ONCE):
+                found, wanted = self._compared(student, self._pool.of(part), self._wanted(part))
                 distances = mean_distances(found, wanted, self._scales)
                 rows = zip(self._losses(found, wanted, distances), distances, found, wanted, strict=True)
                 for row, (loss, distance, mine, theirs) in zip(sums, rows, strict=True):
@@ -183,9 +188,7 @@ class Lesson:
 
     def loss_of_a_constant(self, index: Tensor) -> float:
         """Return the loss of a network whose outputs for some images are always their mean output."""
-        own = index[: min(_AT_ONCE, self._together)]
-        real = real_positions_of(self._unpruned, taken(self._pool, own))
-        wanted = unpadded(self._answers(self._pool, own), real)
+        wanted = self._rows(self._pool.first(index, min(_AT_ONCE, self._together)))
         if self.kind == "kl":
             t = self._temperature
             likely = [(each / t).softmax(-1).flatten(0, -2).mean(0) for each in wanted]
@@ -230,30 +233,53 @@ class Lesson:
     def batches(self, index: Tensor, size: int, seed: int, augment: Augment | None, blend: bool) -> Batches:
         """Yield batches of some of the images, epoch after epoch, with the unpruned network's outputs for them.
 
-        With a loss of the blocks no outputs are yielded: the unpruned network runs on each batch.
+        With a loss of the blocks no outputs are yielded: the unpruned network runs on each batch. Of calls that stay
+        whole each one is a batch, whatever the ``size``.
         """
         generator = torch.Generator().manual_seed(seed)
-        plain = taken(self._pool, index)
+        if self._pool.are_whole:
+            yield from self._whole_batches(index, generator, seed, augment, blend)
+        plain = self._pool.of(index)
         for turn in itertools.count():
             view = 0 if augment is None and not blend else turn % VIEWS
             # Views are drawn anew from their seeds, so that only one is in memory.
             call = plain if augment is None or view == 0 else _augmented(plain, augment, seed + view)
             call = _blended(call, seed + view) if blend and view else call
             if view and view not in self._views:
-                self._views[view] = _LazyOutputs(self.answer, len(index))
+                self._views[view] = self._lazy_outputs(len(index))
             for chosen in torch.randperm(len(index), generator=generator).tensor_split(-(-len(index) // size)):
                 if self._block_names:
                     wanted = list[Tensor]()
                 elif view:
-                    wanted = self._views[view](call, chosen, self.precision)
+                    wanted = self._views[view](partial(taken, call), chosen, self.precision)
                 else:
-                    wanted = self._answers(self._pool, index[chosen], self.precision)
+                    wanted = self._wanted(index[chosen], self.precision)
                 yield taken(call, chosen), wanted
+
+    def _whole_batches(
+        self, index: Tensor, generator: torch.Generator, seed: int, augment: Augment | None, blend: bool
+    ) -> Batches:
+        """Yield calls that stay whole, as `batches` does; each has views of its own."""
+        for turn in itertools.count():
+            view = 0 if augment is None and not blend else turn % VIEWS
+            if view and view not in self._views:
+                self._views[view] = self._lazy_outputs(self._pool.count)
+            outputs = self._views[view] if view else self._answers
+            for unit in index[torch.randperm(len(index), generator=generator)].split(1):
+                call, seed_of_view = self._pool.of(unit), seed + view + VIEWS * int(unit)
+                if augment is not None and view:
+                    call = _augmented(call, augment, seed_of_view)
+                if blend and view:
+                    call = _blended(call, seed_of_view)
+                wanted = list[Tensor]()
+                if not self._block_names:
+                    wanted = outputs(lambda _, call=call: call, unit, self.precision)  # type: ignore[misc]
+                yield call, wanted
 
     def plain(self, index: Tensor) -> list[Any]:
         """Return batches of some of the images, unchanged, for the student."""
-        pool = cast_floats(self._pool, self._place[1])
-        return [(as_in_batch(taken(pool, part)),) for part in index.tensor_split(-(-len(index) // _AT_ONCE))]
+        parts = [index[:0]] if not len(index) else list(index.tensor_split(-(-len(index) // _AT_ONCE)))
+        return [(as_in_batch(cast_floats(self._pool.of(part), self._place[1])),) for part in parts]
 
     def answer(self, call: Call, precision: Precision) -> list[Tensor]:
         """Return the compared outputs of the unpruned network, on the student's device and in its type."""
@@ -266,7 +292,7 @@ class Lesson:
             torch.no_grad(),
             computing_in("float32" if is_half else precision, device),
         ):
-            answer = self._unpruned(*args, **kwargs)
+            answer = _run(self._unpruned, (args, kwargs))
         return [each.to(*self._place) for each in self._outputs_of(answer, (args, kwargs))]
 
     def _compared(
@@ -276,7 +302,7 @@ class Lesson:
         real = real_positions_of(student, call)
         args, kwargs = cast_floats(call, self._place[1])
         with computing_in(precision, self._place[0]):
-            found = student(*args, **kwargs)
+            found = _run(student, (args, kwargs))
         return unpadded(self._outputs_of(found, (args, kwargs)), real), unpadded(wanted, real)
 
     def _outputs_of(self, answer: Any, call: Call) -> list[Tensor]:
@@ -284,7 +310,36 @@ class Lesson:
         own = self._place[1]
         if any(each.dtype == torch.bfloat16 for each in tensors_of(answer)):
             answer = tree_map_only(Tensor, lambda each: each.to(own) if each.dtype == torch.bfloat16 else each, answer)
-        return read_outputs(answer, call, batch_size(call), self._outputs, self._places)[0]
+        return self._read(answer, call, self._places)[0]
+
+    def _read(self, answer: Any, call: Call, places: Places) -> tuple[list[Tensor], str]:
+        """Return the outputs to compare for a call, and the objective that suits them."""
+        count = entry_count(answer, call, self._outputs) if self._pool.are_whole else batch_size(call)
+        return read_outputs(answer, call, count, self._outputs, places)
+
+    def _lazy_outputs(self, count: int) -> _LazyOutputs | _OutputsOfBatches:
+        """Return the unpruned network's outputs for ``count`` images, which are computed when they are needed."""
+        return _OutputsOfBatches(self.answer) if self._pool.are_whole else _LazyOutputs(self.answer, count)
+
+    def _wanted(self, index: Tensor, precision: Precision = "float32") -> list[Tensor]:
+        """Return the unpruned network's outputs for some images, or for one call that stays whole."""
+        return self._answers(self._pool.of, index, precision)
+
+    def _rows(self, index: Tensor) -> list[Tensor]:
+        """Return the unpruned network's outputs for some images without padding, by position where lengths differ."""
+        parts = []
+        for part in self._pool.together(index, len(index)):
+            real = real_positions_of(self._unpruned, self._pool.of(part))
+            parts.append(unpadded(self._wanted(part), real))
+        rows = []
+        for outputs in zip(*parts, strict=True):
+            shapes = {output.shape[1:] for output in outputs}
+            if len({shape[-1:] for shape in shapes}) > 1:
+                outputs = tuple(output.reshape(-1, 1) for output in outputs)
+            elif len(shapes) > 1:
+                outputs = tuple(output.flatten(0, -2) for output in outputs)
+            rows.append(torch.cat(outputs))
+        return rows
 
     def _losses(self, found: list[Tensor], wanted: list[Tensor], distances: list[Tensor]) -> list[Tensor]:
         """Return the mean loss of each output, given the distances."""
@@ -308,10 +363,8 @@ class Lesson:
 
     def _variances(self, index: Tensor) -> list[float]:
         """Return the variance of each output of the unpruned network over some images, or a sample of many."""
-        own = index[:: -(-len(index) // min(_VARIED, self._together))]
-        real = real_positions_of(self._unpruned, taken(self._pool, own))
-        outputs = unpadded(self._answers(self._pool, own), real)
-        return [float(finite(each).var(0, correction=0).mean()) + _LEAST_VARIANCE for each in outputs]
+        rows = self._rows(self._pool.spread(index, min(_VARIED, self._together)))
+        return [float(finite(each).var(0, correction=0).mean()) + _LEAST_VARIANCE for each in rows]
 
 
 class _LazyOutputs:
@@ -326,10 +379,12 @@ class _LazyOutputs:
         self._values: list[Tensor] = []
         self._is_kept = True
 
-    def __call__(self, call: Call, index: Tensor, precision: Precision = "float32") -> list[Tensor]:
-        """Return the outputs for some images of a call; unknown ones are computed in the given precision."""
+    def __call__(
+        self, call_of: Callable[[Tensor], Call], index: Tensor, precision: Precision = "float32"
+    ) -> list[Tensor]:
+        """Return the outputs for some images; unknown ones are computed in the given precision."""
         for part in _together(index[~self._is_known[index]].unique()) if self._is_kept else ():
-            found = self._ask(taken(call, part), precision)
+            found = self._ask(call_of(part), precision)
             if not self._values:
                 count = len(self._is_known)
                 needed = sum(count * each[:1].nbytes for each in found)  # for all images
@@ -342,14 +397,50 @@ class _LazyOutputs:
             self._is_known[part] = True
         if self._is_kept or not len(index):
             return [each[index.to(each.device)] for each in self._values]
-        parts = [self._ask(taken(call, part), precision) for part in _together(index)]
+        parts = [self._ask(call_of(part), precision) for part in _together(index)]
         return [torch.cat(each) for each in zip(*parts, strict=True)]
 
 
-def student_of(dense: nn.Module, pool: Call) -> nn.Module:
+class _OutputsOfBatches:
+    """The same for calls that stay whole and may differ in length: outputs are kept while they fit in that memory."""
+
+    def __init__(self, ask: Callable[[Call, Precision], list[Tensor]]) -> None:
+        self._ask = ask
+        self._values: dict[int, list[Tensor]] = {}
+        self._nbytes = 0
+
+    def __call__(
+        self, call_of: Callable[[Tensor], Call], index: Tensor, precision: Precision = "float32"
+    ) -> list[Tensor]:
+        """Return the outputs for one call."""
+        number = int(index)
+        if number in self._values:
+            return self._values[number]
+        outputs = self._ask(call_of(index), precision)
+        nbytes = sum(output.nbytes for output in outputs)
+        if self._nbytes + nbytes <= _KEPT_SHARE * free_memory_of(outputs[0].device):
+            self._values[number] = outputs
+            self._nbytes += nbytes
+        return outputs
+
+
+def _run(model: nn.Module, call: Call) -> Any:
+    """Run a model on samples that form a new batch; ConfigError if it can't."""
+    try:
+        return model(*call[0], **call[1])
+    except MODEL_ERRORS as error:
+        if isinstance(error, NniTopoError) or out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"distillation must be able to run a model on any number of samples, got {raised(error)} on "
+            f"{described(call)}: leave distillation out, in shrink distill=False (images)"
+        ) from error
+
+
+def student_of(dense: nn.Module, few: Call) -> nn.Module:
     """Return a copy of a network that can learn: in evaluation mode, in single precision at least.
 
-    All parameters learn but those that `frozen_parameters` names.
+    All parameters learn but those that `frozen_parameters` names. ``few``: a call on which it runs.
     """
     if not any(parameter.is_floating_point() for parameter in dense.parameters()):
         raise ConfigError("a model must have floating parameters, got none (dense)")
@@ -361,7 +452,6 @@ def student_of(dense: nn.Module, pool: Call) -> nn.Module:
             module.sparse = False  # AdamW takes no sparse gradients
     floats = [each for each in student.parameters() if each.is_floating_point()]
     learned = next((each for each in floats if each.requires_grad), floats[0])
-    few = taken(pool, torch.arange(min(2, batch_size(pool))))
     args, kwargs = on_device(cast_floats(few, learned.dtype), device_of(student))
     student = lay_out(student, args, kwargs)
     frozen = frozen_parameters(student)
@@ -375,45 +465,11 @@ def judged(
     unpruned: nn.Module, nets: Sequence[nn.Module], images: Iterable[Any], outputs: Outputs | None = None
 ) -> list[Judgement]:
     """Compare several networks with the unpruned one, as :meth:`Lesson.judge` does, on all of some images."""
-    pool = joined(list(calls(unpruned, images)))
-    students = [student_of(net, pool) for net in nets]
-    lesson = Lesson(unpruned, students[0], pool, "auto", _TEMPERATURE, outputs=outputs)
-    return [lesson.judge(net, torch.arange(batch_size(pool))) for net in students]
-
-
-def check_one_shape(parts: Iterable[Call]) -> None:
-    """Raise a DataError unless the inputs of all calls fit together, sample by sample."""
-    first: tuple[Any, list[tuple[int, ...]]] | None = None
-    for args, kwargs in parts:
-        if lists_of_samples((*args, *kwargs.values())):
-            raise DataError(
-                "distillation must have samples along the first dimension of tensors, got a list, as detectors take "
-                "it: shrink(..., distill=False) recovers without it (images)"
-            )
-        leaves, spec = tree_flatten((args, kwargs))
-        found = spec, [tuple(each.shape[1:]) for each in leaves if isinstance(each, Tensor) and each.dim()]
-        first = first or found
-        if found != first:
-            shapes = sorted({*first[1], *found[1]})
-            raise DataError(
-                f"inputs of all batches must have one shape for distillation, whatever their number, got {shapes}: pad "
-                "all batches to the same length, as a tokenizer does with padding='max_length', or leave "
-                "distillation out: shrink(..., distill=False) (images)"
-            )
-
-
-def joined(parts: list[Call]) -> Call:
-    """Concatenate calls into one; DataError if their inputs don't fit together."""
-    check_one_shape(parts)
-    flat = [tree_flatten(part) for part in parts]
-    leaves = []
-    for column in zip(*(values for values, _ in flat), strict=False):
-        has_samples = any(isinstance(each, Tensor) and each.dim() for each in column)
-        size = sum(each.nbytes for each in column if isinstance(each, Tensor))
-        check_memory(_COPIES * size, "images and a view of them", "fewer images take less", "images")
-        leaves.append(torch.cat(column) if has_samples else column[0])
-    joined: Call = tree_unflatten(leaves, flat[0][1])
-    return joined
+    inputs, _ = inputs_to_compare({"model": unpruned}, [Calibration.of(images)])
+    pool = Pool(inputs)
+    students = [student_of(net, pool.few(2)) for net in nets]
+    lesson = Lesson(unpruned, students[0], inputs, "auto", _TEMPERATURE, outputs=outputs)
+    return [lesson.judge(net, torch.arange(pool.count)) for net in students]
 
 
 def is_blendable(call: Call) -> bool:
@@ -442,24 +498,8 @@ def _together(index: Tensor) -> tuple[Tensor, ...]:
     return found
 
 
-def check_any_count(model: nn.Module, call: Call, name: str) -> None:
-    """Raise ConfigError, before training, unless a network runs on one sample of a call and on two.
-
-    Training and held-out images are split into batches anew, which may have any size.
-    """
-    for count in range(1, 1 + min(2, batch_size(call))):
-        error = failure_on(model, taken(call, torch.arange(count)))
-        if error is not None:
-            raise ConfigError(
-                "distillation must be able to run a model on any number of samples: leave distillation out, in shrink "
-                f"distill=False; of {batch_size(call)} samples it got {count} and raised {raised(error)} "
-                f"({name})"
-            ) from error
-
-
-def check_augment(unpruned: nn.Module, call: Call, augment: Augment, seed: int) -> None:
-    """Raise ConfigError, before training, unless a network runs on the output of ``augment`` for two images."""
-    few = taken(call, torch.arange(min(2, batch_size(call))))
+def check_augment(unpruned: nn.Module, few: Call, augment: Augment, seed: int) -> None:
+    """Raise ConfigError, before training, unless a network runs on the output of ``augment`` for a few images."""
     view = _augmented(few, augment, seed)
     error = failure_on(unpruned, view)
     if error is not None:
@@ -471,7 +511,7 @@ def check_augment(unpruned: nn.Module, call: Call, augment: Augment, seed: int) 
 
 def _augmented(call: Call, augment: Augment, seed: int) -> Call:
     """Return another view of a call's inputs, from a seed of its own; ConfigError unless it can replace them."""
-    views = []
+    views: list[Call] = []
     with random_state_kept():
         seed_torch(seed)
         for index in _together(torch.arange(batch_size(call))):
@@ -501,4 +541,7 @@ def _augmented(call: Call, augment: Augment, seed: int) -> Call:
             if after > before:  # additive masks hold infinities
                 raise ConfigError(f"augment must return finite values, got {in_words(seen)} with others (augment)")
             views.append(view)
+    if not have_one_shape(views):
+        got = "; ".join(in_words(as_in_batch(view)) for view in views)
+        raise ConfigError(f"augment must return inputs of one shape, got {got} (augment)")
     return joined(views)

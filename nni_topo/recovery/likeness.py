@@ -24,6 +24,7 @@ from nni_topo.recovery.outputs import (
     Places,
     are_tags,
     compared_outputs,
+    entry_count,
     finite,
     minus,
     places_by_sample,
@@ -85,7 +86,8 @@ class Answers:
         self._model, self._parts, self._outputs = model, parts, outputs
         self._wanted = [BatchStore() for _ in parts]
         with evaluation_mode(model), torch.no_grad(), fitting(0, parts[0].name):
-            self._places = places_by_sample(model, next(calls(model, parts[0])), outputs)
+            call = next(calls(model, parts[0]))
+            self._places = None if parts[0].why_whole else places_by_sample(model, call, outputs)
         for part, store in zip(parts, self._wanted, strict=True):
             for answer in _answers(model, part, outputs, self._places):
                 store.append(answer)
@@ -161,9 +163,9 @@ def _answers(net: nn.Module, images: Calibration, outputs: Outputs | None, place
     """Run a network over images, in evaluation mode."""
     with evaluation_mode(net), torch.no_grad():
         for index, call in enumerate(bar("comparing", None, calls(net, images))):
-            count = batch_size(call)
             with fitting(index, images.name):
                 found = net(*call[0], **call[1])
+            count = entry_count(found, call, outputs) if images.why_whole else batch_size(call)
             real = real_positions_of(net, call)
             try:
                 read, kind = read_outputs(found, call, count, outputs, places)

@@ -96,6 +96,16 @@ def read_outputs(
     return tensors, kind
 
 
+def entry_count(found: Any, call: Call, outputs: Outputs | None) -> int:
+    """Return the number of samples of a whole batch: the length of its inputs, or else that of all outputs.
+
+    The outputs for a batch of graphs have an entry for each graph, its inputs one for each node.
+    """
+    lengths = {len(tensor) for tensor in _with_entries(found if outputs is None else outputs(found, as_in_batch(call)))}
+    count = batch_size(call)
+    return count if count in lengths or len(lengths) != 1 else lengths.pop()
+
+
 def _are_embeddings(rows: Tensor) -> bool:
     """Say whether an output holds vectors of length one, (samples, numbers), other than one-hot probabilities."""
     if rows.dim() != 2 or rows.shape[1] < 2:

@@ -19,8 +19,7 @@ from nni_topo.network.graph.nodes import tensor_shape
 from nni_topo.network.layers.derived import InnerCall, call_of, has_own_forward
 from nni_topo.network.layers.kinds import TRANSPOSED
 from nni_topo.network.runtime.calibration import Calibration
-from nni_topo.network.runtime.fits import failure_on
-from nni_topo.network.runtime.inputs import calls
+from nni_topo.network.runtime.fits import with_whole_batches
 from nni_topo.network.runtime.memory import check_memory, free_memory_of
 from nni_topo.network.runtime.modules import device_of
 from nni_topo.recovery.plan import Solvable
@@ -134,14 +133,9 @@ def _transposed_windows(call: InnerCall, size: Sequence[int]) -> Tensor:
 
 
 def samples_to_solve_on(model: nn.Module, calibration: Calibration) -> Calibration:
-    """Return the samples that may be solved on: all but those on which distillation judges.
-
-    These are all samples if the model runs on whole batches only, because then it can't be distilled either.
-    """
+    """Return the samples that may be solved on: all but those on which distillation judges."""
     learned = calibration.learned
-    if not len(learned) or (learned is not calibration and failure_on(model, next(calls(model, learned))) is not None):
-        return calibration
-    return learned
+    return with_whole_batches(model, calibration).learned if learned is not calibration else calibration
 
 
 Samples = tuple[Tensor, Tensor, Tensor]

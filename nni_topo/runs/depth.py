@@ -443,6 +443,10 @@ def _few(images: Calibration, count: int) -> Calibration:
     samples = images.samples
     if samples <= count:
         return images
+    if images.is_whole:
+        batches = torch.linspace(0, len(images) - 1, max(1, count * len(images) // samples)).round().long()
+        starts = torch.tensor(images.sizes).cumsum(0) - torch.tensor(images.sizes)
+        return images.chosen(starts[batches])
     return images.chosen(torch.linspace(0, samples - 1, count).round().long().unique())
 
 

@@ -22,7 +22,7 @@ from nni_topo.network.runtime.hooks import batches_of
 from nni_topo.network.runtime.public import Running, public
 from nni_topo.pruners.budget import budget_outcome
 from nni_topo.recovery import RecoveryMethod
-from nni_topo.recovery.distilling import course_length
+from nni_topo.recovery.distilling import course_on
 from nni_topo.recovery.lesson import judged
 from nni_topo.recovery.outputs import Outputs
 from nni_topo.rules import ANYTHING, is_finite
@@ -259,7 +259,7 @@ def frontier(
     own_steps: list[int | None] = [None] * len(wanted)
     given = settings.distillation_knobs
     if distill is not False and given.get("steps") is None and given.get("seconds") is None:
-        total = course_length(data.learned.samples, given.get("batch_size", 64))
+        total, _ = course_on(model, data.learned, given.get("batch_size", 64))
         removed = [1.0 - share for share in wanted]
         own_steps = [max(_LEAST_STEPS, round(total * each / sum(removed))) for each in removed]
     # Bounds of layers are shares of the unpruned network's channels.

@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from nni_topo.errors import ConfigError, DataError, raised
-from nni_topo.network.runtime.calibration import HELD_OUT, Calibration
-from nni_topo.network.runtime.fits import check_samples_first, failure_on, structure_call
-from nni_topo.network.runtime.inputs import calls
+from nni_topo.errors import DataError
+from nni_topo.network.runtime.calibration import Calibration
+from nni_topo.network.runtime.fits import check_samples_first, structure_call, with_whole_batches
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,8 @@ class ImageParts:
         """Return the images that judge; without any, a DataError says that ``what`` needs them."""
         if self.judges is None:
             raise DataError(
-                f"{what} needs at least {HELD_OUT} samples, of which one judges, got {self.all.samples} (images)"
+                f"{what} needs at least {self.all.least_to_hold_out}, of which one judges, got {self.all.counted} "
+                "(images)"
             )
         return self.judges
 
@@ -40,21 +40,14 @@ class ImageParts:
     ) -> ImageParts:
         """Hold out every eighth image, or take three parts in the order of the fields; make example inputs.
 
-        ConfigError for a model that runs only on whole batches, because no image can be held out.
+        For a model that runs on whole batches only, these are held out, at least one of two.
         """
         args, kwargs = structure_call(model, calibration)
         check_samples_first(model, calibration)
         if parts is None:
+            calibration = with_whole_batches(model, calibration)
             known, rest = calibration.split()
             parts = known, rest, rest
         learned, judges, held_out = parts
         assert learned is not None  # the first sample is in it
-        error = None if held_out is None else failure_on(model, next(calls(model, learned)))
-        if error is not None:
-            raise ConfigError(
-                "a model must run on any number of samples, because every eighth one is held out: of "
-                f"{calibration.sizes[0]} samples it got {learned.sizes[0]} and raised {raised(error)} (model); "
-                "samples must be the first dimension of every input, also of the states of recurrent layers. Nodes "
-                "of a graph are no samples: create_pruner, compensate and to_dense take whole graphs"
-            ) from error
         return cls(calibration, learned, judges, held_out, kwargs or args)

@@ -14,7 +14,6 @@ from torch import nn
 
 from nni_topo.errors import ConfigError, listed, raised
 from nni_topo.network.cost.measure import count_macs, count_params
-from nni_topo.network.runtime.calibration import HELD_OUT
 from nni_topo.network.runtime.copies import evaluating, evaluation_mode, leaves_models_alone, lent
 from nni_topo.network.runtime.fits import first_call
 from nni_topo.network.runtime.inputs import bind_arguments, returned_by_name, tensors_of
@@ -146,7 +145,8 @@ class Measurements:
         elif self._data.held_out is None:
             self._warn(
                 f"none of {samples} samples could be held out, so distance and agreement are those of the calibration "
-                f"data, on which a network looks better than it is: pass at least {HELD_OUT}, better some hundred"
+                "data, on which a network looks better than it is: pass at least "
+                f"{self._data.all.least_to_hold_out}, better some hundred samples"
             )
         # If the outputs hardly differ, answers differ only by ties.
         elif last.distance >= SMALL and (is_far or agrees_less):

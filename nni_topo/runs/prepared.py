@@ -53,7 +53,7 @@ from nni_topo.pruners.budget import (
 )
 from nni_topo.pruners.registry import create_pruner, pruner_info
 from nni_topo.recovery.course import RATES, Clock, tried_steps
-from nni_topo.recovery.distilling import course_length
+from nni_topo.recovery.distilling import course_on
 from nni_topo.recovery.frozen import frozen_layers
 from nni_topo.recovery.lesson import judged
 from nni_topo.runs.depth import Depth, with_depth
@@ -173,9 +173,10 @@ class Prepared:
         if not math.isnan(self.seconds_of_a_step):
             knobs = {name: value for name, value in settings.distillation_knobs.items() if value is not None}
             size = knobs.get("batch_size", 64)
-            steps = knobs.get("steps") or course_length(samples, size)
+            steps, samples_of_a_step = course_on(self.model, self.images.learned, size)
+            steps = knobs.get("steps") or steps
             tried = 0 if "lr" in knobs else len(RATES) * tried_steps(steps)
-            a_step = min(size, samples) * self.seconds_of_a_step
+            a_step = samples_of_a_step * self.seconds_of_a_step
             seconds = distilled * min((steps + tried) * a_step, knobs.get("seconds", math.inf))
             seconds = min(seconds, max(self.clock.left - total, 0.0))
             finding = f", {tried} to find the learning rate" if tried else ""
@@ -436,7 +437,7 @@ def prepare(
     """
     model, warnings = plain_weights(model)
     data = ImageParts.of(images, model, parts)
-    seconds_of_a_step = settings.check_distillation(model, data.all)
+    seconds_of_a_step = settings.check_distillation(model, data.all, is_held_out=data.judges is not None)
     prepared = Prepared.of(model, data, settings, budget)
     prepared.left_out.extend(warnings)
     if prepared.is_described and not settings.depth and budget.kind != "latency":

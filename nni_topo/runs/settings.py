@@ -16,15 +16,15 @@ from nni_topo.network.io.checkpoint import why_undescribed
 from nni_topo.network.layers.kinds import has_channels, without_plain_weights
 from nni_topo.network.runtime.arguments import BY_HEAD, check_entry, check_model
 from nni_topo.network.runtime.calibration import Calibration
-from nni_topo.network.runtime.inputs import calls
 from nni_topo.pruners.budget import AUTO, BUDGETS, Budget, as_budget
 from nni_topo.pruners.checks import check_no_ratios
 from nni_topo.pruners.registry import PRUNERS, check_pruner_knobs, pruner_info
 from nni_topo.recovery import RecoveryMethod, distillation
 from nni_topo.recovery.distilling import KNOBS as DISTILLATION_KNOBS
-from nni_topo.recovery.distilling import check_can_learn
-from nni_topo.recovery.lesson import check_augment, check_one_shape
+from nni_topo.recovery.distilling import check_can_learn, too_few_batches
+from nni_topo.recovery.lesson import check_augment
 from nni_topo.recovery.outputs import Outputs
+from nni_topo.recovery.pool import Pool, first_inputs
 from nni_topo.recovery.registry import RECOVERIES
 from nni_topo.rules import NONE, check_knobs, instance, one_of, taking
 
@@ -211,25 +211,27 @@ class Settings:
                 f"leave distillation out: {self.place}(..., distill=False) ({images.name})"
             )
 
-    def check_distillation(self, model: nn.Module, images: Calibration) -> float:
+    def check_distillation(self, model: nn.Module, images: Calibration, *, is_held_out: bool) -> float:
         """Raise errors of :func:`nni_topo.distill` for images and outputs before anything is pruned.
 
-        Return the seconds per sample of a gradient step of the model; NaN without distillation.
+        ``is_held_out``: whether some of them are. Return the seconds per sample of a gradient step of the model; NaN
+        without distillation.
         """
         if self.distill is False:
             return math.nan
         self.check_two_samples(images)
         if not any(parameter.is_floating_point() for parameter in model.parameters()):
             return math.nan  # `layers_to_prune` raises the error that it has no layer to prune
-        check_one_shape(calls(model, images))
+        inputs, why_whole = first_inputs(model, images)
+        if isinstance(inputs, list) and not is_held_out and len(images) < 2:
+            raise too_few_batches(len(images), why_whole)
         knobs = self.distillation_knobs
-        first = next(calls(model, images))
         if knobs.get("augment") is not None:
-            check_augment(model, first, knobs["augment"], 0)
+            check_augment(model, Pool(inputs).few(2), knobs["augment"], 0)
         names = ("objective", "temperature", "outputs", "blocks", "blend", "precision")
         chosen = {"outputs": self.outputs} | {name: knobs[name] for name in names if name in knobs}
         try:
-            return check_can_learn(model, first, **chosen)
+            return check_can_learn(model, inputs, **chosen)
         except GradientError as error:
             if self.distill is not True:  # knobs were given; without them a warning at the end is enough
                 raise GradientError(f"{error}; distill=False leaves distillation out") from error

@@ -26,7 +26,7 @@ from torch import nn
 from nni_topo.errors import ConfigError
 from nni_topo.maths.limits import limit_of_bounded, limit_of_mean, limit_of_share, observations_needed
 from nni_topo.network.runtime.calibration import Calibration
-from nni_topo.network.runtime.fits import structure_call
+from nni_topo.network.runtime.fits import structure_call, with_whole_batches
 from nni_topo.network.speedup.dense import to_dense
 from nni_topo.network.speedup.dense_report import dense_report_of
 from nni_topo.recovery.likeness import Answers, are_classes
@@ -190,6 +190,7 @@ def checked_tolerance(
     tolerance.
     """
     structure_call(model, images)  # raises an error that says what to change
+    images = with_whole_batches(model, images, PARTS)
     if measure == "evaluate" and settings.evaluate is None:
         raise ConfigError("measure='evaluate' needs a function evaluate, got None (shrink)")
     if measure == "evaluate" or (measure == "auto" and settings.evaluate is not None):
@@ -198,17 +199,18 @@ def checked_tolerance(
     parts: Any = images.in_parts(PARTS)
     unit = "samples" if images.groups is None else "groups of samples"
     counts, total = [0 if part is None else _units(part) for part in parts], _units(images)
+    whole = f"; the model runs on whole batches only, of which there are {len(images)}" if images.why_whole else ""
     if measure == "distance":
         if min(counts) < _LEAST:
             enough = _total_for(_LEAST, min(set(PARTS), key=PARTS.count))
-            raise ConfigError(f"a tolerance needs at least {enough} {unit}, got {total} (images)")
+            raise ConfigError(f"a tolerance needs at least {enough} {unit}, got {total}{whole} (images)")
         return measure, parts
     needed, got = observations_needed(tolerance), counts[2]
     if got < needed:
         least = f", or a tolerance of at least {math.ceil(1e4 * limit_of_share(0.0, got)) / 1e4:g}" if got else ""
         raise ConfigError(
             f"{needed} held-out {unit} without a change are needed for a tolerance of {tolerance:g}, got {got} of "
-            f"{total} {unit}: pass at least {_total_for(needed, 2)} {unit}{least} (tolerance)"
+            f"{total} {unit}: pass at least {_total_for(needed, 2)} {unit}{least}{whole} (tolerance)"
         )
     return measure, parts
 

@@ -136,7 +136,6 @@ def test_images_held_out_judge():
         ([inputs(8) * math.nan], DataError, "must be finite .*got NaN"),
         ([torch.ones(4, 5)], DataError, "must fit the model"),
         (inputs(8), ConfigError, "iterable of batches, e.g. a list of tensors or a DataLoader, got one Tensor"),
-        ([inputs(4), {"inputs": inputs(4)}], DataError, "must have one shape for distillation"),
     ],
 )
 def test_bad_images_are_refused(images, error, message):

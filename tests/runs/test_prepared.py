@@ -44,13 +44,13 @@ def distilled(chosen, dense, **own):
     return chosen.distil(replace(chosen.start, dense=dense), **own)
 
 
-def test_distillation_needs_two_samples_of_one_shape():
+def test_distillation_needs_two_samples_of_any_shape():
     never = {"distill": {"steps": 2}, "evaluate": lambda net: pytest.fail("it ran")}
     with pytest.raises(DataError, match="at least two samples, one to judge by, got 1"):
         shrink(toy_model().eval(), images(1), {"flops": 0.5}, **never)
-    data = Calibration([torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 9, 9)])
-    with pytest.raises(DataError, match="inputs of all batches must have one shape"):
-        shrink(toy_model().eval(), data, {"flops": 0.5}, **never)
+    data = Calibration([torch.randn(2, 3, 8, 8), torch.randn(2, 3, 9, 9)])
+    small = shrink(toy_model().eval(), data, {"flops": 0.5}, distill={"steps": 2})
+    assert small.report.distillation.held_out == 2
 
 
 EVEN = {"distance": 0.1, "distance_low": 0.05, "distance_high": 0.15, "calibration_distance": 0.1}
@@ -221,11 +221,12 @@ class Recurrent(nn.Module):
 
 def test_samples_of_a_state_are_first():
     model, x, state = Recurrent().eval(), torch.randn(32, 4, 3), torch.zeros(2, 32, 5)
-    for asked in ({"budget": {"params": 0.5}}, {"budget": "params", "tolerance": 0.5, "measure": "distance"}):
-        with pytest.raises(
-            ConfigError, match=r"every eighth one is held out.*samples must be the first dimension of every input"
-        ):
-            shrink(model, [((x, state),)], **asked)
+    with pytest.raises(
+        ConfigError, match=r"got 1: of 32 samples it got .*samples must be the first dimension of every"
+    ):
+        shrink(model, [((x, state),)], {"params": 0.5})
+    with pytest.raises(ConfigError, match=r"a tolerance needs .* got 32; the model runs on whole batches only"):
+        shrink(model, [((x, state),)], "params", tolerance=0.5, measure="distance")
 
 
 class Graph(nn.Module):
@@ -245,8 +246,10 @@ class Graph(nn.Module):
 @pytest.mark.parametrize("edges", [torch.tensor([[0, 39], [39, 1]]), torch.eye(40)])
 def test_rows_of_a_graph_are_nodes_and_whole_graphs_go_step_by_step(edges):
     model, inputs = Graph().eval(), (torch.randn(40, 3), edges)
-    with pytest.raises(ConfigError, match=r"of 40 samples it got 35 .* take whole graphs"):
+    with pytest.raises(ConfigError, match=r"got 1: of 40 samples it got 5 and raised"):
         shrink(model, [(inputs, torch.zeros(40))], {"params": 0.5}, progress=False)
+    small = shrink(model, [(inputs, torch.zeros(40))], {"params": 0.5}, distill=False, progress=False)
+    assert small.enter.out_features < 8
     pruner = create_pruner("l1", model, [{"op_names": ["enter"], "sparse_ratio": 0.5}])
     _, masks = pruner.compress()
     pruner.unwrap_model()

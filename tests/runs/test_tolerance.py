@@ -164,7 +164,7 @@ def test_images_that_could_never_confirm_a_tolerance_are_refused_before_anything
     message = r"299 held-out samples .* got 48 of 128 samples: .* 797 samples, .* at least 0.0606 \(tolerance\)"
     with pytest.raises(ConfigError, match=message):
         shrunk(model, [rows(128)])
-    assert len(calls) == 2  # to see that the inputs fit, and that the outputs are scores
+    assert len(calls) == 5  # to see that the inputs fit, that each of three parts does, and that the outputs are scores
     handle.remove()
     assert shrunk(images=[rows(797)]).report.tolerance.held_out == 299
     with pytest.raises(ConfigError, match="got 298 of 796 samples"):

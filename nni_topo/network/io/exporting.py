@@ -28,7 +28,7 @@ from nni_topo.errors import ConfigError, DataError, ExportError
 from nni_topo.network.runtime.arguments import check_model
 from nni_topo.network.runtime.comparison import difference, same_program
 from nni_topo.network.runtime.copies import detached_copy, evaluating
-from nni_topo.network.runtime.fits import call_arguments, check_fits, failure_on, first_call
+from nni_topo.network.runtime.fits import call_arguments, check_fits, failure_on, first_call, with_whole_batches
 from nni_topo.network.runtime.hooks import batches_of
 from nni_topo.network.runtime.inputs import (
     Call,
@@ -232,7 +232,7 @@ def export(
                 session = _session(part)
             error = _check(net, calls_to_check, lambda one: _run(session, one))
             if images is not None:
-                learned, held_out = images.split()
+                learned, held_out = with_whole_batches(net, images).split()
                 # onnxruntime's symbolic shape inference can't handle a dynamic height or width.
                 symbolic = not set(dynamic_dims) - {0}
                 _quantize(part, session, calls(net, learned), weight_bits, symbolic)

@@ -115,6 +115,8 @@ class Calibration(Sequence[Any]):
         # By argument of the model, the argument that the unpruned network gets instead: a block after pruned
         # blocks has other inputs than the same block of the unpruned network.
         self.instead: Mapping[str, str] = {}
+        self.why_whole = ""
+        """Why batches must stay whole, because the model doesn't run on parts of them; empty if it does."""
         self._holds_out = hold_out
         self._memory_bytes, self._max_batches = memory_bytes, max_batches
         self._labels: Sequence[int | str] | None = labels  # group of each sample
@@ -186,15 +188,23 @@ class Calibration(Sequence[Any]):
 
     @cached_property
     def _numbers(self) -> Tensor:
-        """Number of each sample, or of its group in order of appearance, int64 (samples,)."""
+        """Number of what is held out together: of each sample, its group or its whole batch, int64 (samples,)."""
+        batches = torch.arange(len(self)).repeat_interleave(torch.tensor(self.sizes))
         if self._labels is None:
-            return torch.arange(self.samples)
+            return batches if self.is_whole else torch.arange(self.samples)
         if len(self._labels) != self.samples:
             raise DataError(
                 f"groups must have one entry for each of {self.samples} samples, got {len(self._labels)} (groups)"
             )
         known: dict[int | str, int] = {}
-        return torch.tensor([known.setdefault(label, len(known)) for label in self._labels], dtype=torch.int64)
+        numbers = torch.tensor([known.setdefault(label, len(known)) for label in self._labels], dtype=torch.int64)
+        if self.is_whole:
+            # The groups of a batch stay together, also with those of other batches.
+            for batch in range(len(self)):
+                joined = numbers[batches == batch].unique()
+                numbers[torch.isin(numbers, joined)] = joined[0]
+        in_order: Tensor = numbers.unique(return_inverse=True)[1]
+        return in_order
 
     def split(self) -> tuple[Calibration, Calibration | None]:
         """Split off every eighth sample, or every eighth group of samples.
@@ -204,9 +214,9 @@ class Calibration(Sequence[Any]):
         learned : Calibration
             The samples to solve on.
         held_out : Calibration or None
-            Every eighth sample, to evaluate the solution on; None for fewer than eight samples. Every eighth batch if
-            batches hold lists of samples, as for detectors. If samples have groups, every eighth group, and at least
-            one of two or more.
+            Every eighth sample, to evaluate the solution on; None for fewer than eight samples. Every eighth batch, and
+            at least one of two or more, if batches hold lists of samples, as for detectors, or the model runs on whole
+            batches only. If samples have groups, every eighth group, and at least one of two or more.
         """
         learned, held_out = self.in_parts(self._every(HELD_OUT))
         return learned or self, held_out
@@ -232,13 +242,43 @@ class Calibration(Sequence[Any]):
         return tuple(found)
 
     def held_out(self, every: int) -> Tensor:
-        """Mark held-out samples, bool (samples,): every ``every``-th sample, or all of every ``every``-th group."""
+        """Mark every ``every``-th sample, or all of every ``every``-th group, also within batches: bool (samples,)."""
+        if self._labels is None:
+            return torch.arange(self.samples) % every == every - 1
         return self._marks(self._every(every)) == 1
+
+    @property
+    def withheld(self) -> Tensor:
+        """Mark the samples that :meth:`split` holds out, bool (samples,)."""
+        return self._marks(self._every(HELD_OUT)) == 1
+
+    @property
+    def units(self) -> Tensor:
+        """Number of what is held out together: of each sample, its group or its whole batch, int64 (samples,)."""
+        return self._numbers
+
+    @property
+    def least_to_hold_out(self) -> str:
+        """How much data there must be to hold any out, in words."""
+        if self.is_whole:
+            return "two batches, because the model runs on whole batches only"
+        return f"{HELD_OUT} samples"
+
+    @property
+    def counted(self) -> str:
+        """How much data there is, in the unit of `least_to_hold_out`."""
+        return str(len(self) if self.is_whole else self.samples)
+
+    def as_whole_batches(self, why: str) -> Calibration:
+        """Return the same data as batches that stay whole, for this reason."""
+        data = self._of_read(self._batches, self.sizes, self._labels)
+        data.why_whole = why
+        return data
 
     def _every(self, every: int) -> list[int]:
         """Return the pattern that puts every ``every``-th sample, or group of samples, into part 1, others into 0."""
-        if self._labels is not None:
-            # Of fewer groups the last one is held out, unless it is the only one.
+        if self._labels is not None or self.is_whole:
+            # Of fewer groups or batches the last one is held out, unless it is the only one.
             every = min(every, max(2, len(self._numbers.unique())))
         return [0] * (every - 1) + [1]
 
@@ -249,50 +289,49 @@ class Calibration(Sequence[Any]):
     def in_parts(self, pattern: Sequence[int]) -> tuple[Calibration | None, ...]:
         """Split the samples, or the groups of samples, into parts, in their order; None for a part without samples.
 
-        ``pattern``: the part of each sample, from 0, such as ``(0, 0, 1)``, repeated. If batches hold lists of samples,
-        as for detectors, it assigns whole batches.
+        ``pattern``: the part of each sample, from 0, such as ``(0, 0, 1)``, repeated. It assigns whole batches if these
+        can't be cut.
         """
         return tuple(self._part(pattern, part) for part in range(max(pattern) + 1))
 
     @cached_property
-    def _can_be_cut(self) -> bool:
-        """Whether a batch can be divided into samples; lists of samples, as detectors take them, stay whole."""
-        return not any(lists_of_samples(inputs_of(batch)) for batch in self)
+    def holds_lists(self) -> bool:
+        """Whether batches hold lists of samples, as detectors take them."""
+        return any(lists_of_samples(inputs_of(batch)) for batch in self)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether batches aren't divided into samples."""
+        return bool(self.why_whole) or self.holds_lists
 
     def _part(self, pattern: Sequence[int], part: int) -> Calibration | None:
         """Return one part of `in_parts`; None if it has no samples."""
-        if not self._can_be_cut and self._labels is not None:
+        if self.holds_lists and self._labels is not None:
             raise ConfigError(
                 f"batches whose samples have groups must be tensors of samples, got lists of samples ({self.name})"
             )
-        rows: list[tuple[int, Tensor | None]] = []
-        if self._can_be_cut:
-            for index, marks in enumerate(self._marks(pattern).split(self.sizes)):
-                chosen = (marks == part).nonzero().flatten()
-                if len(chosen):
-                    rows.append((index, chosen))
-        else:
-            rows = [(index, None) for index in range(len(self)) if pattern[index % len(pattern)] == part]
-        subset = self._subset(rows)
+        subset = self.marked(self._marks(pattern) == part)
         subset._holds_out = False
-        return subset if rows else None
+        return subset if len(subset) else None
+
+    def marked(self, marks: Tensor) -> Calibration:
+        """Return the samples that are marked, bool (samples,), in their batches; of whole batches those with a mark."""
+        rows: list[tuple[int, Tensor | None]] = []
+        for index, own in enumerate(marks.split(self.sizes)):
+            if bool(own.any()):
+                rows.append((index, None if self.is_whole else own.nonzero().flatten()))
+        return self._subset(rows)
 
     def chosen(self, samples: Tensor) -> Calibration:
         """Return samples by their ascending indices, int64 (count,), in batches of the largest batch size.
 
-        If batches have inputs of different shapes, or hold lists of samples, the samples stay in their batches.
+        If batches have inputs of different shapes, the samples stay in their batches. Where batches stay whole, those
+        are returned that hold one of the samples.
         """
-        rows: list[tuple[int, Tensor | None]] = []
-        first = 0  # index of the batch's first sample among all samples
-        for index, size in enumerate(self.sizes):
-            own = samples[(samples >= first) & (samples < first + size)] - first
-            if len(own):
-                rows.append((index, own))
-            first += size
-        subset = self._subset(rows)
-        inputs = [inputs_of(batch, index, self.name) for index, batch in enumerate(subset)]
-        if any(map(lists_of_samples, inputs)):
+        subset = self.marked(torch.isin(torch.arange(self.samples), samples))
+        if self.is_whole:
             return subset
+        inputs = [inputs_of(batch, index, self.name) for index, batch in enumerate(subset)]
 
         def join(*leaves: Any) -> Any:
             has_samples = isinstance(leaves[0], Tensor) and leaves[0].dim() > 0
@@ -325,7 +364,7 @@ class Calibration(Sequence[Any]):
     def _of_read(self, batches: Sequence[Any], sizes: Sequence[int], labels: Any) -> Calibration:
         """Return batches that were read and checked as calibration data with the name and settings of this one."""
         found = Calibration((), groups=labels)
-        found.name, found.instead = self.name, self.instead
+        found.name, found.instead, found.why_whole = self.name, self.instead, self.why_whole
         found._holds_out = self._holds_out
         found._source, found._kept, found._sizes = None, batches, tuple(sizes)
         return found

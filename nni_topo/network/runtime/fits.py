@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, DataError, out_of_memory
+from nni_topo.errors import ConfigError, DataError, out_of_memory, raised
+from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.copies import evaluation_mode, left_alone
 from nni_topo.network.runtime.hooks import Entering, padding_known, watched
 from nni_topo.network.runtime.inputs import (
@@ -25,11 +27,14 @@ from nni_topo.network.runtime.inputs import (
     name_of,
     on_device,
     taken,
+    tensors_of,
 )
 from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.runtime.progress import bar
 
 _FEW = 16  # samples to find out which dimension layers take for time
+_CUT = 16  # most batches of which a part is tried
+_logger = logging.getLogger(__name__)
 LISTS = (nn.ModuleList, nn.ModuleDict)
 """Containers without a forward, from which a model's forward may choose modules by values."""
 # Number of dimensions of an input that such a layer takes for a single sample.
@@ -124,6 +129,32 @@ def failure_on(model: nn.Module, call: Call) -> Exception | None:
             raise
         return error
     return None
+
+
+def with_whole_batches(model: nn.Module, calibration: Calibration, pattern: Sequence[int] | None = None) -> Calibration:
+    """Return calibration data whose batches stay whole if the model runs on them, but not on parts of them.
+
+    ``pattern``: the parts, as for :meth:`Calibration.in_parts`; None: those of :meth:`Calibration.split`.
+    """
+    if calibration.is_whole:
+        return calibration
+    parts = [part for part in (calibration.in_parts(pattern) if pattern else calibration.split()) if part is not None]
+    first = next(calls(model, calibration))
+    # With several inputs the values may decide, such as the lengths of sequences. The smallest parts take least time.
+    most = _CUT if len(tensors_of(first)) > 1 else 1
+    smallest = min(parts, key=lambda part: part.samples)
+    places = torch.linspace(0, len(smallest) - 1, min(most, len(smallest))).long().tolist()
+    for tried in ([smallest[place] for place in places], *(part[:1] for part in parts if part is not smallest)):
+        for call in calls(model, tried):
+            error = failure_on(model, call)
+            if error is None:
+                continue
+            if failure_on(model, first) is not None:  # the whole batch is at fault, and gets an error of its own
+                return calibration
+            why = f"of {max(calibration.sizes)} samples it got {batch_size(call)} and raised {raised(error)}"
+            _logger.info("the model runs on whole batches only, so whole batches are held out: %s", why)
+            return calibration.as_whole_batches(why)
+    return calibration
 
 
 def check_fits(model: nn.Module, call: Call, name: str = "calibration") -> set[str]:
