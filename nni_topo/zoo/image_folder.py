@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,10 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import find_classes, make_dataset
+from torchvision.datasets.folder import find_classes
 from torchvision.transforms import InterpolationMode, v2
 
-from nni_topo.errors import DataError
+from nni_topo.errors import DataError, listed
 from nni_topo.zoo.labelled import ImageFiles, Layout, Preprocessing
 from nni_topo.zoo.sources import Array, in_rounds, stratified_fraction
 
@@ -41,20 +42,21 @@ def list_image_folder(
         if place is None:
             raise DataError(f"a folder with train must also hold a folder test or val, got neither ({folder})")
         root = folder / "train"
-        files, labels, names = _listed(root)
-        test_files, test_labels, test_names = _listed(place)
-        unknown = sorted(set(test_names) - set(names))
+        train, test = _list_images(root), _list_images(place)
+        unknown = sorted(set(test.names) - set(train.names))
         if unknown:
             raise DataError(f"test classes must be training classes, got {', '.join(unknown)} ({place})")
-        test_labels = np.asarray([names.index(name) for name in test_names])[test_labels]
-        train_files, train_labels = files, labels
+        _check_apart(train.places, test.places, "for training or for the test")
+        test_labels = np.asarray([train.names.index(name) for name in test.names])[test.labels]
+        train_files, train_labels, test_files = train.files, train.labels, test.files
     else:
         root = place = folder
-        files, labels, names = _listed(folder)
-        apart = stratified_fraction(labels, 0.2, np.random.default_rng(_SPLIT_SEED))
-        train_files, train_labels = files[~apart], labels[~apart]
-        test_files, test_labels = files[apart], labels[apart]
-    first = [str(root / os.fsdecode(files[row])) for row in np.unique(labels, return_index=True)[1]]
+        train = _list_images(folder)
+        apart = stratified_fraction(train.labels, 0.2, np.random.default_rng(_SPLIT_SEED))
+        train_files, train_labels = train.files[~apart], train.labels[~apart]
+        test_files, test_labels = train.files[apart], train.labels[apart]
+    firsts = np.unique(train.labels, return_index=True)[1]
+    first = [str(root / os.fsdecode(train.files[row])) for row in firsts]
     modes, side = [], image_size or 0
     for path in first:
         with _opened(path) as image:
@@ -67,27 +69,92 @@ def list_image_folder(
     layout = Layout(is_grey, side, image_size is not None, padded, preprocessing or Preprocessing())
     # In rounds over the classes, so that even a few first images of the test set cover many classes.
     order = in_rounds(test_labels, np.random.default_rng(_SPLIT_SEED))
-    train = ImageFiles(str(root), train_files, torch.from_numpy(train_labels), layout, workers)
-    test = ImageFiles(str(place), test_files[order], torch.from_numpy(test_labels[order]), layout, workers)
-    return train, test, names
+    train_images = ImageFiles(str(root), train_files, torch.from_numpy(train_labels), layout, workers)
+    test_images = ImageFiles(str(place), test_files[order], torch.from_numpy(test_labels[order]), layout, workers)
+    return train_images, test_images, train.names
 
 
-def _listed(folder: Path) -> tuple[npt.NDArray[np.bytes_], Array, tuple[str, ...]]:
-    """Return the paths of a folder's images, sorted by class, their class numbers, and the names of the classes."""
+@dataclass(frozen=True)
+class _Listed:
+    """The images of a folder, sorted by class and path."""
+
+    files: npt.NDArray[np.bytes_]  # paths within the folder
+    labels: Array  # numbers of the classes, int (images,)
+    names: tuple[str, ...]  # of the classes
+    places: dict[str, str]  # by path without links, the path by which the image was found
+
+
+def _list_images(folder: Path) -> _Listed:
+    """List the images in the folders of classes, each image once; DataError if one is in two classes."""
     try:
         # hidden folders aren't classes
         names = [name for name in find_classes(folder)[0] if not name.startswith(".")]
         if not names:
             raise FileNotFoundError("only hidden folders")
-        images = make_dataset(folder, {name: rank for rank, name in enumerate(names)}, extensions=_SUFFIXES)
-    except FileNotFoundError as error:
-        raise DataError(
-            f"an image folder must hold one folder per class with at least one image, as docs/sources.md shows, got: "
-            f"{error} ({folder})"
-        ) from error
+    except OSError as error:
+        raise _no_images(str(error), folder) from error
     begin = len(os.path.join(folder, ""))
-    files = np.array([os.fsencode(path[begin:]) for path, _ in images])
-    return files, np.array([label for _, label in images]), tuple(names)
+    files, labels, empty, places = list[bytes](), list[int](), list[str](), dict[str, str]()
+    for label, name in enumerate(names):
+        images = dict[str, str]()
+        for path, real in _images_below(os.path.join(folder, name)):
+            images.setdefault(real, path)
+        _check_apart(places, images, "of one class")
+        places |= images
+        if not images:
+            empty.append(name)
+        for path in sorted(images.values(), key=os.path.split):
+            files.append(os.fsencode(path[begin:]))
+            labels.append(label)
+    if empty:
+        raise _no_images(f"none for the classes {', '.join(empty)}. Images end in {', '.join(_SUFFIXES)}", folder)
+    return _Listed(np.array(files), np.array(labels), tuple(names), places)
+
+
+def _images_below(folder: str) -> Iterator[tuple[str, str]]:
+    """Yield the images in a folder and its subfolders, each with its path without links; real folders before links.
+
+    Links are followed, but every folder is read once, so that links to a folder around them end.
+    """
+    folders, links, seen = [folder], list[str](), set[str]()
+    while folders or links:
+        place = folders.pop() if folders else links.pop()
+        real = os.path.realpath(place)
+        if real in seen:
+            continue
+        seen.add(real)
+        try:
+            with os.scandir(place) as scanned:
+                entries = sorted(scanned, key=lambda entry: (entry.is_symlink(), entry.name))
+        except OSError as error:
+            raise DataError(f"a folder of images must be readable, got {error.strerror} ({place})") from error
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(entry.path)
+            elif entry.is_symlink() and os.path.isdir(entry.path):
+                links.append(entry.path)
+            elif not entry.name.lower().endswith(_SUFFIXES):
+                continue
+            elif entry.is_file(follow_symlinks=False):
+                yield entry.path, entry.path if place == real else os.path.join(real, entry.name)
+            elif os.path.isfile(entry.path):
+                yield entry.path, os.path.realpath(entry.path)
+            else:
+                # A pipe would let its reader wait for ever.
+                kind = "a link that leads to no file" if entry.is_symlink() else "a pipe, a socket or a device"
+                raise DataError(f"an image must be a file or a link to a file, got {kind} ({entry.path})")
+
+
+def _check_apart(ones: dict[str, str], others: dict[str, str], what: str) -> None:
+    """Raise DataError if an image is in two sets of images, which hold paths by paths without links."""
+    shared = [f"{ones[real]} and {others[real]}" for real in sorted(ones.keys() & others.keys())]
+    if shared:
+        raise DataError(f"an image must be {what} alone, got links that make these the same: {listed(shared)}")
+
+
+def _no_images(found: str, folder: Path) -> DataError:
+    rule = "an image folder must hold one folder per class with at least one image, as docs/sources.md shows"
+    return DataError(f"{rule}, got: {found} ({folder})")
 
 
 def read_image(path: str, layout: Layout) -> Tensor:
@@ -119,7 +186,7 @@ def _opened(path: str) -> Iterator[Image.Image]:
         with Image.open(path) as image:
             yield image
     except (OSError, Image.DecompressionBombError) as error:
-        size = f"{Path(path).stat().st_size} bytes" if Path(path).exists() else "no file"
+        size = f"{os.path.getsize(path)} bytes" if os.path.exists(path) else "no file"
         raise DataError(
             f"an image file must be undamaged and readable by Pillow, got {error} in {size} ({path})"
         ) from error

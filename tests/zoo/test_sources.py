@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import pickle
 from pathlib import Path
 
@@ -159,6 +160,76 @@ def test_bad_image_folders_are_named(tmp_path: Path) -> None:
         load_data(str(tmp_path))
     with pytest.raises(DataError, match=r"an .npz file or a folder that exists, got none \(.*absent\)"):
         load_data(str(tmp_path / "absent"))
+
+
+def write_classes(root: Path, *names: str) -> Path:
+    for name in names:
+        write_images(root / name, 10)
+    return root
+
+
+def sizes_of(folder: Path) -> list[int]:
+    data = load_data(str(folder))
+    return [len(part) for part in (data.train, data.validation, data.test)]
+
+
+def test_links_in_image_folders_add_no_image_twice(tmp_path: Path) -> None:
+    plain, linked = (write_classes(tmp_path / name, "a", "b") for name in ("plain", "linked"))
+    (linked / "a" / "itself").symlink_to(".")
+    (linked / "a" / "0_again.png").symlink_to("3.png")
+    (linked / "b" / "deep").mkdir()
+    for name in ("above", "beside"):
+        (linked / "b" / "deep" / name).symlink_to(linked / "b")
+    (linked / "b" / "lost").symlink_to("nowhere")
+    (linked / "b" / "notes.txt").symlink_to("nowhere")
+    assert sizes_of(linked) == sizes_of(plain) == [14, 2, 4]
+    assert torch.equal(load_data(str(linked)).test[:][0], load_data(str(plain)).test[:][0])
+
+
+def test_an_image_folder_may_consist_of_links_to_images_elsewhere(tmp_path: Path) -> None:
+    store = write_classes(tmp_path / "store", "a", "b")
+    folder = tmp_path / "links"
+    (folder / "a").mkdir(parents=True)
+    for index in range(10):
+        (folder / "a" / f"{index}.png").symlink_to(store / "a" / f"{index}.png")
+    (folder / "b").symlink_to(store / "b")
+    assert sizes_of(folder) == sizes_of(store)
+    assert torch.equal(load_data(str(folder)).test[:][0], load_data(str(store)).test[:][0])
+
+
+def test_an_image_in_two_classes_or_parts_is_named(tmp_path: Path) -> None:
+    classes = write_classes(tmp_path / "classes", "a", "b")
+    (classes / "b" / "other.png").symlink_to(classes / "a" / "7.png")
+    with pytest.raises(DataError, match=r"of one class alone, got .*a/7\.png and .*b/other\.png"):
+        load_data(str(classes))
+    around = write_classes(tmp_path / "around", "a", "b")
+    (around / "b" / "up").symlink_to("..")
+    with pytest.raises(DataError, match=r"of one class alone, got .*a/0\.png and .*b/up/a/0\.png"):
+        load_data(str(around))
+    parts = write_classes(tmp_path / "parts" / "train", "a", "b").parent
+    write_images(parts / "test" / "a", 2)
+    (parts / "test" / "b").symlink_to(parts / "train" / "b")
+    with pytest.raises(DataError, match=r"for the test alone, got .*train/b/0\.png and .*test/b/0\.png"):
+        load_data(str(parts))
+
+
+def test_what_is_no_file_is_named_and_nothing_waits_for_it(tmp_path: Path) -> None:
+    folder = write_classes(tmp_path, "a", "b")
+    os.mkfifo(folder / "a" / "pipe.png")
+    with pytest.raises(DataError, match=r"a file or a link to a file, got a pipe.*pipe\.png"):
+        load_data(str(folder))
+    (folder / "a" / "pipe.png").unlink()
+    (folder / "b" / "gone.png").symlink_to("nowhere.png")
+    with pytest.raises(DataError, match=r"a file or a link to a file, got a link that leads to no file .*gone\.png"):
+        load_data(str(folder))
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root reads every folder")
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    folder = write_classes(tmp_path, "a", "b")
+    (folder / "a" / "closed").mkdir(mode=0)
+    with pytest.raises(DataError, match=r"a folder of images must be readable, .*closed"):
+        load_data(str(folder))
 
 
 def test_truncated_images_are_named(tmp_path: Path) -> None:
