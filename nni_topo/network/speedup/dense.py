@@ -195,6 +195,8 @@ def dense_of(
             )
             notes.append(told)
             _logger.warning("%s", told)
+        elif check and check_training_mode(reference, dense, call):
+            checked += "; the shapes of the outputs in training mode"
         report = dataclasses.replace(report, checked=checked, notes=tuple(notes))
         _warn(report, resolved)
         remember_report(dense, report)
@@ -283,8 +285,6 @@ def _compare(analysis: Analysis, reference: torch.nn.Module, dense: torch.nn.Mod
             checked += f"; {check_equal(reference, dense, second.call, kept, advise=why_unequal)}"
         elif analysis.depends_on_size:
             checked += "; the model runs on no other size that was tried, so only this size was checked"
-        if check_training_mode(reference, dense, analysis.call):
-            checked += "; the shapes of the outputs in training mode"
     return checked
 
 
