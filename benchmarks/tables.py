@@ -163,6 +163,15 @@ def _named_pruners() -> Iterator[Callable[[str], str]]:
     yield lambda page: with_tables(page, module.SOURCE, module.tables())
 
 
+def _packages() -> Iterator[Callable[[str], str]]:
+    module = module_of("packages/report.py")
+    for name in ("first", "last"):
+        made = module.tables(module.of_file(f"{name}.jsonl"), module.signed() if name == "last" else {})
+        yield lambda page, made=made, name=name: with_tables(page, f"{module.SOURCE}, {name}", made)
+    built = module.not_built(module.of_file("last.jsonl"))
+    yield lambda page: with_tables(page, f"{module.SOURCE}, not built", built)
+
+
 def _topology() -> Iterator[Callable[[str], str]]:
     for name in HYPOTHESES:
         yield _of_jsonl(f"topology/{name}.py", f"topology/{name}.jsonl", "tables")
@@ -191,6 +200,7 @@ _MAKERS: dict[str, Callable[[], Iterator[Callable[[str], str]]]] = {
     "fresh_networks": _fresh_networks,
     "gpu": _gpu,
     "named_pruners": _named_pruners,
+    "packages": _packages,
     "norms": lambda: iter(
         [
             _of_jsonl("norms/under_masks.py", "norms_left.jsonl", "table_of_norms", "norms"),

@@ -39,6 +39,11 @@ def outcome(record: Record) -> str:
     return str(record["outcome"]) if record["status"] == "ok" else "not finished"
 
 
+def package_of(record: Record) -> str:
+    """Return the name of a class's package."""
+    return str(record["model"]).partition("/")[0]
+
+
 def is_met(record: Record) -> bool:
     """Whether the budget is met within 0.01, or within one head, group or channel of the layer where it costs most."""
     return outcome(record) == "runs" and abs(record["left"] - SHARE) <= max(NEAR, record.get("step", 0.0)) + 1e-9
@@ -71,7 +76,7 @@ def table(records: Sequence[Record], reasons: dict[str, str]) -> str:
     titles = ["package", "classes", "built", "run by default", "budget met", "or a true reason"]
     titles += ["channels offered", "requested channels removed", "equal", "saved", "by its own means"]
     lines = [f"| {' | '.join(titles)} |", f"|---|{'---:|' * (len(titles) - 1)}"]
-    groups = [(name, [record for record in records if record["package"] == name]) for name in PACKAGES]
+    groups = [(name, [record for record in records if package_of(record) == name]) for name in PACKAGES]
     for name, chosen in [*groups, ("all", list(records))]:
         if chosen:
             cells = " | ".join(_cells(chosen, reasons))
@@ -187,7 +192,9 @@ def signed(path: Path = HERE / "reasons.txt") -> dict[str, str]:
 
 def of_file(name: str) -> list[Record]:
     """Return the records of a run, in the order of the list."""
-    return sorted(read_records(RECORDS / name), key=lambda record: (PACKAGES.index(record["package"]), record["class"]))
+    return sorted(
+        read_records(RECORDS / name), key=lambda record: (PACKAGES.index(package_of(record)), record["model"])
+    )
 
 
 def losses(records: Sequence[Record], before: Sequence[Record]) -> list[str]:
