@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import math
 import tempfile
 from collections.abc import Sequence
@@ -278,6 +279,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             name = f"{package}/{one.name}"
             if name not in done and (not options.only or package in options.only or name in options.only):
                 jobs.append((name, functools.partial(measure, one)))
+        gc.collect()
+        gc.freeze()  # else every collection in a forked process goes through all that was imported
         for record in run_each(jobs, memory=options.memory, timeout=options.timeout, at_once=options.at_once):
             append_line(options.out, record)
             print(record["model"], record["status"], record.get("outcome", ""), flush=True)
