@@ -190,7 +190,7 @@ class DenseOrder(torch.fx.Interpreter):
             return ids
         stays, shape = torch.from_numpy(np.asarray(self.is_kept[self.flow.group_ids(ids.numpy())])), list(full.shape)
         for d, size in enumerate(ids.shape):
-            if size == full.shape[d]:
+            if size == full.shape[d] and stays.numel():  # without elements no channel is removed
                 rows = stays.movedim(d, 0).reshape(size, -1).any(1)
                 ids = ids.index_select(d, rows.nonzero().flatten())
                 shape[d] = ids.shape[d]

@@ -152,7 +152,9 @@ def kept_slices(
     stays = torch.from_numpy(np.asarray(is_kept[flow.group_ids(ids.numpy())]))
     found = []
     for d, size in enumerate(shape):
-        # Ids have size 1 in a dimension along which they don't differ, or whose size is 1.
-        rows = stays.movedim(d, -1).reshape(-1, stays.shape[d]).any(0) if stays.shape[d] == size > 0 else None
+        # Ids have size 1 in a dimension along which they don't differ, or whose size is 1. Without elements there is no
+        # channel that could be removed.
+        has_rows = stays.shape[d] == size and stays.numel() > 0
+        rows = stays.movedim(d, -1).reshape(-1, size).any(0) if has_rows else None
         found.append(torch.arange(size) if rows is None else rows.nonzero().flatten())
     return found

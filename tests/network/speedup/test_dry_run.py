@@ -192,3 +192,32 @@ def test_a_number_that_is_made_of_how_many_channels_there_are_holds_them(dim, ro
     skipped = unprunable_layers(Analysis.on(Divided(dim, root).eval(), images), ["first"])
     assert [each.kind for each in skipped.get("first", ())] == (["number_made"] if dim == 1 else [])
     assert len(nni_topo.dependency_groups(Divided(dim, root).eval(), images, asked)) == 1
+
+
+class Remembering(nn.Module):
+    """Joins a mask for its samples with one for a memory that is empty, as Emformer does."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        memory = torch.zeros(1, x.size(0) - x[:80].size(0), device=x.device)
+        mask = torch.cat([torch.ones(1, x.size(0), device=x.device), memory], 1)
+        return self.last(self.first(x).relu()) * mask.transpose(0, 1)
+
+
+@torch.no_grad()
+def test_a_tensor_without_elements_keeps_no_channels():
+    model = Remembering().eval()
+    groups = nni_topo.dependency_groups(model, ROWS, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    assert list(groups.skipped) == ["last"]
+    pruner = nni_topo.RandomPruner(model, groups, seed=0)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    dense = nni_topo.to_dense(model, ROWS, masks)
+    assert dense.first.out_features == 4
+    masked = nni_topo.masked_model(model, ROWS, masks)
+    for rows in (ROWS, ROWS[:7]):
+        torch.testing.assert_close(dense(rows), masked(rows))
