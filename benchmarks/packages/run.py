@@ -44,6 +44,7 @@ from benchmarks.networks.zoo_reference import difference
 from benchmarks.packages.classes import PACKAGES, listed
 from benchmarks.packages.examples import Inputs, Listed
 from nni_topo.errors import ConfigError, NniTopoError
+from nni_topo.network.runtime.switches import DrawnInOrder
 
 SHARE = 0.5
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.RNNBase)
@@ -70,7 +71,7 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
     """Call a network without gradients, with the same random numbers every time."""
     torch.manual_seed(0)
     inputs = tree_map_only(Tensor, torch.clone, inputs)  # a forward may change them
-    with torch.no_grad():
+    with torch.no_grad(), DrawnInOrder():
         if isinstance(inputs, dict):
             return model(**inputs)
         return model(*inputs) if isinstance(inputs, tuple) else model(inputs)

@@ -73,3 +73,24 @@ def test_noise_in_front_or_behind_or_of_others_keeps_no_channels(place, draw):
     dense = nni_topo.to_dense(model, IMAGES, masks)
     assert torch.equal(torch.get_rng_state(), state)
     assert (dense.first.out_channels, dense.second.out_channels) == (4, 3)
+
+
+class Laid(nn.Conv2d):
+    """Returns few channels pixel by pixel in the memory, as some of oneDNN's convolutions do."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y.contiguous(memory_format=torch.channels_last) if x.stride(0) < 8 * 64 else y
+
+
+def test_noise_does_not_depend_on_how_the_memory_holds_the_channels():
+    torch.manual_seed(0)
+    model = Noisy(behind=noise)
+    model.second = Laid(8, 6, 1)
+    model.eval()
+    groups = nni_topo.dependency_groups(model, IMAGES, ASKED)
+    assert groups.skipped.keys() == {"last"}
+    masks = nni_topo.RandomPruner(nni_topo.as_torch_layers(model), groups, seed=0).compress()[1]
+    dense = nni_topo.to_dense(model, IMAGES, masks)
+    assert (dense.first.out_channels, dense.second.out_channels) == (4, 3)
+    assert dense.second(torch.randn(1, 4, 8, 8)).is_contiguous(memory_format=torch.channels_last)

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
+from torch.utils._pytree import tree_map_only
 
 from nni_topo.context import context, in_context
 from nni_topo.network.runtime.precision import in_full_precision, is_within_autocast
@@ -103,6 +104,21 @@ class DropoutOff(TorchFunctionMode):
             return func(*args, **given | {"dropout_p": 0.0})
         if name.rstrip("_").endswith(("dropout", "dropout1d", "dropout2d", "dropout3d")):
             return args[0] if args else given["input"]
+        return func(*args, **given)
+
+
+class DrawnInOrder(TorchFunctionMode):
+    """Draws random numbers in the order of a tensor's dimensions, in whatever order its memory holds them.
+
+    So two networks draw the same numbers for tensors of the same values.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if func in (torch.randn_like, torch.rand_like):
+            given = {**given, "memory_format": torch.contiguous_format}
+        elif func in (torch.bernoulli, torch.normal, nn.functional.dropout):
+            args = tree_map_only(Tensor, Tensor.contiguous, args)
         return func(*args, **given)
 
 

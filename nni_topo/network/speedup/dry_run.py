@@ -36,7 +36,7 @@ from nni_topo.network.runtime.comparison import SAME_CHANNELS, difference
 from nni_topo.network.runtime.copies import detached_copy, evaluating, put_parameters, to_precision, unwrapped_copy
 from nni_topo.network.runtime.inputs import Call, call_in_precision, first_samples, random_like, tensors_of
 from nni_topo.network.runtime.progress import bar
-from nni_topo.network.runtime.switches import as_written, random_state_kept, seed_torch
+from nni_topo.network.runtime.switches import DrawnInOrder, as_written, random_state_kept, seed_torch
 from nni_topo.network.speedup.leaving_out import leave_out_of
 from nni_topo.network.speedup.reconcile import grow, keep_read
 from nni_topo.network.speedup.replace import Cutter, kept_slices
@@ -377,7 +377,7 @@ class _DryRun:
         entering = values or {parent: self._values[parent][which] for parent in node.all_input_nodes}
         given: Any = map_arg((node.args, node.kwargs), entering.__getitem__)
         args, kwargs = resized(given, self._sizes) if which else given
-        with random_state_kept() if RANDOM in node.meta else nullcontext():
+        with random_state_kept() if RANDOM in node.meta else nullcontext(), DrawnInOrder():
             if RANDOM in node.meta:
                 seed_torch(0)  # both draw the same numbers
             if node.op == "call_module":

@@ -36,7 +36,7 @@ from nni_topo.network.runtime.inputs import (
 from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.reports import hand_on_report
 from nni_topo.network.runtime.results import results_in_training, run_for_results
-from nni_topo.network.runtime.switches import random_state_kept
+from nni_topo.network.runtime.switches import DrawnInOrder, random_state_kept
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.leaving_out import leave_out
 from nni_topo.network.speedup.reconcile import (
@@ -264,7 +264,7 @@ def _outputs(
             looks.append((module, partial(look, name)))
     # Clones, because a forward may change its inputs in place. Both models draw the same random numbers.
     args, kwargs = tree_map_only(torch.Tensor, torch.clone, call_in_precision(call, torch.float64) if double else call)
-    with torch.no_grad(), random_state_kept(), watched(leaving=looks):
+    with torch.no_grad(), random_state_kept(), DrawnInOrder(), watched(leaving=looks):
         return returned_tensors(runner(*args, **kwargs))
 
 
