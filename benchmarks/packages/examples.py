@@ -48,7 +48,8 @@ def documented(module: str, name: str) -> tuple[nn.Module, Inputs]:
         calls.append((self, args, kwargs))
         return call(self, *args, **kwargs)
 
-    names: dict[str, Any] = {"torch": torch, "nn": nn}  # which docstrings often presume
+    # As doctest does it; PyTorch's own docstrings presume its names.
+    names: dict[str, Any] = {"torch": torch, "nn": nn, **vars(importlib.import_module(module))}
     with patch.object(kind, "__call__", recording):
         for example in doctest.DocTestParser().get_examples(inspect.getdoc(kind) or ""):
             exec(example.source, names)

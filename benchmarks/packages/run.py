@@ -156,10 +156,13 @@ def largest_step(model: nn.Module, inputs: Inputs, masks: dict[str, Any]) -> flo
     finally:
         for hook in hooks:
             hook.remove()
-    steps: dict[tuple[bool, ...], float] = {}
+    steps: dict[tuple[Any, ...], float] = {}
     for name, targets in masks.items():
         mask = targets.get("weight")
         module = named.get(name)
+        if isinstance(module, nn.RNNBase) and name in macs:  # a unit of one layer, its gates and what reads it
+            steps[(name,)] = 2 * macs[name] / (module.hidden_size * module.num_layers)
+            continue
         if mask is None or module is None or name not in macs:
             continue
         mask = mask.expand_as(module.weight)

@@ -55,7 +55,9 @@ def layers_to_prune(analysis: Analysis, layers: Layers | None, *, is_described: 
         names, unpruned = sorted_layers(analysis)
         entries = [{"op_names": names}]
         if not names:
-            found = _told(unpruned) or "no convolution, linear or recurrent layer"
+            found = "no convolution, linear or recurrent layer"
+            if unpruned:
+                found = f"{_told(unpruned)}; nni_topo.explain(model, inputs, layer) says what to change"
             raise ConfigError(f"a model must have a layer whose channels can be removed, got none: {found} (shrink)")
     is_default = layers is None
     if not is_described:
