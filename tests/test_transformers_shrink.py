@@ -166,8 +166,9 @@ def test_what_no_config_can_describe_is_refused_with_the_argument_that_helps(
 def test_models_that_their_config_does_not_describe_are_refused() -> None:
     config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
     images = [torch.randn(16, 3, 32, 32)]
+    model, budget = transformers.ResNetForImageClassification(config).eval(), {"params": 0.6, "equal_blocks": True}
     with pytest.raises(ConfigError, match=r"ResNetForImageClassification.*'equal_blocks': False"):
-        nni_topo.shrink(transformers.ResNetForImageClassification(config).eval(), images, {"params": 0.6})
+        nni_topo.shrink(model, images, budget)
     linear = nni_topo.as_torch_layers(make("GPT2LMHeadModel"))
     with pytest.raises(ConfigError, match=r"h\.0\.attn\.c_attn\.weight.*'equal_blocks': False"):
         nni_topo.shrink(linear, batches_of("GPT2LMHeadModel"), {"params": 0.6})

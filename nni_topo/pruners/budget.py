@@ -16,7 +16,7 @@ import numpy as np
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.attention.config import accepted_heads
+from nni_topo.network.attention.config import accepted_heads, common_widths
 from nni_topo.network.cost.cost import Kept, NetworkCost
 from nni_topo.network.cost.latency import LatencyTable, measure_latency
 from nni_topo.network.cost.measure import time_shares
@@ -78,7 +78,7 @@ class Budget:
         Layers of equal width keep equally many channels, and attention layers with equally many heads keep equally
         many heads, so that a Transformers config can describe the network. The budget is met less exactly. Only
         with ``"uniform"``. None: False; but :func:`nni_topo.shrink` uses True for a Transformers model, and doesn't
-        prune layers whose width a config can't express.
+        prune layers whose width a config can't express, unless it can express none.
     latency_table : LatencyTable, str, Path or None, default=None
         Seconds per layer and width, or a JSON file of them, for ``latency``; then only the table counts. None: measured
         once, on one thread with the batch of the pruner's ``example_inputs``
@@ -214,6 +214,9 @@ class BudgetPlanner(Planner):
         self._warns = warns  # whether to warn of a missed budget
         self._multiples: dict[str, int] | None = None  # step of rows by unit, while multiples are tried
         self._accepted: dict[str, list[int]] = {}  # numbers of heads that a config accepts, by layer
+        # Units of several widths that one ratio of a config sets lose rows in proportion: by unit, the ratio's name and
+        # the least number of rows.
+        self._in_proportion: dict[str, tuple[str, int]] = {}
         self._aim: float | None = None  # share by the table at which the dense network takes the share
 
     def change(self, budget: Budget) -> None:
@@ -232,6 +235,7 @@ class BudgetPlanner(Planner):
         is_timed = budget.kind == "latency" and budget.latency_table is None
         if budget.equal_blocks:
             self._accepted = accepted_heads(model)
+            self._in_proportion = _units_in_proportion(units, common_widths(model))
         if budget.kind == "latency" and self.latency_table is None:
             self.latency_table = measure_latency(model, self.example_inputs)
         layers = {name for unit in units for name in unit.layers}
@@ -244,7 +248,7 @@ class BudgetPlanner(Planner):
 
         def solve(share: float, held: Mapping[int, int] = MappingProxyType({})) -> list[int]:
             """Return the rows to remove; ``held``: by the index of a unit, the rows that it has to lose."""
-            bounds = bounds_under(budget, share, units, cost)
+            bounds = self._bounds(share, units, cost)
             bounds = [(held.get(place, low), held.get(place, high)) for place, (low, high) in enumerate(bounds)]
             if budget.allocation == "uniform":
                 rows, steps = [unit.rows for unit in units], [self.step(unit) for unit in units]
@@ -262,7 +266,7 @@ class BudgetPlanner(Planner):
                 return time([kept(removed) for removed in solutions])
 
             if self._aim is None:
-                self._multiples = preferred_steps(units, _LEAST_STEPS_IN_TIME) if self.prefers_multiples else None
+                self._multiples = self._preferred(units, _LEAST_STEPS_IN_TIME) if self.prefers_multiples else None
                 removed, left, self._aim = solve_timed(solve, cost, timed, share)
                 # If networks with these multiples aren't fast enough, smaller multiples are tried.
                 while self._multiples and max(self._multiples.values()) > 1:
@@ -280,7 +284,7 @@ class BudgetPlanner(Planner):
                 removed = self._in_multiples(units, removed, lambda: solve(share), cost)
             left = cost(removed)
 
-        is_over, bounds = left > share, bounds_under(budget, share, units, cost)
+        is_over, bounds = left > share, self._bounds(share, units, cost)
         if all(count == bound[is_over] for count, bound in zip(removed, bounds, strict=True)):
             why = "all layers to prune are at their min_sparse_ratio"
             if is_over:
@@ -298,11 +302,14 @@ class BudgetPlanner(Planner):
         return {unit.name: unit.kept_rows(count) for unit, count in zip(units, removed, strict=True)}
 
     def _joint(self, units: Sequence[PruningUnit]) -> list[list[int]]:
-        """List the indices of units that may lose a step: with equal blocks all of one width, else one or all tied."""
+        """List the indices of units that may lose a step together.
+
+        With equal blocks they are all units of one width, or of one ratio of a config; else one unit, or all tied ones.
+        """
         if self.budget.equal_blocks:
-            alike = defaultdict[int, list[int]](list)
+            alike = defaultdict[Any, list[int]](list)
             for place, unit in enumerate(units):
-                alike[unit.rows].append(place)
+                alike[self._in_proportion.get(unit.name, (unit.rows,))[0]].append(place)
             return list(alike.values())
         return [*([place] for place in range(len(units))), *Agreement(units).together]
 
@@ -323,13 +330,15 @@ class BudgetPlanner(Planner):
         nearest, gap = removed, abs(cost(removed) - share)
         if gap <= tolerance:
             return removed
-        bounds = bounds_under(self.budget, share, units, cost)
+        bounds = self._bounds(share, units, cost)
         for places in self._joint(units):
             fewest, choices = min(units[place].rows for place in places), list[dict[int, int]]()
             for sign in (-1, 0, 1):
                 held = dict[int, int]()
                 for place in places:
-                    step = units[place].rows // fewest * self.step(units[place])
+                    unit = units[place]
+                    times = 1 if unit.name in self._in_proportion else unit.rows // fewest
+                    step = times * self.step(unit)
                     held[place] = min(max(removed[place] + sign * step, bounds[place][0]), bounds[place][1])
                 choices.append(held)
             alone = [cost([held.get(place, count) for place, count in enumerate(removed)]) for held in choices]
@@ -354,7 +363,7 @@ class BudgetPlanner(Planner):
         tolerance = budget_outcome(self.budget.kind, share, share, "").tolerance
         if abs(cost(removed) - share) > tolerance:
             return removed
-        self._multiples = preferred_steps(units, _LEAST_STEPS)
+        self._multiples = self._preferred(units, _LEAST_STEPS)
         joint = self._joint(units)
         for _ in range(_FINER):
             rounded = solve()
@@ -362,7 +371,7 @@ class BudgetPlanner(Planner):
             if abs(left - share) <= tolerance:
                 return rounded
             # One multiple more or less in one layer may meet the budget.
-            bounds = bounds_under(self.budget, share, units, cost)
+            bounds = self._bounds(share, units, cost)
             coarsest, most = list[int](), 0.0
             for places in joint:
                 for sign in (-1, 1):
@@ -373,7 +382,7 @@ class BudgetPlanner(Planner):
                     then = cost(other)
                     if abs(then - share) <= tolerance:
                         return other
-                    if self.step(units[places[0]]) > 1 and abs(then - left) > most:
+                    if self._multiple(units[places[0]]) > 1 and abs(then - left) > most:
                         coarsest, most = places, abs(then - left)
             if not coarsest:
                 break
@@ -384,7 +393,35 @@ class BudgetPlanner(Planner):
 
     def step(self, unit: PruningUnit) -> int:
         """Return the step of rows: each part of a unit keeps a multiple of it."""
+        return self._multiple(unit) * self._in_proportion.get(unit.name, ("", 1))[1]
+
+    def _multiple(self, unit: PruningUnit) -> int:
+        """Return the step without the proportions."""
         return super().step(unit) if self._multiples is None else self._multiples[unit.name]
+
+    def _preferred(self, units: Sequence[PruningUnit], least: int) -> dict[str, int]:
+        """Return what `preferred_steps` does, with one number for units that lose rows in proportion."""
+        steps = preferred_steps(units, least)
+        for name, (setting, _) in self._in_proportion.items():
+            steps[name] = min(steps[other] for other, (shared, _) in self._in_proportion.items() if shared == setting)
+        return steps
+
+    def _bounds(
+        self, share: float, units: Sequence[PruningUnit], cost: Callable[[Sequence[int]], float]
+    ) -> list[tuple[int, int]]:
+        """Return what `bounds_under` does, in proportion for units that lose rows in proportion."""
+        bounds = bounds_under(self.budget, share, units, cost)
+        for setting in {name for name, _ in self._in_proportion.values()}:
+            least = {
+                place: self._in_proportion[unit.name][1]
+                for place, unit in enumerate(units)
+                if self._in_proportion.get(unit.name, ("",))[0] == setting
+            }
+            low = max(-(-bounds[place][0] // rows) for place, rows in least.items())
+            high = max(low, min(bounds[place][1] // rows for place, rows in least.items()))
+            for place, rows in least.items():
+                bounds[place] = low * rows, high * rows
+        return bounds
 
     def rounded(self, unit: PruningUnit, rows: int) -> int:
         """Return the least number of rows, at least ``rows``, that ``round_to`` and the model's config allow."""
@@ -394,6 +431,22 @@ class BudgetPlanner(Planner):
             if all(rounded in each for each in accepted):
                 return rounded
         return unit.rows
+
+
+def _units_in_proportion(units: Sequence[PruningUnit], settings: Mapping[str, str]) -> dict[str, tuple[str, int]]:
+    """Return the units whose layers share a setting but not a width, each with the setting and its least rows.
+
+    ``settings``: by layer.
+    """
+    together: dict[str, list[PruningUnit]] = defaultdict(list)
+    for unit in units:
+        if unit.layers[0] in settings:
+            together[settings[unit.layers[0]]].append(unit)
+    least: dict[str, tuple[str, int]] = {}
+    for setting, members in together.items():
+        divisor = math.gcd(*(unit.rows for unit in members))
+        least |= {unit.name: (setting, unit.rows // divisor) for unit in members}
+    return least
 
 
 def preferred_steps(units: Sequence[PruningUnit], least: int) -> dict[str, int]:

@@ -60,7 +60,7 @@ from nni_topo.runs.depth import Depth, with_depth
 from nni_topo.runs.images import ImageParts
 from nni_topo.runs.measurements import UNPRUNED, Measurements
 from nni_topo.runs.pipeline import Pipeline, Tried
-from nni_topo.runs.prunable import Prunable, layers_to_prune
+from nni_topo.runs.prunable import NoneDescribedError, Prunable, layers_to_prune
 from nni_topo.runs.report import ShrinkReport
 from nni_topo.runs.settings import FREE_WIDTHS, PREFERRED, Settings, allocations_to_try
 from nni_topo.runs.widths import as_entries, planned_ratios
@@ -97,8 +97,20 @@ class Prepared:
     def of(cls, model: nn.Module, images: ImageParts, settings: Settings, budget: Budget) -> Prepared:
         """Find the layers that can lose channels."""
         analysis = Analysis.on(model, images.example)
-        is_described = bool(budget.equal_blocks) and is_pretrained(model)
-        prunable = layers_to_prune(analysis, settings.layers, is_described=is_described)
+        is_described = budget.equal_blocks is not False and is_pretrained(model)
+        try:
+            prunable = layers_to_prune(analysis, settings.layers, is_described=is_described)
+        except NoneDescribedError:
+            if budget.equal_blocks:
+                raise
+            prunable, is_described = layers_to_prune(analysis, settings.layers), False
+            _logger.warning(
+                "the config of %s can't describe fewer channels of any layer, so layers keep free widths, and "
+                "nni_topo.save and nni_topo.load take the network",
+                type(model).__name__,
+            )
+        if is_pretrained(model):
+            budget = replace(budget, equal_blocks=is_described)
         give_back_memory(model)  # networks that were traced refer to themselves
         round_to = settings.round_to
         if round_to is None:

@@ -27,6 +27,10 @@ from nni_topo.runs.widths import sorted_layers
 _NO_CONFIG = "the config of Transformers can't describe fewer channels ({'equal_blocks': False} in the budget)"
 
 
+class NoneDescribedError(ConfigError):
+    """A model whose config can describe fewer channels of no layer that can lose any."""
+
+
 @dataclass(frozen=True)
 class Prunable:
     """The layers to prune, as entries of a config_list without ratios."""
@@ -42,7 +46,8 @@ def layers_to_prune(analysis: Analysis, layers: Layers | None, *, is_described: 
     """Return config_list entries for the named layers; by default for all layers that can lose channels.
 
     ``is_described``: whether a config of Transformers has to describe the smaller network. Then ConfigError if the
-    caller names layers that it can't describe, or only some of the layers with a common width, or if no layer is left.
+    caller names layers that it can't describe, or only some of the layers with a common width, or if no layer is left:
+    a NoneDescribedError if it can describe none.
     """
     entries: list[dict[str, Any]]
     unpruned: dict[str, str] = {}
@@ -77,7 +82,7 @@ def layers_to_prune(analysis: Analysis, layers: Layers | None, *, is_described: 
             named = entries[0]["op_names"]
             kept = described(named)
             if not kept:
-                raise ConfigError(
+                raise NoneDescribedError(
                     f"a model of Transformers must have layers for which its config can describe fewer channels, got "
                     f"none in {type(model).__name__}; {FREE_WIDTHS} (shrink)"
                 )
@@ -93,6 +98,10 @@ def layers_to_prune(analysis: Analysis, layers: Layers | None, *, is_described: 
         sizes = entry.get("granularity")
         if not (isinstance(sizes, list) and sizes[0] == -1):  # otherwise it loses the columns that read heads
             asked += [name for name in entry["op_names"] if name not in prunable.unpruned]
+    if not settings:
+        raise NoneDescribedError(
+            f"the config must describe fewer channels of a layer, got none; {FREE_WIDTHS} (layers)"
+        )
     possible = described(asked)
     if refused := [name for name in asked if name not in possible]:
         raise ConfigError(

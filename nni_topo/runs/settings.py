@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError, GradientError, listed, shown, unknown_name
-from nni_topo.network.attention.config import is_pretrained
+from nni_topo.network.attention.config import described_layers, is_pretrained
 from nni_topo.network.io.checkpoint import why_undescribed
 from nni_topo.network.layers.kinds import has_channels, without_plain_weights
 from nni_topo.network.runtime.arguments import BY_HEAD, check_entry, check_model
@@ -123,11 +123,12 @@ class Settings:
         return self.distill if isinstance(self.distill, Mapping) else {}
 
     def checked(self, model: nn.Module, budget: Budget, several: str = "") -> Budget:
-        """Check a request before any work; return the budget that :meth:`as_described` returns."""
+        """Check a request before any work; return the budget."""
         check_model(model)
         self.check_layers(model)
         self.check_together(budget, several)
-        return self.as_described(model, budget)
+        self.check_described(model, budget)
+        return budget
 
     def check_together(self, budget: Budget, several: str = "") -> None:
         """Refuse settings that don't go together.
@@ -237,13 +238,15 @@ class Settings:
                 raise GradientError(f"{error}; distill=False leaves distillation out") from error
             return math.nan
 
-    def as_described(self, model: nn.Module, budget: Budget) -> Budget:
-        """Return the budget, with equal blocks if a config of Transformers has to describe the smaller network.
+    def check_described(self, model: nn.Module, budget: Budget) -> None:
+        """Refuse a model of Transformers if its config can't describe the smaller network.
 
-        It has to for a model of Transformers, unless ``equal_blocks`` is False. ConfigError if it can't.
+        It has to unless ``equal_blocks`` is False, or by default if it can't describe any.
         """
         if not is_pretrained(model) or budget.equal_blocks is False:
-            return budget
+            return
+        if budget.equal_blocks is None and not described_layers(model):
+            return
         why = why_undescribed(model)
         if names := without_plain_weights(model):
             why = f"which has other layers than the plain ones that are pruned ({listed(names)})"
@@ -258,7 +261,6 @@ class Settings:
                 f"the smaller network must be one that the config of {type(model).__name__} can describe, so that "
                 f"from_pretrained loads it, got {why}; {FREE_WIDTHS} ({self.place})"
             )
-        return replace(budget, equal_blocks=True)
 
 
 def cost_without_share(budget: Any, place: str, decides: str) -> Budget:

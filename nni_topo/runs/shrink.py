@@ -162,7 +162,8 @@ def shrink(
     A model of Transformers becomes a smaller network that its config describes, so that ``from_pretrained`` can load
     it: blocks are equally wide, heads are removed whole or, if the config can't say fewer heads, kept, and poolers,
     classifiers and the residual stream keep their width. A warning before the work says if
-    this can't meet the budget. ``"equal_blocks": False`` in the budget asks for free widths; ``report.undescribed``
+    this can't meet the budget. ``"equal_blocks": False`` in the budget asks for free widths, which are the default
+    where a config can describe fewer channels of no layer, as ResNet's; ``report.undescribed``
     then says what the config can't describe.
 
     With ``depth`` two or three networks are made: with all blocks, and without blocks that save parts of the cost. In

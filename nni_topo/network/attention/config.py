@@ -10,7 +10,9 @@ import copy
 import inspect
 import json
 import logging
+import math
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,6 +33,9 @@ HEADS = "the number of heads"
 """Stands for all settings that count heads."""
 
 _HEAD_SIZES = ("head_dim", "d_kv")
+_MOST_RATIO = 64.0  # larger fractions, such as a period of rotary positions, multiply no width
+_ROUNDING = 1e-9
+_BETWEEN = 0.25  # of a channel, which both rounding down and rounding to the nearest number drop
 _logger = logging.getLogger(__name__)
 _known: dict[tuple[type, str], Widths] = {}  # cache: every dense network of a model needs it
 
@@ -72,6 +77,14 @@ def widths_by_setting(model: Any) -> Widths:
     }
 
 
+def common_widths(model: Any) -> dict[str, str]:
+    """Return the layers of different widths that a single ratio of a config sets, by name, with the setting."""
+    if not is_pretrained(model):
+        return {}
+    settings = widths_by_setting(model).items()
+    return {name: setting for setting, layers in settings if len(set(layers.values())) > 1 for name in layers}
+
+
 def _tried_settings(model: Any) -> Widths:
     found: Widths = {}
     shapes, modules = _tried(model, model.config)
@@ -80,11 +93,13 @@ def _tried_settings(model: Any) -> Widths:
     widths = {width for name, shape in shapes.items() if _layer_of(modules, name) for width in shape[:2]}
     for setting, value in _settings(model.config).items():
         # One layer may compute gates and values, and so have twice as many channels.
-        if value < 2 or not any(width % value == 0 for width in widths):
+        is_count = type(value) is int
+        if value < 2:
             continue
-        changed, less = copy.deepcopy(model.config), value // 2
-        _put(changed, setting, less)
-        others, _ = _tried(model, changed)
+        if is_count and not any(width % value == 0 for width in widths):
+            continue
+        less = value // 2 if is_count else value / 2
+        others, _ = _tried(model, _changed(model.config, setting, less))
         layers: dict[str, int] = {}
         is_width = others.keys() == shapes.keys()
         for name, shape in shapes.items():
@@ -97,26 +112,63 @@ def _tried_settings(model: Any) -> Widths:
             at = 1 if is_transposed_linear(modules[layer]) and len(shape) == 2 else 0
             if shape[at] != others[name][at]:
                 layers[layer] = shape[at]
-                is_width = shape[at] * less == others[name][at] * value
-        if layers and is_width and not of_heads & layers.keys():  # else it counts a head's channels
+                is_width = others[name][at] == int(_base(shape[at], value) * less)
+        if not layers or not is_width or of_heads & layers.keys():  # else it counts a head's channels
+            continue
+        one_less = {name: width - 1 for name, width in layers.items() if width == min(layers.values())}
+        if not _is_ratio(value, layers) or _ratio_for(model, setting, layers, one_less) is not None:
             found[setting] = layers
     return found
 
 
-def _settings(config: Any) -> dict[str, int]:
-    """Return the integers of a config by name; those of a nested one, such as ``text_config``, with a dotted name."""
-    found: dict[str, int] = {}
+def _changed(config: Any, setting: str, value: float) -> Any:
+    """Return a copy of a config with another value of a setting."""
+    changed = copy.deepcopy(config)
+    _put(changed, setting, value)
+    return changed
+
+
+def _base(width: int, value: float) -> int:
+    """Return the number that a setting's value is multiplied by to get a width, whose fraction is dropped."""
+    return math.ceil(width / value - _ROUNDING)
+
+
+def _is_ratio(value: float, layers: Mapping[str, int]) -> bool:
+    """Tell whether a setting multiplies other widths, such as that of the residual stream, and isn't a width itself."""
+    return type(value) is float or any(_base(width, value) > value for width in layers.values())
+
+
+def _ratio_for(model: Any, setting: str, layers: Mapping[str, int], left: Mapping[str, int]) -> float | None:
+    """Return a ratio by which layers get the widths ``left``, with what the constructor drops; None without any.
+
+    ``layers``: the widths that they have by the config of ``model``.
+    """
+    value = _settings(model.config)[setting]
+    name = min(left, key=lambda layer: left[layer])
+    base, width = _base(layers[name], value), left[name]
+    # A quotient times the base may be just below the width.
+    for ratio in (width / base, (width + _BETWEEN) / base):
+        written: float = int(ratio) if isinstance(value, int) and ratio.is_integer() else ratio
+        _, modules = _tried(model, _changed(model.config, setting, written))
+        if modules and all(output_channels(modules[layer]) == count for layer, count in left.items()):
+            return written
+    return None
+
+
+def _settings(config: Any) -> dict[str, float]:
+    """Return the numbers of a config by name; those of a nested one, such as ``text_config``, with a dotted name."""
+    found: dict[str, float] = {}
     for key, value in vars(config).items():
         if callable(getattr(value, "to_dict", None)):
             found |= {f"{key}.{own}": number for own, number in _settings(value).items()}
-        elif type(value) is int:
+        elif type(value) is int or (type(value) is float and value < _MOST_RATIO):
             found[key] = value
     if getattr(config, "n_inner", 0) is None:
         found["n_inner"] = 4 * config.hidden_size  # as GPT-2 and its like read it
     return found
 
 
-def _put(config: Any, setting: str, value: int) -> None:
+def _put(config: Any, setting: str, value: float) -> None:
     *within, key = setting.split(".")
     for each in within:
         config = getattr(config, each)
@@ -261,7 +313,15 @@ def put_widths(config: Any, original: Any, left: dict[str, int]) -> None:
     """Write each width that all layers of a setting have into a config; ``left``: output channels of some layers."""
     for setting, layers in widths_by_setting(original).items():
         value = _settings(original.config)[setting]
-        found = {value * left[name] / width for name, width in layers.items() if name in left}
+        counts = {name: left[name] for name in layers if name in left}
+        if all(left[name] == layers[name] for name in counts):
+            continue
+        if _is_ratio(value, layers):
+            ratio = _ratio_for(original, setting, layers, counts)
+            if ratio is not None:
+                _put(config, setting, ratio)
+            continue
+        found = {value * count / layers[name] for name, count in counts.items()}
         if len(found) == 1 and (one := found.pop()).is_integer():
             _put(config, setting, int(one))
 

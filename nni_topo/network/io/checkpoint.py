@@ -38,6 +38,7 @@ from nni_topo.network.runtime.copies import detached_copy, forget_evaluated
 from nni_topo.network.runtime.inputs import model_within, tensors_of
 from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.reports import report_of
+from nni_topo.network.runtime.switches import random_state_kept
 from nni_topo.rules import ANYTHING, Rule, check_knobs, checked, taking
 from nni_topo.sharing import find_ties, named_tensors, tie_again, untie
 
@@ -371,9 +372,29 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str]) -> None:
     place = output_folder(place)
     with disk_errors(place), tempfile.TemporaryDirectory(dir=place) as beside:
         dense.save_pretrained(beside)
+        _check_loaded(dense, beside, name)
         for file in sorted(Path(beside).iterdir()):
             with whole_file(place / file.name) as part:
                 file.replace(part)
+
+
+def _check_loaded(dense: Any, folder: str, name: str) -> None:
+    """Raise ConfigError unless ``from_pretrained`` builds the model from a folder, with the same weights."""
+    try:
+        with random_state_kept():
+            loaded = type(dense).from_pretrained(folder).state_dict()
+    except Exception as error:  # each class has errors of its own
+        raise ConfigError(
+            f"from_pretrained must be able to load what save_pretrained writes, got {raised(error)}; nni_topo.save and "
+            f"nni_topo.load take it ({name})"
+        ) from error
+    for key, tensor in dense.state_dict().items():
+        other = loaded.get(key)
+        if other is None or other.shape != tensor.shape or not torch.equal(other.to(tensor), tensor):
+            raise ConfigError(
+                f"from_pretrained must load the weights that save_pretrained writes, got others for {key}; "
+                f"nni_topo.save and nni_topo.load take it ({name})"
+            )
 
 
 def why_undescribed(dense: Any) -> str:
