@@ -135,11 +135,21 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def of_transformers(kind: str) -> tuple[nn.Module, Inputs]:
+MLP_WIDTHS = ("intermediate_size", "hidden_dim", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff")
+
+
+def widened(sizes: dict[str, Any]) -> dict[str, Any]:
+    """Return a config's sizes with MLPs four times as wide as the hidden states, as released models have them."""
+    wide = {key: 128 if key in MLP_WIDTHS else value for key, value in sizes.items()}
+    wide |= {"mlp_ratio": 4} if "mlp_ratio" in sizes else {}
+    return {key: widened(value) if key.endswith("_config") else value for key, value in wide.items()}
+
+
+def of_transformers(kind: str, *, wide: bool = False) -> tuple[nn.Module, Inputs]:
     """Return a small network with random weights and its inputs."""
     name, sizes = TRANSFORMERS[kind]
     network_class = getattr(importlib.import_module("transformers"), name)
-    network = network_class(network_class.config_class(**copy.deepcopy(sizes)))
+    network = network_class(network_class.config_class(**copy.deepcopy(widened(sizes) if wide else sizes)))
     if hasattr(network.config, "use_cache"):
         network.config.use_cache = False
     ids = tokens(90)
@@ -160,6 +170,12 @@ def of_transformers(kind: str) -> tuple[nn.Module, Inputs]:
 def transformers_classes() -> dict[str, Build]:
     """Return what builds each of the thirty with its example."""
     return {kind: partial(of_transformers, kind) for kind in TRANSFORMERS}
+
+
+def wide_transformers_classes() -> dict[str, Build]:
+    """Return what builds those of the thirty whose MLPs are narrower than four times the hidden states, with such."""
+    narrow = {kind for kind, (_, sizes) in TRANSFORMERS.items() if widened(sizes) != sizes}
+    return {kind: partial(of_transformers, kind, wide=True) for kind in TRANSFORMERS if kind in narrow}
 
 
 def folder_of(kind: str, network_class: str = "") -> str:
