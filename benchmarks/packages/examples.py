@@ -42,15 +42,15 @@ def documented(module: str, name: str) -> tuple[nn.Module, Inputs]:
     kind = getattr(importlib.import_module(module), name)
     calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
 
-    call = kind.__call__
+    forward = kind.forward
 
     def recording(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         calls.append((self, args, kwargs))
-        return call(self, *args, **kwargs)
+        return forward(self, *args, **kwargs)
 
     # As doctest does it; PyTorch's own docstrings presume its names.
     names: dict[str, Any] = {"torch": torch, "nn": nn, **vars(importlib.import_module(module))}
-    with patch.object(kind, "__call__", recording):
+    with patch.object(kind, "forward", recording):
         for example in doctest.DocTestParser().get_examples(inspect.getdoc(kind) or ""):
             exec(example.source, names)
             if calls:
