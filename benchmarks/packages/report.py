@@ -70,7 +70,10 @@ def has_own(record: Record) -> bool:
 def tables(records: Sequence[Record], reasons: dict[str, str]) -> str:
     """Return all tables of one run of the list."""
     counted = [record for record in records if package_of(record) != BESIDE]
-    parts = [table(records, reasons), "Causes, by the number of classes:", causes_table(counted)]
+    counts = Counter(record["commit"] for record in records if "commit" in record)
+    commits = ", ".join(f"{commit} ({count} classes)" for commit, count in counts.most_common())
+    parts = [f"Recorded at {commits}."] if commits else []
+    parts += [table(records, reasons), "Causes, by the number of classes:", causes_table(counted)]
     return "\n\n".join([*parts, "Classes that don't meet the budget:", missed_table(counted, reasons)])
 
 

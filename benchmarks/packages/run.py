@@ -45,6 +45,7 @@ from benchmarks.packages.classes import PACKAGES, listed
 from benchmarks.packages.examples import Inputs, Listed
 from nni_topo.errors import ConfigError, NniTopoError
 from nni_topo.network.runtime.switches import DrawnInOrder
+from nni_topo.runs.provenance import provenance
 
 SHARE = 0.5
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.RNNBase)
@@ -277,6 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--at-once", type=int, default=1, help="processes at once, default 1")
     options = parser.parse_args(arguments)
     done = {} if options.again else read_lines(options.out)
+    commit = provenance()["revision"]
     for package in PACKAGES:
         jobs = []
         for one in listed(package):
@@ -286,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         gc.collect()
         gc.freeze()  # else every collection in a forked process goes through all that was imported
         for record in run_each(jobs, memory=options.memory, timeout=options.timeout, at_once=options.at_once):
-            append_line(options.out, record)
+            append_line(options.out, {**record, "commit": commit})
             print(record["model"], record["status"], record.get("outcome", ""), flush=True)
 
 
