@@ -3,8 +3,8 @@
 All patches to NNI are in this package. Each patch is one function whose docstring names the place and the cause, which
 hold for all supported versions unless it says otherwise. A patch does nothing where NNI or PyTorch is already right,
 and returns whether it changed anything. No patch that `enable` applies changes the result of a computation that was
-right before. Two results of NNI count as wrong: it cut layers that share a weight by the wrong masks, and masked the
-inputs of transposed convolutions with the bias of the outputs.
+right before. Three results of NNI count as wrong: it cut layers that share a weight by the wrong masks, masked the
+inputs of transposed convolutions with the bias of the outputs, and didn't mask the biases of norms.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def enable() -> CompatReport:
 
 def patches() -> tuple[Callable[[], bool], ...]:
     """List the patches; importing them imports NNI, which has to happen after `keep_pytree_nodes`."""
-    from nni_topo.compat import evaluators, launching, speedup, tracing, wrapping
+    from nni_topo.compat import evaluators, launching, sparse_gen, speedup, tracing, wrapping
 
     return (
         tracing.restore_tensor_methods,
@@ -156,6 +156,7 @@ def patches() -> tuple[Callable[[], bool], ...]:
         wrapping.ask_for_targets,
         wrapping.ask_for_agreement,
         wrapping.undo_failed_constructors,
+        sparse_gen.mask_biases_of_norms,
         speedup.keep_given_masks,
         speedup.keep_graph_for_all_outputs,
         evaluators.import_trainers_late,

@@ -21,6 +21,7 @@ from nni_topo.network.cost.cost import Kept, NetworkCost
 from nni_topo.network.cost.latency import LatencyTable, measure_latency
 from nni_topo.network.cost.measure import time_shares
 from nni_topo.network.io.exporting import as_run_by
+from nni_topo.network.layers.kinds import has_channels
 from nni_topo.network.runtime.copies import unwrapped_copy
 from nni_topo.network.speedup.analysis import Analysis, Facts
 from nni_topo.network.speedup.dense import dense_of
@@ -238,7 +239,9 @@ class BudgetPlanner(Planner):
             self._in_proportion = _units_in_proportion(units, common_widths(model))
         if budget.kind == "latency" and self.latency_table is None:
             self.latency_table = measure_latency(model, self.example_inputs)
-        layers = {name for unit in units for name in unit.layers}
+        # Norms lose the channels of layers.
+        named = {name for unit in units for name in unit.layers}
+        layers = {name for name in named if has_channels(model.get_submodule(name))}
         if self.latency_table is not None and (missing := layers - self.latency_table.layers.keys()):
             raise DataError(f"a latency table must hold every pruned layer, got none of that name ({min(missing)})")
         analysis = Analysis.on(model, self.example_inputs, self.facts)

@@ -120,13 +120,17 @@ def _gates_of(module: Any) -> dict[str, Any] | None:
 
 
 def show_heads_to_nni() -> None:
-    """Register attention, its output projection and recurrent layers with NNI, and let all pruners prune heads."""
+    """Register attention, its output projection, recurrent layers and norms with NNI; let all pruners prune heads."""
     PruningSetting.register("MultiheadAttention", {"in_proj_weight": _WEIGHT, "in_proj_bias": _BIAS})
     # The output projection of ``nn.MultiheadAttention``, a linear layer with another name.
     PruningSetting.register("NonDynamicallyQuantizableLinear", PruningSetting.registry["Linear"])
     for kind in ("LSTM", "GRU", "RNN"):
         gates = {"weight_ih_l0": _WEIGHT, "weight_hh_l0": _WEIGHT, "bias_ih_l0": _GATE, "bias_hh_l0": _GATE}
         PruningSetting.register(kind, gates)
+    # NNI knows batch norms. RMS norms have no bias.
+    for kind in ("GroupNorm", "LayerNorm", "SyncBatchNorm", "InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d"):
+        PruningSetting.register(kind, PruningSetting.registry["BatchNorm2d"])
+    PruningSetting.register("RMSNorm", PruningSetting.embedding_setting)
     if scale_by_heads not in scaling:
         target_settings.append(_gates_of)
         scaling.extend((scale_by_outputs, scale_by_heads))

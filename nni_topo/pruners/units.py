@@ -21,7 +21,7 @@ from torch import nn
 
 from nni_topo.errors import ConfigError
 from nni_topo.network.channels.constraints import Share
-from nni_topo.network.layers.kinds import channel_dimension, output_channels, spread, weight_of
+from nni_topo.network.layers.kinds import channel_dimension, masked_channels, output_channels, spread, weight_of
 
 TargetSpaces = dict[str, dict[str, PruningTargetSpace]]
 """NNI's ``{module name: {target name: target space}}``."""
@@ -119,10 +119,10 @@ def holds_columns(space: PruningTargetSpace) -> bool:
     return isinstance(space.granularity, list) and space.granularity[0] == -1 and space.dependency_group_id is not None
 
 
-def output_blocks(space: PruningTargetSpace, what: str) -> NDArray[np.int64]:
-    """Return the output channels of each block of a target, ``(blocks, channels)``."""
+def output_blocks(space: PruningTargetSpace, what: str, *, takes_norms: bool = False) -> NDArray[np.int64]:
+    """Return the output channels of each block of a target, ``(blocks, channels)``; ``takes_norms``: of norms, too."""
     module, blocks = space._wrapper.module, math.prod(block_shape(space))
-    channels = output_channels(module) or 0
+    channels = (masked_channels(module) if takes_norms else output_channels(module)) or 0
     place = f"{space._wrapper.name}.{space._target_name}"
     if not channels:
         raise ConfigError(
@@ -218,7 +218,7 @@ def _unit(
 
 def channels_of_block(module: nn.Module, blocks: int) -> int:
     """Return the number of output channels per block; 1 if the module isn't pruned by output channel."""
-    return max((output_channels(module) or 0) // blocks, 1)
+    return max((masked_channels(module) or 0) // blocks, 1)
 
 
 def _tied(group: list[tuple[str, str, PruningTargetSpace]], ties: ChannelCoupling) -> tuple[int, ...]:
@@ -227,7 +227,7 @@ def _tied(group: list[tuple[str, str, PruningTargetSpace]], ties: ChannelCouplin
     for module, _, space in group:
         if module in ties:
             with suppress(ConfigError):  # blocks that aren't whole output channels
-                numbers = np.asarray(ties[module])[output_blocks(space, "ties")]
+                numbers = np.asarray(ties[module])[output_blocks(space, "ties", takes_norms=True)]
                 is_whole = bool((numbers == numbers[:, :1]).all())
                 found.add(tuple(numbers[:, 0].tolist()) if is_whole else ())
     return found.pop() if len(found) == 1 else ()

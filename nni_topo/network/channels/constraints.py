@@ -53,10 +53,7 @@ def partial_couplings(
     Channels with equal ids are coupled; channels with negative ids are kept. ``with_staying``: include layers that keep
     some channels, although a group can express their couplings.
     """
-    selected, free = set(names), dict[str, set[int]]()
-    for name in flow.layers:
-        if name in selected:
-            free[name] = set(flow.class_ids_of(name).tolist()) - {FIXED}
+    free = {name: set(flow.class_ids_of(name).tolist()) - {FIXED} for name in names}
     found = dict[str, tuple[int, ...]]()
     for group in coupled_names(free):
         all_ids = [flow.class_ids_of(name) for name in group]
@@ -67,13 +64,16 @@ def partial_couplings(
         # ids share these ids.
         own = dict[bytes, np.ndarray]()
         for name, ids in zip(group, all_ids, strict=True):
-            staying = own.setdefault(ids.tobytes(), -flow.channel_ids_of(name))
+            # No layer made the channels of the network's input.
+            staying = own.setdefault(ids.tobytes(), -np.maximum(flow.masked_channel_ids(name), 1))
             found[name] = tuple(np.where(ids == FIXED, staying, ids).tolist())
     return found
 
 
 def _is_stated(flow: ChannelFlow, names: list[str]) -> bool:
     """Tell whether layers are coupled unit by unit in the same order, and no two units of a layer are coupled."""
+    if 0 < sum(name in flow.layers for name in names) < len(names):
+        return False  # no group has layers and norms
     first, *others = [flow.class_ids_of(name)[flow.units(name)[:, 0]] for name in names]
     if not all(np.array_equal(class_ids, first) for class_ids in others):
         return False
@@ -81,12 +81,12 @@ def _is_stated(flow: ChannelFlow, names: list[str]) -> bool:
     return len(np.unique(free)) == len(free)
 
 
-def blocks_of(flow: ChannelFlow) -> dict[str, int]:
-    """Return, by layer, the number of blocks that have to lose the same number of channels."""
+def blocks_of(flow: ChannelFlow, norms: Iterable[str] = ()) -> dict[str, int]:
+    """Return, by layer and masked norm, the number of blocks that have to lose the same number of channels."""
     all_sides = [side for blocks in flow.blocks for side in blocks.sides]
     counts: dict[str, int] = {}
-    for name in flow.layers:
-        group_ids = flow.group_ids_of(name)
+    for name in [*flow.layers, *norms]:
+        group_ids = flow.masked_group_ids(name)
         for side in all_sides:
             block_of = np.full(flow.size, -1)
             for rank, block in enumerate(side):

@@ -11,6 +11,7 @@ position, and a depth-wise convolution couples each output channel with its inpu
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import pairwise, zip_longest
 from typing import Any
@@ -398,6 +399,7 @@ class ChannelFlow(Propagation):
             if dims:
                 super().__init__(graph_module, dims)
                 outputs = self.run(*tree_map(fixed, args))
+        self._beside: dict[frozenset[str], dict[str, dict[int, str]]] = {}
         self.own_widths: dict[str, int] = {}  # by module whose forward is to be rewritten, the dimension of its width
         # Channels at the model's output, which are kept.
         arriving = np.zeros(0, dtype=np.int64)
@@ -711,31 +713,100 @@ class ChannelFlow(Propagation):
         """Look up the group ids of a layer's output channels: int, shape (channels,)."""
         return self.group_ids(self.channel_ids_of(name))
 
+    def masked_channel_ids(self, name: str) -> np.ndarray:
+        """Look up the ids of the channels that a mask of a layer or norm decides on: int, shape (channels,)."""
+        return self.channel_ids_of(name) if name in self.layers else self.entering_channel_ids(name)
+
     def class_ids_of(self, name: str) -> np.ndarray:
-        """Look up the class ids of a layer's output channels: int, shape (channels,)."""
-        found: np.ndarray = self._class_ids[self.group_ids_of(name)]
+        """Look up the class ids of the channels that a mask of a layer or norm decides on: int, shape (channels,)."""
+        found: np.ndarray = self._class_ids[self.masked_group_ids(name)]
         return found
 
-    def kept(self, chosen: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Return which channels stay if layers keep the selected channels: bool, by group id.
 
-        ``chosen``: by layer, bool, shape (channels,) or (heads,). A channel stays if any channel coupled with it is
-        selected. A layer that isn't in ``chosen`` keeps all, except that a depth-wise one follows the layer before it.
+    def masked_group_ids(self, name: str) -> np.ndarray:
+        """Look up the group ids of the channels that a mask of a layer or norm decides on: int, shape (channels,)."""
+        return self.group_ids(self.masked_channel_ids(name))
+
+    def kept(self, chosen: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return which channels stay if layers and norms keep the selected channels: bool, by group id.
+
+        ``chosen``: by layer or norm, bool, shape (channels,) or (heads,). A channel stays if any channel coupled with
+        it is selected. A layer that isn't in ``chosen`` keeps all, except that a depth-wise one follows the layer
+        before it. Of a layer whose channels only reach norms in ``chosen``, no channel is selected that none of these
+        norms selects.
         """
         kept, stated = np.zeros(self.size, dtype=np.bool_), np.zeros(self.size, dtype=np.bool_)
+        norms = {name: chosen[name] for name in chosen if name not in self.layers}
+        silenced, beside = self._silenced(norms), self.read_beside(frozenset(norms)) if norms else {}
         for name, layer in self.layers.items():
             ids, own = self.group_ids_of(name), chosen.get(name)
             if own is not None and len(own) < len(ids):
                 ids = self.group_ids(self.unit_channel_ids(name))
             # For an output projection ``chosen`` may select columns, which don't count here.
             if own is not None and len(own) == len(ids):
-                kept[ids[own]] = True
-                stated[ids] = True
+                selected = ids[own]
             elif not layer.depthwise:
-                kept[ids] = True
-                stated[ids] = True
+                selected = ids
+            else:
+                continue
+            stated[ids] = True
+            if norms:
+                selected = selected[~silenced[selected] | np.isin(selected, list(beside.get(name, ())))]
+            kept[selected] = True
         kept[FIXED] = True
         return kept | ~stated
+
+    def _silenced(self, chosen: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return the channels that norms read and none of them selects: bool, by group id."""
+        silenced, selected = np.zeros(self.size, dtype=np.bool_), np.zeros(self.size, dtype=np.bool_)
+        for name, is_selected in chosen.items():
+            group_ids = self.entering_group_ids(name)
+            if len(group_ids) == len(is_selected):
+                silenced[group_ids] = True
+                selected[group_ids[is_selected]] = True
+        if chosen:
+            selected[list(self.read_beside(frozenset(chosen)).get("", ()))] = True
+        return silenced & ~selected
+
+    def read_beside(self, norms: frozenset[str]) -> Mapping[str, Mapping[int, str]]:
+        """Return, by layer, the channels that something reads before any of these norms does: group id and reader.
+
+        The empty name stands for channels that no layer makes, such as those of a position embedding.
+        """
+        if norms not in self._beside:
+            self._beside[norms] = self._find_read_beside(norms)
+        return self._beside[norms]
+
+    def _find_read_beside(self, norms: frozenset[str]) -> dict[str, dict[int, str]]:
+        beside = dict[str, dict[int, str]]()
+        sources = ["", *self.layers]  # source and group id are stored as one number: rank of the source * size + id
+        nothing = np.zeros(0, dtype=np.int64)
+        held = dict[Node, np.ndarray]()  # group ids of a node's outputs
+        raw = dict[Node, np.ndarray]()  # of these, sources and group ids that no norm has read yet
+        for node in self.traced.graph.nodes:
+            name, parents = str(node.target), node.all_input_nodes
+            arrays = [np.unique(self.group_ids(ids.numpy())) for ids in tensors_of(self.ids[node.name])]
+            held[node], raw[node] = np.setdiff1d(np.concatenate([nothing, *arrays]), FIXED), nothing
+            reads_sizes = node.op != "output" and (not arrays or has_property(node, "reads_sizes"))
+            if (node.op == "call_module" and name in norms) or reads_sizes:
+                continue
+            entering = np.unique(np.concatenate([nothing, *(raw[parent] for parent in parents)]))
+            # The layers within attention aren't called by nodes, so its output counts as made by none.
+            is_attention = node.op == "call_module" and name in self.attention
+            is_layer = node.op == "call_module" and name in self.layers and not self.layers[name].depthwise
+            if node.op == "output" or is_attention or is_layer:
+                read, source = entering, "" if is_attention or not is_layer else name
+                raw[node] = sources.index(source) * self.size + held[node]
+            else:
+                passes = np.isin(entering % self.size, held[node])
+                before = np.concatenate([nothing, *(held[parent] for parent in parents)])
+                raw[node] = np.concatenate([entering[passes], np.setdiff1d(held[node], before)])
+                # What a chunk or a slice leaves out isn't read by it.
+                moves = node.target is operator.getitem or has_property(node, "moves") or has_property(node, "picks")
+                read = nothing if moves else entering[~passes]
+            for each in read.tolist():
+                beside.setdefault(sources[each // self.size], {}).setdefault(each % self.size, place(node))
+        return beside
 
     def coupled_with(self, name: str) -> list[str]:
         """List the other layers that share channels or classes, including kept ones, with a layer, in network order."""
@@ -767,16 +838,16 @@ class ChannelFlow(Propagation):
         return tuple(found)
 
     def why_pinned(self, name: str) -> reasons.Reasons:
-        """Return the reasons why channels of a layer can never be removed, each once."""
-        group_ids = self._before[self.channel_ids_of(name)].tolist()
+        """Return the reasons why channels of a layer, or before a norm, can never be removed, each once."""
+        group_ids = self._before[self.masked_channel_ids(name)].tolist()
         found = [self._reasons[group_id] for group_id in group_ids if group_id in self._reasons]
-        if ((self.class_ids_of(name) == FIXED) & (self.group_ids_of(name) != FIXED)).any():
+        if ((self.class_ids_of(name) == FIXED) & (self.masked_group_ids(name) != FIXED)).any():
             found.append(reasons.blocks_equal(self.block_places(name)))
         return tuple(dict.fromkeys(found))
 
     def reaches_output(self, name: str) -> bool:
-        """Tell whether any channel of a layer is in the model's output, and so has to stay."""
-        return bool(np.isin(self.group_ids_of(name), self.at_output).any())
+        """Tell whether any channel of a layer, or before a norm, is in the model's output, and so has to stay."""
+        return bool(np.isin(self.masked_group_ids(name), self.at_output).any())
 
     def is_output(self, name: str) -> bool:
         """Tell whether all channels of a layer are in the model's output, even if something else keeps them, too."""
@@ -811,11 +882,13 @@ class ChannelFlow(Propagation):
         """Return the indices of a layer's output channels by unit, such as a head: int, (units, channels of a unit)."""
         if name in self.heads:
             return self.heads[name].channels[name]
+        if name not in self.layers:
+            return np.arange(len(self.entering_channel_ids(name)))[:, None]
         return np.arange(self.layers[name].channels).reshape(-1, self._unit_size(name))
 
     def unit_channel_ids(self, name: str) -> np.ndarray:
-        """Return the id of the first channel of each unit of a layer: int, (units,)."""
-        ids: np.ndarray = self.channel_ids_of(name)[self.units(name)[:, 0]]
+        """Return the id of the first channel of each unit of a layer, or of each channel of a norm: int, (units,)."""
+        ids: np.ndarray = self.masked_channel_ids(name)[self.units(name)[:, 0]]
         return ids
 
     def _unit_size(self, name: str) -> int:
@@ -847,6 +920,14 @@ class ChannelFlow(Propagation):
                 if FIXED not in context and np.array_equal(self.entering_group_ids(name), context)
             }
         return found
+
+
+def why_read_beside(flow: ChannelFlow, norms: Iterable[str], group_ids: np.ndarray) -> reasons.Reasons:
+    """Return why the masks of norms remove none of these channels: what reads the channels before the norms do."""
+    names = dict[str, None]()
+    for readers in flow.read_beside(frozenset(norms)).values():
+        names |= {readers[group_id]: None for group_id in group_ids.tolist() if group_id in readers}
+    return tuple(map(reasons.read_before_norm, names))
 
 
 _PASSING = (nn.Identity, nn.modules.dropout._DropoutNd)

@@ -144,6 +144,9 @@ _ADVICE: dict[str, str] = {
     "unselected": "prune the layers that share the channels, too",
     "several_widths": "call a module of its own in each place",
     "shared_weight": "give the layers weights of their own: layer.weight = nn.Parameter(layer.weight.detach().clone())",
+    "no_layer_before": "leave the norm out: the channels of the network's input stay",
+    "no_scale": "prune the layer before the norm instead",
+    "read_before_norm": "select every norm that reads these channels, or prune the layers before them instead",
     "not_run": "delete the layer from the model if nothing uses it",
     "another_name": "use the layer's name that the reason gives",
 }
@@ -233,6 +236,9 @@ transposed_weight = Sentence(
     "transposed_weight", "its weight is transposed: nni_topo.as_torch_layers(model) makes it a linear layer"
 )
 not_followed = Sentence("not_followed", "the layer isn't called by itself, or its channels couldn't be followed")
+no_layer_before = Sentence("no_layer_before", "no layer is before the norm, so that its mask could remove channels")
+no_scale = Sentence("no_scale", "a norm without a weight for each channel has nothing to mask")
+read_before_norm = Sentence("read_before_norm", "{layer} reads the channels before a selected norm scales them")
 norm_follows = Sentence("norm_follows", "a norm keeps the channels of the layer before it, whose mask decides")
 not_run = Sentence("not_run", "the forward doesn't use the layer")
 not_asked = Sentence("not_asked", "not asked for")

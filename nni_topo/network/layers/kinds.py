@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nni_topo.errors import unknown_name
 from nni_topo.network.layers.derived import adopt, inner_of, plain_layer
-from nni_topo.network.layers.norms import channel_dim
+from nni_topo.network.layers.norms import channel_dim, scales_channels
 from nni_topo.network.runtime.arguments import MODEL, STRUCTURE
 from nni_topo.network.runtime.copies import detached_copy, evaluation_mode
 from nni_topo.network.runtime.hooks import counted_places
@@ -296,6 +296,12 @@ def output_channels(module: torch.nn.Module) -> int | None:
     return int(module.embedding_dim) if isinstance(module, torch.nn.Embedding) else None
 
 
+def masked_channels(module: Any) -> int | None:
+    """Count the channels that a mask of a module's weight can remove: of a layer, or of a norm that scales them."""
+    channels = output_channels(module)
+    return module.weight.numel() if channels is None and scales_channels(module) else channels
+
+
 def has_channels(module: torch.nn.Module) -> bool:
     """Tell whether a module has output channels of its own, even if they can't be removed yet, as in a ``Conv1D``."""
     if isinstance(module, (torch.nn.MultiheadAttention, *RECURRENT)) or is_transposed_linear(module):
@@ -348,11 +354,12 @@ def feature_dimension(module: torch.nn.Module) -> int:
 
 
 def kept_channels(module: torch.nn.Module, targets: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-    """Return the output channels with an unmasked weight: bool, shape (channels,); None if the layer has no mask."""
-    count, mask = output_channels(module), targets.get(weight_name(module))
-    if count is None or mask is None:
+    """Return the channels of a layer or norm with an unmasked weight: bool, shape (channels,); None without a mask."""
+    mask = targets.get(weight_name(module))
+    if mask is None or masked_channels(module) is None:
         return None
-    return by_output(mask, module).flatten(1).amax(1).ne(0)
+    rows = by_output(mask, module)
+    return rows.reshape(len(rows), -1).amax(1).ne(0)
 
 
 def by_output(weight: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:

@@ -158,6 +158,25 @@ def _with_parameters(norm: Any, numbers: list[Tensor]) -> Any:
     return made
 
 
+def scales_channels(norm: nn.Module) -> bool:
+    """Tell whether a norm multiplies each channel by an entry of its weight, so that zeros there silence a channel."""
+    weight, over = getattr(norm, "weight", None), _over(norm)
+    if over is None or not isinstance(weight, Tensor):
+        return False
+    if isinstance(norm, (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)):
+        return True
+    # Gemma's norm, for example, multiplies by one more than its weight.
+    numbers = [torch.zeros(each.shape) for each in norm._parameters.values() if each is not None]
+    if any(each.dim() != 1 for each in numbers):
+        return False
+    x = torch.randn(2, 3, 4, weight.numel(), generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.no_grad(), random_state_kept():
+            return not bool(_with_parameters(norm, numbers).forward(x.movedim(-1, over.dim)).any())
+    except Exception:  # a forward may raise anything
+        return False
+
+
 def is_over_channels(module: nn.Module) -> bool:
     """Tell whether a module combines channels, all in the same way, like layer, RMS and group norms and gates."""
     return not isinstance(module, _BY_CHANNEL) and channel_dim(module) is not None

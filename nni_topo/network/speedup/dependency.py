@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from nni.compression.base.config import select_modules_by_config, trans_legacy_config_list
 from nni.compression.base.setting import PruningSetting
@@ -19,7 +20,7 @@ from nni_topo.errors import ConfigError, SpeedupError, hint_of, listed
 from nni_topo.network.attention.heads import Attention, is_attention
 from nni_topo.network.channels import reasons
 from nni_topo.network.channels.constraints import Share, asked_of, blocks_of, coupled_names, partial_couplings, shares
-from nni_topo.network.channels.flow import ChannelFlow
+from nni_topo.network.channels.flow import ChannelFlow, why_read_beside
 from nni_topo.network.channels.ids import FIXED
 from nni_topo.network.channels.reasons import Reason, Reasons
 from nni_topo.network.graph.tracing import is_in_parts
@@ -30,11 +31,13 @@ from nni_topo.network.layers.kinds import (
     follows_channels,
     has_channels,
     has_complex_weights,
+    is_normalizing,
     is_recurrent,
     is_transposed_linear,
+    masked_channels,
     weight_is_computed,
 )
-from nni_topo.network.layers.norms import is_over_channels
+from nni_topo.network.layers.norms import is_over_channels, scales_channels
 from nni_topo.network.runtime.arguments import INPUTS, MODEL, UNGROUPED, check_unwrapped
 from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.analysis import Analysis, Facts
@@ -278,16 +281,21 @@ def groups_of(
                 left_out[name] = (reasons.unknown_attention(place, owner),)
             else:
                 left_out[name] = (reasons.no_heads(),)
+    norms = [name for name in order if name in selection.layers and name not in left_out and is_masked_norm(flow, name)]
+    layers = [name for name in flow.layers if name in selection.layers - left_out.keys() - projections.keys()]
+    left_out |= _norms_left_out(flow, norms, layers, selection)
+    norms = [name for name in norms if name not in left_out]
     by_row = selection.layers - left_out.keys() - projections.keys()
-    in_part = dict[str, Reasons]()  # by layer that loses some channels, why it keeps others
-    for name in flow.layers:
-        if name in by_row and FIXED in flow.class_ids_of(name):
+    in_part = dict[str, Reasons]()  # by layer or norm that loses some channels, why it keeps others
+    for name in [*layers, *norms]:
+        if FIXED in flow.class_ids_of(name):
             in_part[name] = flow.why_pinned(name)
     for name, why in left_out.items() if strict else ():
         if why != (reasons.model_output(),):
             told = reasons.told(why)
             raise ConfigError(f"every selected layer must be able to lose channels, got {name}: {told}")
-    group_settings, followers = _settings(flow, projections, by_row | projections.keys()), _followers(flow)
+    group_settings = _settings(flow, projections, by_row | projections.keys(), norms)
+    followers = _followers(flow)
     entries = []
     for names, settings in selection.entries:
         # A user's blocks, such as NNI's 64 by 64, make no group: the masks decide which heads are kept.
@@ -298,7 +306,7 @@ def groups_of(
                 group = {} if is_alone else group_settings.get(name, {})
                 entries.append({"op_names": [name], **copy.deepcopy(settings), **group})
     # Output projections that lose columns keep all rows.
-    ties = partial_couplings(flow, by_row - followers)
+    ties = partial_couplings(flow, [*(name for name in layers if name not in followers), *norms])
     skipped = reasons.as_text(left_out)
     for name, why in in_part.items():
         class_ids = flow.class_ids_of(name)
@@ -312,7 +320,7 @@ def groups_of(
             "these layers keep channels (.skipped has all; nni_topo.explain says what to change): %s",
             "; ".join(f"{listed(names)}: {why}" for why, names in by_why.items()),
         )
-    heads = [name for name in flow.layers if name in by_row and flow.reaches_output(name)]
+    heads = [name for name in [*layers, *norms] if flow.reaches_output(name)]
     if warns and heads:
         _logger.warning("the layer that gives the model's output should be excluded, got %s", ", ".join(heads))
     # For a named layer, a pruner that can't prune it raises instead.
@@ -422,9 +430,11 @@ def unprunable_layers(analysis: Analysis, names: Sequence[str]) -> dict[str, Rea
     skipped = dict[str, Reasons]()
     for name in names:
         if name not in flow.layers:
-            # PyTorch's norms may be selected for masks of their own.
             module = analysis.model.get_submodule(name)
-            if has_channels(module) or (module._parameters and not follows_channels(module)):
+            if is_normalizing(module):
+                if why := _why_norm_stays(analysis, name):
+                    skipped[name] = why
+            elif has_channels(module) or (module._parameters and not follows_channels(module)):
                 others = [other for other in flow.layers if analysis.model.get_submodule(other) is module]
                 if others:
                     skipped[name] = (reasons.another_name(others[0]),)
@@ -450,6 +460,59 @@ def unprunable_layers(analysis: Analysis, names: Sequence[str]) -> dict[str, Rea
             in_parts = is_in_parts(flow.traced.graph)
             skipped[name] = (reasons.untraced_output() if in_parts else reasons.model_output(),)
     return skipped
+
+
+def is_masked_norm(flow: ChannelFlow, name: str) -> bool:
+    """Tell whether a mask of a module's weight removes channels of the layers before it: whether it is such a norm."""
+    return name not in flow.layers and len(flow.entering_channel_ids(name)) == masked_channels(flow.fetch_attr(name))
+
+
+def _why_norm_stays(analysis: Analysis, name: str) -> Reasons:
+    """Return why a mask of a norm removes no channels of the layers before it; empty if it can."""
+    flow, module = analysis.flow, analysis.model.get_submodule(name)
+    group_ids = flow.entering_group_ids(name)
+    if not scales_channels(module):
+        return (reasons.no_scale(),)
+    if others := [other for other in flow.readers if other != name and analysis.model.get_submodule(other) is module]:
+        return (reasons.another_name(others[0]),)
+    if not len(group_ids):
+        return (reasons.not_followed() if _is_used(flow, analysis.model, name) else reasons.not_run(),)
+    held = analysis.unprunable
+    if found := dict.fromkeys(held[group_id] for group_id in group_ids.tolist() if group_id in held):
+        return tuple(found)
+    if bool((group_ids == FIXED).all()):
+        return flow.why_pinned(name) or (reasons.no_layer_before(),)
+    return (reasons.model_output(),) if flow.reaches_output(name) else ()
+
+
+def _norms_left_out(
+    flow: ChannelFlow, norms: Iterable[str], layers: Iterable[str], selection: _Selection
+) -> dict[str, Reasons]:
+    """Return the selected norms that make no masks: layers before them do, or something else reads their channels.
+
+    ConfigError for a norm in ``op_names`` without a layer before it.
+    """
+    of_layers = {FIXED}.union(*(flow.group_ids_of(name).tolist() for name in layers))
+    left_out = dict[str, Reasons]()
+    for name in norms:
+        group_ids = set(flow.entering_group_ids(name).tolist())
+        if name in selection.named:
+            if group_ids == {FIXED}:
+                why = reasons.told(flow.why_pinned(name) or (reasons.no_layer_before(),))
+                raise ConfigError(f"a selected norm must follow a layer that can lose channels, got {name}: {why}")
+        elif group_ids <= of_layers:
+            left_out[name] = (reasons.norm_follows(),)
+    before = -1
+    while before != len(left_out):  # without a norm, channels may reach a reader that it scaled them for
+        before = len(left_out)
+        remaining = [name for name in norms if name not in left_out]
+        for name in remaining:
+            group_ids = np.setdiff1d(flow.entering_group_ids(name), FIXED)
+            # As if the mask of the last remaining norm removed all
+            removed = {other: np.zeros(len(flow.entering_channel_ids(other)), dtype=np.bool_) for other in remaining}
+            if name not in selection.named and flow.kept(removed)[group_ids].all():
+                left_out[name] = why_read_beside(flow, remaining, group_ids)
+    return left_out
 
 
 def _is_used(flow: ChannelFlow, model: torch.nn.Module, name: str) -> bool:
@@ -487,17 +550,21 @@ def held_by_unselected(flow: ChannelFlow, groups: Iterable[Collection[str]]) -> 
 
 
 def _settings(
-    flow: ChannelFlow, projections: Mapping[str, Attention], chosen: frozenset[str]
+    flow: ChannelFlow, projections: Mapping[str, Attention], chosen: frozenset[str], norms: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
     """Return the keys that dependency groups add to entries; `projections` lose the columns of heads."""
-    blocks = blocks_of(flow)
-    # NNI can express only groups that couple channel i of each layer with channel i of the others.
-    stated: dict[tuple[int, ...], list[str]] = {}
+    blocks = blocks_of(flow, norms)
+    # NNI can express only groups that couple channel i of each layer with channel i of the others, and no groups of
+    # layers and norms, whose scores have other shapes.
+    stated: dict[tuple[int | str, ...], list[str]] = {}
     for name in flow.layers:
         own = next(iter(projections[name].channels)) if name in projections else name
         group_ids = tuple(flow.group_ids(flow.unit_channel_ids(own)).tolist())
         if set(group_ids) != {FIXED}:
             stated.setdefault(group_ids, []).append(name)
+    for name in norms:
+        group_ids = tuple(flow.entering_group_ids(name).tolist())
+        stated.setdefault(("norms", *group_ids), []).append(name)
     # These need a group even alone: recurrent layers, for their two weights, and layers with blocks.
     alone = {name for name, each in flow.heads.items() if each.recurrent}
     alone |= {name for name, count in blocks.items() if count > 1}

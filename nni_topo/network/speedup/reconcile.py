@@ -16,7 +16,7 @@ from nni_topo.errors import ConfigError, SpeedupError, unknown_name
 from nni_topo.maths.ties import descending
 from nni_topo.network.channels import reasons
 from nni_topo.network.channels.constraints import stays_in_place
-from nni_topo.network.channels.flow import ChannelFlow
+from nni_topo.network.channels.flow import ChannelFlow, why_read_beside
 from nni_topo.network.channels.ids import FIXED, Blocks
 from nni_topo.network.channels.reasons import Reason, Reasons
 from nni_topo.network.layers.kinds import channel_dimension, kept_channels, row_names, spread, weight_name, weight_of
@@ -132,7 +132,7 @@ def resolve(
     # Check before rounding restores channels: a mask on the output is a mistake even if rounding would undo it.
     pruned_output = flow.at_output[~kept[flow.at_output]]
     for name in given:
-        if np.isin(flow.group_ids_of(name), pruned_output).any():
+        if np.isin(flow.masked_group_ids(name), pruned_output).any():
             raise SpeedupError(
                 f"the shape of the model's output must not change: {leaving_out('the layer that gives it')}, "
                 f"got a mask that prunes channels of it ({name})"
@@ -140,17 +140,19 @@ def resolve(
     # Channels with the largest weights, by L1 norm over coupled channels, are restored first.
     shared, scores = kept.copy(), cache(partial(_scores, model, flow))
     read = keep_read(flow, kept, scores)
+    # Layers may lose channels by the masks of norms after them.
+    masked = {name for name in flow.layers if name in given or not kept[flow.group_ids_of(name)].all()}
     # In two steps, to tell channels restored for equal blocks from those restored for rounding.
-    grow(flow, kept, scores, 1, set(given))
+    grow(flow, kept, scores, 1, masked)
     evened = kept.copy()
-    grow(flow, kept, scores, round_to or 1, set(given))
+    grow(flow, kept, scores, round_to or 1, masked)
     why = dict[str, Reasons]()
     for name in given:
         if found := _why_kept(flow, given, name, (shared, evened, kept), round_to, read):
             why[name] = found
     told = dict[str, str]()
     for name in given:
-        count = int((evened[flow.group_ids_of(name)] & ~given[name]).sum())
+        count = int((evened[flow.masked_group_ids(name)] & ~given[name]).sum())
         if count:
             told[name] = f"{count} of {len(given[name])} ({reasons.told(why.get(name, ()))})"
     return Resolved(_new_masks(model, flow, masks, given, (shared, kept)), kept, why, told)
@@ -162,11 +164,11 @@ def union(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks) -> np.nda
 
 
 def _given(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks) -> dict[str, np.ndarray]:
-    """Return the channels that a layer's own mask keeps, by layer that has one."""
+    """Return the channels that the mask of a layer or norm keeps, by layers and norms that have one."""
     given = {}
-    for name in flow.layers:
+    for name in [*flow.layers, *(name for name in flow.readers if name not in flow.layers)]:
         kept = kept_channels(model.get_submodule(name), masks.get(name, {}))
-        if kept is not None:
+        if kept is not None and len(kept) == len(flow.masked_group_ids(name)):
             given[name] = kept.cpu().numpy()
     return given
 
@@ -249,18 +251,24 @@ def _why_kept(
     round_to: int | None,
     single: Mapping[int, Reason],
 ) -> Reasons:
-    """Return why a masked channel of a layer was restored, by the stage that restored it.
+    """Return why a masked channel of a layer or norm was restored, by the stage that restored it.
 
     ``single``: channels restored as the only one that a reader gets, by group id, with the reason.
     """
-    group_ids = flow.group_ids_of(name)
+    group_ids = flow.masked_group_ids(name)
     shared, evened, rounded = (kept[group_ids] & ~given[name] for kept in stages)
     if shared.any():
         # They are coupled with kept channels of other layers, or with pinned ones.
         held = group_ids[shared]
         if (held == FIXED).any():
-            return flow.why_pinned(name)
-        names = [other for other in flow.layers if np.isin(flow.group_ids_of(other), held).any()]
+            return flow.why_pinned(name) or (reasons.no_layer_before(),)
+        if name in flow.layers:
+            names = [other for other in flow.layers if np.isin(flow.group_ids_of(other), held).any()]
+        else:
+            norms = [other for other in given if other not in flow.layers]
+            if beside := why_read_beside(flow, norms, held):
+                return beside
+            names = [other for other in norms if np.isin(flow.entering_group_ids(other)[given[other]], held).any()]
         if names == [name]:
             return (reasons.kept_by_itself(),)
         free = [other for other in names if other not in given and not flow.layers[other].depthwise]
@@ -285,7 +293,7 @@ def _new_masks(
     for name, layer in flow.layers.items():
         module, keep = model.get_submodule(name), kept[flow.group_ids_of(name)]
         old = given.get(name, np.ones_like(keep))
-        if not (name in given or layer.depthwise) or np.array_equal(keep, old):
+        if np.array_equal(keep, old):
             continue
         # Masked channels of a kept head, and of keys and values that all heads share, stay masked.
         has_heads = name in flow.heads or name in flow.shared
@@ -300,6 +308,11 @@ def _new_masks(
                 mask = targets.get(own, torch.ones_like(rows).detach())
                 one, other = (each.to(mask).view(-1, *[1] * (rows.dim() - 1)) for each in (changed, keep_all))
                 targets[own] = torch.maximum(mask, one) * other
+    for name in given.keys() - flow.layers:
+        # A norm's zeros stay in a channel that others keep; a channel restored for its width gets its numbers back.
+        restored = torch.from_numpy((kept & ~shared)[flow.entering_group_ids(name)])
+        for target, mask in new[name].items():
+            new[name][target] = torch.maximum(mask, restored.to(mask))
     return mask_what_follows(model, flow, new, kept)
 
 
