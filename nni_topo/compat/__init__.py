@@ -3,8 +3,9 @@
 All patches to NNI are in this package. Each patch is one function whose docstring names the place and the cause, which
 hold for all supported versions unless it says otherwise. A patch does nothing where NNI or PyTorch is already right,
 and returns whether it changed anything. No patch that `enable` applies changes the result of a computation that was
-right before. Three results of NNI count as wrong: it cut layers that share a weight by the wrong masks, masked the
-inputs of transposed convolutions with the bias of the outputs, and didn't mask the biases of norms.
+right before. Four results of NNI count as wrong: it cut layers that share a weight by the wrong masks, masked the
+inputs of transposed convolutions with the bias of the outputs, didn't mask the biases of norms, and dropped the factors
+that ``SlimPruner`` trains.
 """
 
 from __future__ import annotations
@@ -149,6 +150,7 @@ def patches() -> tuple[Callable[[], bool], ...]:
         speedup.restore_randomized_output,
         speedup.untie_layers,
         wrapping.keep_shared_parameters,
+        wrapping.keep_trained_factors,
         wrapping.wrap_modules_once,
         wrapping.unwrap_models_once,
         wrapping.call_layers_of_attention,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from nni.compression.base.compressor import Compressor, Pruner
 from nni.compression.base.config import select_modules_by_config
 from nni.compression.base.setting import PruningSetting
 from nni.compression.base.wrapper import ModuleWrapper
+from nni.compression.pruning.slim_pruner import SLIM_SCALING_FACTOR_PNAME
 
 from nni_topo.sharing import parameter_holders
 
@@ -70,6 +72,34 @@ def keep_shared_parameters() -> bool:
             self.module._parameters[name] = self._parameters[name]
 
     Compressor.wrap_model, ModuleWrapper.unwrap = wrap_all, unwrap_one
+    return True
+
+
+def keep_trained_factors() -> bool:
+    """Multiply weights by the factors that ``SlimPruner`` has trained for them when the model is unwrapped.
+
+    Place: ``nni/compression/base/wrapper.py``, ``ModuleWrapper.unwrap``. Cause: the factors were dropped with the
+    wrapper, so that the unwrapped model computed something else than the trained one, with the statistics that batch
+    norms have for the trained one.
+    """
+    if "slim" in inspect.getsource(ModuleWrapper):
+        return False
+    unwrap = ModuleWrapper.unwrap
+
+    @functools.wraps(unwrap)
+    def unwrap_trained(self: ModuleWrapper) -> None:
+        unwrap(self)
+        for name, space in self.pruning_target_spaces.items():
+            factors = getattr(self, SLIM_SCALING_FACTOR_PNAME.format(name), None)
+            if isinstance(factors, torch.Tensor):
+                if space._scaler is not None:
+                    factors = space._scaler.expand(factors, space.shape, keepdim=True, full_expand=False)
+                weight = getattr(self.module, name)
+                # a parameter of its own, because a layer that shares the weight has no such factors
+                trained = torch.nn.Parameter((weight * factors).detach(), requires_grad=weight.requires_grad)
+                self.module.register_parameter(name, trained)
+
+    ModuleWrapper.unwrap = unwrap_trained
     return True
 
 

@@ -830,7 +830,7 @@ class ChannelFlow(Propagation):
 
     def block_places(self, name: str) -> tuple[str, ...]:
         """List the operations that require equal blocks of a layer's channels, in network order."""
-        group_ids = np.setdiff1d(self.group_ids_of(name), FIXED)
+        group_ids = np.setdiff1d(self.masked_group_ids(name), FIXED)
         found = dict[str, None]()
         for blocks in self.blocks:
             if np.isin(group_ids, self.group_ids(blocks.ids)).any():

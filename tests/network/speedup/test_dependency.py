@@ -293,11 +293,12 @@ def test_layers_that_keep_their_channels_say_why_in_the_order_asked_for():
         "last": ["model_output"],
         "beside": ["not_run"],
         "unused": ["not_run"],
+        "norm": ["training_reader"],
         "alias": ["another_name"],
         "first": ["training_reader"],
         "picked": ["result_depends"],
     }
-    assert list(found) == ["last", "beside", "unused", "alias", "first", "picked"]
+    assert list(found) == ["last", "beside", "unused", "norm", "alias", "first", "picked"]
 
 
 class Pairs(nn.Module):
