@@ -722,7 +722,6 @@ class ChannelFlow(Propagation):
         found: np.ndarray = self._class_ids[self.masked_group_ids(name)]
         return found
 
-
     def masked_group_ids(self, name: str) -> np.ndarray:
         """Look up the group ids of the channels that a mask of a layer or norm decides on: int, shape (channels,)."""
         return self.group_ids(self.masked_channel_ids(name))

@@ -120,7 +120,9 @@ def to_dense(
     zeros.
 
     If the masks of coupled layers differ, every channel that any of them keeps is kept, with the weights of ``model``:
-    the dense model is compared with ``masked_model(..., reconcile=True)``. A layer without a mask keeps all channels.
+    the dense model is compared with ``masked_model(..., reconcile=True)``. A layer without a mask keeps all channels,
+    but for those that only norms read whose masks remove them: a mask of a norm removes channels of the layers before
+    it. Where another norm or layer needs such a channel, it stays, and so do the zeros in the masked norm.
     So do modules that can't be cut, layers before them or before attention that couldn't be traced, and recurrent
     layers with a projection. Attention loses whole heads; other recurrent layers lose units with all of their gates,
     the same in all stacked layers and directions. A head or unit is kept if a mask keeps one of its rows. One warning

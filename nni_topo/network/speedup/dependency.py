@@ -201,6 +201,10 @@ def dependency_groups(
     `to_dense` keeps every channel that any of the layers keeps. Layers that share a weight are coupled, like one layer
     that is called twice.
 
+    Norms may be selected: their masks remove channels of the layers before them. Norms that read the same channels are
+    in one group. A norm is left out if the layers before it are selected by the same list, or if something else reads
+    their channels before the norm does.
+
     Layers that compute queries, keys or values of attention lose whole heads: they get a granularity and a group. The
     output projection loses rows if every layer that adds to the residual stream is selected, or if ``op_names`` has it;
     otherwise it loses columns, in the group of the heads. ``"granularity": "head"``, which NNI doesn't know, selects
