@@ -499,12 +499,12 @@ def _norms_left_out(
     of_layers = {FIXED}.union(*(flow.group_ids_of(name).tolist() for name in layers))
     left_out = dict[str, Reasons]()
     for name in norms:
-        group_ids = set(flow.entering_group_ids(name).tolist())
+        entering = set(flow.entering_group_ids(name).tolist())
         if name in selection.named:
-            if group_ids == {FIXED}:
+            if entering == {FIXED}:
                 why = reasons.told(flow.why_pinned(name) or (reasons.no_layer_before(),))
                 raise ConfigError(f"a selected norm must follow a layer that can lose channels, got {name}: {why}")
-        elif group_ids <= of_layers:
+        elif entering <= of_layers:
             left_out[name] = (reasons.norm_follows(),)
     before = -1
     while before != len(left_out):  # without a norm, channels may reach a reader that it scaled them for
@@ -512,7 +512,7 @@ def _norms_left_out(
         remaining = [name for name in norms if name not in left_out]
         for name in remaining:
             group_ids = np.setdiff1d(flow.entering_group_ids(name), FIXED)
-            # As if the mask of the last remaining norm removed all
+            # as if the masks of all remaining norms removed all channels
             removed = {other: np.zeros(len(flow.entering_channel_ids(other)), dtype=np.bool_) for other in remaining}
             if name not in selection.named and flow.kept(removed)[group_ids].all():
                 left_out[name] = why_read_beside(flow, remaining, group_ids)
