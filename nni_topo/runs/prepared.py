@@ -69,6 +69,8 @@ from nni_topo.runs.widths import as_entries, planned_ratios
 # calibration data, and seconds for each product of `_products`. Measured on one core.
 _PASSES, _SECONDS_OF_A_PRODUCT = 2.0, 3e-11
 _POSITIONS = 16  # approximate number of positions of large feature maps drawn for each column
+_PLANS = 3  # networks made for one budget at most, where they cost more or less than planned
+_LEAST_AIM = 0.1  # of a budget: less isn't planned for it
 _logger = logging.getLogger(__name__)
 
 
@@ -225,18 +227,29 @@ class Prepared:
     def recover(self, share: float) -> Pipeline:
         """Select channels to keep, reconstruct weights and remove the other channels.
 
-        If the network misses the budget because it costs more or less than planned, say where layers kept channels that
-        were to be removed, the difference is planned away once.
+        If the network misses the budget because it costs more or less than planned, as where layers kept channels that
+        were to be removed, the difference is planned away; of the networks made, the one nearest to the budget is kept.
         """
-        made = self._recover(share)
-        if self.budget.kind == "latency" or made.planned is None:
-            return made
-        left = self.share_left(made.dense)
-        outcome, aim = budget_outcome(self.budget.kind, share, left, ""), share - (left - made.planned.left)
-        if outcome.is_near or math.isclose(left, made.planned.left) or not 0.0 < aim <= 1.0:
-            return made
-        corrected = self._recover(aim)
-        return corrected if abs(self.share_left(corrected.dense) - share) < abs(left - share) else made
+        aim, nearest, least_gap = share, None, math.inf
+        costs = [(1.0, 1.0)]  # shares that networks keep, and that were planned for them
+        for _ in range(_PLANS):
+            made = self._recover(aim)
+            if self.budget.kind == "latency" or made.planned is None:
+                return made
+            left, planned = self.share_left(made.dense), made.planned.left
+            if abs(left - share) < least_gap:
+                nearest, least_gap = made, abs(left - share)
+            if budget_outcome(self.budget.kind, share, left, "").is_near or math.isclose(left, planned):
+                break
+            # Near the budget, planned costs and costs grow together.
+            costs = sorted({*costs, (left, planned)}, key=lambda cost: abs(cost[0] - share))
+            (left, planned), (other_left, other_planned) = costs[:2]
+            if other_left == left:
+                break
+            aim = planned + (share - left) * (other_planned - planned) / (other_left - left)
+            aim = min(max(aim, _LEAST_AIM * share), 1.0)
+        assert nearest is not None  # at least one network is made
+        return nearest
 
     def _recover(self, share: float) -> Pipeline:
         """Select channels, reconstruct weights and remove channels, with the budget as the pruner counts it.
@@ -269,9 +282,10 @@ class Prepared:
                 ratios, outcome = self.planned_ratios(budget)
                 # These layers lose inputs with the heads before them; with a ratio, they'd lose output channels.
                 for entry in groups:
-                    if isinstance(entry.get("granularity"), list) and entry["granularity"][0] == -1:
-                        for layer in entry["op_names"]:
-                            ratios.pop(layer, None)
+                    (layer,) = entry["op_names"]
+                    by_column = isinstance(entry.get("granularity"), list) and entry["granularity"][0] == -1
+                    if by_column and not isinstance(self.model.get_submodule(layer), nn.Embedding):
+                        ratios.pop(layer, None)
                 config_list = groups_of(self.counted, as_entries(ratios))
             offered = {
                 "seed": self.settings.seed,

@@ -60,10 +60,7 @@ def layers_to_prune(analysis: Analysis, layers: Layers | None, *, is_described: 
         names, unpruned = sorted_layers(analysis)
         entries = [{"op_names": names}]
         if not names:
-            found = "no convolution, linear or recurrent layer"
-            if unpruned:
-                found = f"{_told(unpruned)}; nni_topo.explain(model, inputs, layer) says what to change"
-            raise ConfigError(f"a model must have a layer whose channels can be removed, got none: {found} (shrink)")
+            raise _none_left(unpruned)
     is_default = layers is None
     if not is_described:
         return _without_held(analysis, entries, unpruned, is_default)
@@ -123,6 +120,8 @@ def _without_held(
     held = held_by_unselected(analysis.flow, groups.layers())
     why = {name: str(reasons.unselected(partners)) for name, partners in held.items()}
     if held and len(held) == len({name for group in groups.layers() for name in group}):
+        if is_default:
+            raise _none_left(unpruned | why)
         raise ConfigError(
             f"layers must include all that share channels with the named ones, got {_told(why)}: name these, too "
             "(layers)"
@@ -164,6 +163,14 @@ def _check_have_channels(analysis: Analysis, layers: Layers) -> None:
             f"layers must be layers whose channels can be removed, got {_told(refused)}; layers of this model that can "
             f"be named: {listed(prunable, 8) or 'none'} (layers)"
         )
+
+
+def _none_left(unpruned: Mapping[str, str]) -> ConfigError:
+    """Return the error for a model of which no layer can be pruned; ``unpruned``: why its layers keep all channels."""
+    found = "no convolution, linear or recurrent layer"
+    if unpruned:
+        found = f"{_told(unpruned)}; nni_topo.explain(model, inputs, layer) says what to change"
+    return ConfigError(f"a model must have a layer whose channels can be removed, got none: {found} (shrink)")
 
 
 def _told(why: Mapping[str, str]) -> str:

@@ -88,7 +88,8 @@ def shrink(
     layers : iterable of str or mapping, optional
         Names of the layers to prune, or entries of a config_list without ratios. Their ``max_sparse_ratio`` and
         ``min_sparse_ratio`` are the largest and smallest share of channels that a layer loses. By default all
-        convolutions, linear and recurrent layers except those that compute the output.
+        convolutions, linear and recurrent layers except those that compute the output, and embeddings that are added to
+        such layers' outputs or scale them (of a class or time, say; not the tables of tokens and their positions).
     compensate : str, RecoveryMethod or None, default="reconstruct"
         Method of :func:`nni_topo.compensate`, by name or as an object with settings of its own such as
         ``nni_topo.recovery.Reconstruct(refine=0)``; None: the weights are not reconstructed.

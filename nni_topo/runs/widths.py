@@ -20,6 +20,7 @@ from nni_topo.network.speedup.dependency import (
     DependencyGroups,
     dependency_groups,
     groups_of,
+    joining_embeddings,
     unprunable_layers,
     why_not_followed,
 )
@@ -127,17 +128,19 @@ def inner_layers(model: nn.Module, example_inputs: Tensor) -> list[str]:
 def inner_layers_of(analysis: Analysis) -> list[str]:
     """Return the convolutions and linear layers that can lose channels, in network order; no output layers."""
     names, model = sorted_layers(analysis)[0], analysis.model
-    return [name for name in names if not isinstance(model.get_submodule(name), RECURRENT)]
+    return [name for name in names if not isinstance(model.get_submodule(name), (*RECURRENT, nn.Embedding))]
 
 
 def sorted_layers(analysis: Analysis) -> tuple[list[str], dict[str, str]]:
     """Return the layers that can lose channels, or units, in network order, and the reasons why others can't.
 
-    They are convolutions, linear and recurrent layers, and ``nn.MultiheadAttention``.
+    They are convolutions, linear and recurrent layers, ``nn.MultiheadAttention``, and embeddings that join the channels
+    of such layers.
     """
     model, flow = analysis.model, analysis.flow
     prunable = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention, *RECURRENT)
-    names = [name for name in flow.layers if isinstance(model.get_submodule(name), prunable)]
+    joining = joining_embeddings(flow)
+    names = [name for name in flow.layers if isinstance(model.get_submodule(name), prunable) or name in joining]
     others = [
         name
         for name, module in model.named_modules()

@@ -34,6 +34,7 @@ from nni_topo.network.layers.kinds import (
 from nni_topo.network.runtime.copies import left_alone
 from nni_topo.network.runtime.inputs import batch_size
 from nni_topo.network.speedup.analysis import Analysis
+from nni_topo.network.speedup.reconcile import even_out
 from nni_topo.sharing import first_names
 
 IntArray = NDArray[np.int64]
@@ -163,8 +164,14 @@ class NetworkCost:
 
     def __call__(self, kept: Kept) -> Cost:
         """Count the cost with the ``kept`` channels of layers; a layer without an entry keeps all."""
-        macs, params, values = self._counts(~self._flow.kept(kept))
+        macs, params, values = self._counts(self._pruned(kept))
         return Cost(macs // self._samples, params, self._bytes * (params + values // self._samples))
+
+    def _pruned(self, kept: Kept) -> BoolArray:
+        """Return the channels that a dense network lacks if layers keep these channels: by group id."""
+        is_kept = self._flow.kept(kept)
+        even_out(self._flow, is_kept)
+        return ~is_kept
 
     def _counts(self, pruned: BoolArray) -> tuple[int, int, int]:
         """Count multiply-accumulates, parameters and the values of the largest layer; ``pruned``: by group id."""
@@ -181,7 +188,7 @@ class NetworkCost:
 
     def widths(self, kept: Kept) -> dict[str, tuple[int, int]]:
         """Count the kept (input, output) channels, or features, of each layer."""
-        pruned = ~self._flow.kept(kept)
+        pruned = self._pruned(kept)
         widths = dict[str, tuple[int, int]]()
         for name, cost in self._layers.items():
             widths[name] = _count_kept(cost.entering, pruned), _count_kept(cost.leaving, pruned)
@@ -189,7 +196,7 @@ class NetworkCost:
 
     def masks(self, kept: Kept) -> dict[str, dict[str, torch.Tensor]]:
         """Return masks of the layers that lose channels."""
-        pruned, found = ~self._flow.kept(kept), {}
+        pruned, found = self._pruned(kept), {}
         for name, cost in self._layers.items():
             stays, module = torch.from_numpy(~pruned[cost.leaving]), self._modules[name]
             if not stays.all():

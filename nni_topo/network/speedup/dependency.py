@@ -553,6 +553,31 @@ def held_by_unselected(flow: ChannelFlow, groups: Iterable[Collection[str]]) -> 
     return held
 
 
+def joining_embeddings(flow: ChannelFlow) -> list[str]:
+    """List the embeddings that join the channels of other layers, such as a class embedding added to features.
+
+    Tables of tokens and their positions, from which the other layers compute, don't join, nor does any table of the
+    channels or heads of attention.
+    """
+    of_attention = set[int]()
+    for name in (*flow.heads, *flow.shared):
+        of_attention.update(flow.group_ids_of(name).tolist(), flow.entering_group_ids(name).tolist())
+    found = list[str]()
+    for names in coupled_names({name: set(flow.group_ids_of(name).tolist()) - {FIXED} for name in flow.layers}):
+        embeddings = {name for name in names if isinstance(flow.fetch_attr(name), torch.nn.Embedding)}
+        group_ids = {group_id for name in embeddings for group_id in flow.group_ids_of(name).tolist()} - {FIXED}
+        if not group_ids or group_ids & of_attention:
+            continue
+        computed = set[torch.fx.Node]()  # from the embeddings
+        for node in flow.traced.graph.nodes:
+            if str(node.target) in embeddings or not computed.isdisjoint(node.all_input_nodes):
+                computed.add(node)
+        called = {str(node.target): node for node in reversed(flow.traced.graph.nodes)}  # at their first call
+        if any(name in called and called[name] not in computed for name in names):
+            found += [name for name in names if name in embeddings]
+    return found
+
+
 def _settings(
     flow: ChannelFlow, projections: Mapping[str, Attention], chosen: frozenset[str], norms: Sequence[str]
 ) -> dict[str, dict[str, Any]]:

@@ -203,8 +203,19 @@ def grow(flow: ChannelFlow, kept: np.ndarray, scores: Scores, round_to: int, mas
             kept[np.concatenate(uneven)] = True
 
 
+def even_out(flow: ChannelFlow, kept: np.ndarray) -> None:
+    """Restore the first removed channels until blocks are equal, as many as `resolve` restores by their weights."""
+    if not flow.reorders:  # otherwise the numbers depend on which channels are kept
+        grow(flow, kept, lambda: np.zeros(flow.size), 1, set())
+
+
 def _even_out(flow: ChannelFlow, blocks: Blocks, is_kept: np.ndarray, scores: Scores) -> None:
     """Restore channels until all blocks that aren't removed as a whole keep equally many."""
+    # Usually they do: one sum over all blocks of a side shows it.
+    starts = [np.cumsum([0, *map(len, side[:-1])]) for side in blocks.sides]
+    are_kept = [is_kept[flow.group_ids(np.concatenate(side))].astype(np.int64) for side in blocks.sides]
+    if not any(np.ptp(np.add.reduceat(*of_side)) for of_side in zip(are_kept, starts, strict=True)):
+        return
     # A block is removed only if all sides remove it; if one side keeps a channel of it, all sides are filled up.
     sides, remains = [list(map(flow.group_ids, side)) for side in blocks.sides], []
     for block_on_sides in zip(*sides, strict=True):

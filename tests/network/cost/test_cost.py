@@ -139,11 +139,11 @@ def test_a_weight_that_several_modules_share_counts_once(make, removed):
     assert cost(kept) == real_cost(dense, images)
 
 
-def test_costs_are_whole_numbers_where_groups_keep_unequally_many_channels():
+def test_costs_are_of_the_dense_network_where_groups_would_keep_unequally_many_channels():
     model = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 1), torch.nn.Conv2d(4, 6, 1, groups=2), torch.nn.Conv2d(6, 2, 1))
     cost = NetworkCost.on(model, torch.randn(1, 4, 2, 2))({"0": np.array([True, True, True, False])})
-    # At four places: 4 * 3, then 6 * 1, as one group keeps a single channel, then 6 * 2; biases are 3, 6 and 2.
-    assert dataclasses.astuple(cost) == (4 * 30, 30 + 11, 4 * (41 + 4 * 9))
+    # The group with a removed channel gets it back: at four places 4 * 4, 6 * 2 and 6 * 2; biases are 4, 6 and 2.
+    assert dataclasses.astuple(cost) == (4 * 40, 40 + 12, 4 * (52 + 4 * 10))
     assert {type(each) for each in dataclasses.astuple(cost)} == {int}
 
 
