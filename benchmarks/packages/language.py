@@ -288,23 +288,17 @@ def clip_classes() -> dict[str, Build]:
     towers: dict[str, Any] = {"embed_dim": 16, "vision_cfg": seen, "text_cfg": text}
     writer: dict[str, Any] = {"heads": 4, "layers": 2, "width": 32, "context_length": 15}
 
+    def coca() -> tuple[nn.Module, Inputs]:
+        words: dict[str, Any] = {**text, "embed_cls": True, "output_tokens": True, "context_length": 15}
+        pooled: dict[str, Any] = {"attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 16}
+        network = open_clip.CoCa(32, writer, words, {**seen, **pooled, "output_tokens": True})
+        # The class leaves it as the memory was, because weights are loaded afterwards.
+        nn.init.normal_(network.text_decoder.text_projection, std=32**-0.5)
+        return network, {"image": images(), "text": tokens(length=15)}
+
     return {
         "CLIP": lambda: (open_clip.CLIP(**towers), both),
-        "CoCa": lambda: (
-            open_clip.CoCa(
-                32,
-                writer,
-                {**text, "embed_cls": True, "output_tokens": True, "context_length": 15},
-                {
-                    **seen,
-                    "attentional_pool": True,
-                    "attn_pooler_heads": 4,
-                    "attn_pooler_queries": 16,
-                    "output_tokens": True,
-                },
-            ),
-            {"image": images(), "text": tokens(length=15)},
-        ),
+        "CoCa": coca,
         "CustomTextCLIP": lambda: (open_clip.CustomTextCLIP(**towers), both),
         "ModifiedResNet": lambda: (ModifiedResNet([1, 1, 1, 1], 16, 4, 32, 8), images(3, 32)),
         "TextTransformer": lambda: (
