@@ -196,6 +196,8 @@ class Propagation(torch.fx.Interpreter):
     def _module(self, op: Operation) -> Any:
         name, module, shape = str(op.node.target), op.module, op.shape or ()
         first = op.ids[0] if op.ids else staying(())  # a position embedding may get only a size
+        if not first.numel() and any(True for _ in module.parameters()):
+            return self._on_nothing(op, name)
         if isinstance(module, nn.RNNBase):
             return self._recur(op, name)
         if name in self.attention:
@@ -248,6 +250,31 @@ class Propagation(torch.fx.Interpreter):
         if isinstance(module, tuple(RULES)) or not (any(True for _ in module.parameters()) or is_normalizing(module)):
             self.guessed.add(op.node.name)
         return op.passed()
+
+    def _on_nothing(self, op: Operation, name: str) -> Any:
+        """Keep the channels of a module that gets an empty tensor in all of its calls, and those before it.
+
+        Such a tensor has no ids: nothing shows which channels would enter.
+        """
+        calls = [node for node in self.traced.graph.nodes if node.op == "call_module" and node.target == name]
+        if any(0 not in (tensor_shape(call) or ()) for call in calls):
+            return given_shapes(op.node)
+        reason = reasons.nothing_found(op.node)
+        for inner, module in op.module.named_modules(prefix=name):
+            count = output_channels(module)
+            if count is not None and inner not in self.layers:
+                self.layers[inner] = Layer(inner, self._given.new(count), count, depthwise=False)
+                self._given.pin(self.channel_ids_of(inner), reason)
+        waiting, seen = list(op.node.all_input_nodes), set[Node]()
+        while waiting:
+            parent = waiting.pop()
+            whole = [ids for ids in tensors_of(self.ids.get(parent.name)) if ids.numel()]
+            for ids in whole:
+                self._given.pin(np.unique(ids.numpy()), reason)
+            if not whole and parent not in seen:
+                waiting += parent.all_input_nodes
+            seen.add(parent)
+        return given_shapes(op.node)
 
     def _channel_wise(self, op: Operation, name: str) -> Any:
         """Let a channel-wise convolution slide along the remaining channels, in their order."""

@@ -290,14 +290,21 @@ class _Recorder(TorchFunctionMode):
 
     def _note_stored(self, stored: Results) -> None:
         """Mark the nodes whose values the forward has left in attributes; a single number has no channels."""
+        computed = set[
+            Node
+        ]()  # from the inputs' values; a table of positions, say, is computed from parameters or sizes
+        for node in self.graph.nodes if stored else ():
+            if node.op == "placeholder" or not (node in self.numbers or computed.isdisjoint(node.all_input_nodes)):
+                computed.add(node)
         for name, tensor in stored:
-            node = self._nodes.get(id(tensor))
+            giver = self._nodes.get(id(tensor))
             reference, module = self._within.get(id(tensor), (None, ""))
             if not tensor.dim():
                 continue
-            if node is not None:
-                node.meta.setdefault(STORED, name)
-                self.read.add(node)
+            if giver is not None:
+                if giver in computed:
+                    giver.meta.setdefault(STORED, name)
+                    self.read.add(giver)
             elif reference is not None and reference() is tensor:
                 for call in self.graph.nodes:
                     if call.op == "call_module" and call.target == module:

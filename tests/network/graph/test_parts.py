@@ -126,3 +126,37 @@ def test_a_model_is_left_as_it_was_by_tracers_that_fail():
     nni_topo.dependency_groups(model, IMAGES, ALL)
     assert held == [(name, id(module), set(vars(module))) for name, module in model.named_modules()]
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+class Detector(nn.Module):
+    """Scores places, and looks again at those that score enough, by layers of their own."""
+
+    def __init__(self, least: float) -> None:
+        super().__init__()
+        self.least = least
+        self.backbone = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 3, padding=1))
+        self.score = nn.Sequential(nn.Conv2d(6, 4, 1), nn.ReLU(), nn.Conv2d(4, 1, 1))
+        self.head = nn.Sequential(nn.Linear(6, 10), nn.BatchNorm1d(10), nn.ReLU(), nn.Linear(10, 5))
+
+    def forward(self, images: list[Tensor] | Tensor) -> list[Tensor]:
+        states = self.backbone(images if isinstance(images, Tensor) else torch.stack(images))
+        places = self.score(states).sigmoid()[:, 0] > self.least
+        return [self.head(states.permute(0, 2, 3, 1)[places]), places]
+
+
+@pytest.mark.parametrize("as_list", [True, False])
+def test_a_detector_that_finds_nothing_in_the_example_says_so_and_its_other_layers_are_pruned(as_list: bool) -> None:
+    torch.manual_seed(0)
+    model, images = Detector(1.0).eval(), {"images": [*IMAGES] if as_list else IMAGES}
+    groups = nni_topo.dependency_groups(model, images, ALL)
+    assert [entry["op_names"] for entry in groups] == [["backbone.0"], ["score.0"]]
+    for name in ("head.0", "head.3"):
+        assert [reason.kind for reason in groups.reasons[name]] == ["nothing_found"]
+    masks = masks_of(nni_topo.create_pruner("l1", model, groups))
+    dense, masked = nni_topo.to_dense(model, images, masks), nni_topo.masked_model(model, images, masks)
+    assert [len(each.weight) for each in (dense.backbone[0], dense.score[0], dense.head[0])] == [4, 2, 10]
+    others = torch.randn(5, 3, 12, 9)
+    dense.least = masked.least = 0.0
+    found, wanted = dense([*others]), masked([*others])
+    assert len(found[0]) == 5 * 12 * 9
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)

@@ -319,6 +319,30 @@ def test_results_that_the_output_lacks_in_evaluation_mode_keep_their_channels(ki
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+class Tabled(Exits):
+    """What stays in an attribute is computed from a parameter, as biases of positions are."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.linspace(1, 2, 24).reshape(12, 2))
+
+    def forward(self, x):
+        first = self.stages[0](x).relu()
+        self.table = self.scale[:, torch.ones(1, dtype=torch.int64)][..., None]
+        return self.heads[2](self.stages[2](self.stages[1](first) + self.table).mean((2, 3)))
+
+
+def test_a_table_that_is_computed_from_a_parameter_and_stays_in_an_attribute_keeps_no_channels():
+    model = Tabled().eval()
+    groups = nni_topo.dependency_groups(model, IMAGES, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    assert [entry["op_names"] for entry in groups] == [["stages.0"], ["stages.1"], ["stages.2"]]
+    masks = half(model, "stages.0", "stages.1")
+    dense, masked = nni_topo.to_dense(model, IMAGES, masks), nni_topo.masked_model(model, IMAGES, masks)
+    assert [len(each.weight) for each in dense.stages] == [4, 6, 16]
+    others = torch.rand(5, 3, 12, 16)
+    torch.testing.assert_close(dense(others), masked(others), rtol=1e-4, atol=1e-5)
+
+
 class Features(Exits):
     """The features themselves are returned in training mode."""
 
