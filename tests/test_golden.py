@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools import golden
+from tools import golden, must_go
 
 REFERENCE = golden.read_records(Path(golden.__file__).parent / "golden" / "zoo.jsonl.gz")
 
@@ -53,6 +53,23 @@ def test_groups_and_dense_networks_are_those_of_the_golden_record(name, options)
 def test_every_network_of_the_zoo_is_in_the_golden_record():
     assert REFERENCE.keys() == {name for name, _ in golden.entries()}
     assert {record["status"] for record in REFERENCE.values()} == {"ok"}
+
+
+def test_no_network_keeps_channels_that_must_go():
+    rows = must_go.read_table()
+    found = {name: rows[name].problems(record["channels"]) for name, record in REFERENCE.items()}
+    assert {name: problems for name, problems in found.items() if problems} == {}
+    assert all(reason for row in rows.values() for reason in (*row.layers.values(), *row.requests.values()))
+
+
+def test_a_layer_that_stays_without_a_reason_is_named():
+    row, counts = must_go.read_table()["own/unet"], REFERENCE["own/unet"]["channels"]
+    left, channels = counts["up1"]
+    assert left < channels
+    share = f"{row.removed}/{row.channels} channels must go, got {row.removed - (channels - left)}/{row.channels}"
+    assert row.problems(counts | {"up1": [channels, channels]}) == ["up1 must lose channels", share]
+    assert row.problems(counts | {"up1": [left + 1, channels]})[0].endswith(f"got {row.removed - 1}/{row.channels}")
+    assert row.problems(counts | {"head": [1, 2]}) == ["head loses channels, so it needs no entry"]
 
 
 @pytest.mark.slow

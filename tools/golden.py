@@ -4,12 +4,16 @@ A change of structure must not change a result. ``record`` writes one JSON line 
 
 - what `dependency_groups` returns for half of the channels of every layer: entries, skipped layers with the reasons,
   ties and shares;
-- of the dense network after random masks: the shape of every parameter and buffer, the layers that kept masked
-  channels, parameter count and MACs, and a few numbers that describe each output, computed in double precision;
+- of the dense network after random masks: the shape of every parameter and buffer, how many channels each layer has
+  and had, the layers that kept masked channels, parameter count and MACs, and a few numbers that describe each output,
+  computed in double precision;
 - what differs in the user's model after groups, pruning, ``to_dense`` and an interruption of each; of small networks
   also after `compensate`, `distill`, `shrink` and `export`: nothing, if all is right;
 - the seconds of the processor that `dependency_groups` and `to_dense` took;
 - the same few numbers of the inputs and of the original weights, so that nobody compares two different networks.
+
+``layers`` lists by network which layers could lose channels in one record and can't in another, with the reasons, and
+how many channels stay though they are masked. ``check`` holds a record against ``tools/must_go.txt``.
 
 ``compare`` prints every difference from a reference and ends with exit status 1 if there is one. Names, integers and
 shapes must be equal, outputs equal within 1e-5, times at most 10 % longer in the median and at most 1.5 times for any
@@ -22,6 +26,8 @@ Only public names of the package are used, so that the same file records an old 
 
     PYTHONPATH=CHECKOUT:. python tools/golden.py record --out new.jsonl --quick
     python -m tools.golden compare tools/golden/zoo.jsonl.gz new.jsonl
+    python -m tools.golden layers tools/golden/zoo.jsonl.gz new.jsonl
+    python -m tools.golden check new.jsonl
     python -m tools.golden pack new.jsonl tools/golden/zoo.jsonl.gz
 """
 
@@ -58,6 +64,7 @@ from benchmarks.networks.zoo_reference import run
 from nni_topo import zoo
 from nni_topo.errors import NniTopoError
 from nni_topo.testing import snapshot
+from tools.must_go import channels_left, read_table
 
 Record = dict[str, Any]
 OWN = [name for name, _ in entries() if name.startswith("own/")]
@@ -259,7 +266,10 @@ def measure(name: str, options: dict[str, str], *, timed: bool = True) -> Record
         "weights": weights_of(model),
     }
     groups, dense, seconds = pruned(model, inputs, name)
+    shapes = shapes_of(model if dense is None else dense)
+    sizes = {key: [int(size) for size in shape.split("x")] for key, shape in shapes.items()}
     record |= {
+        "channels": channels_left(model, sizes, asked_of(name)[0]["op_types"]),
         "entries": [dict(entry) for entry in groups],
         "skipped": dict(groups.skipped),
         "named": sorted(groups.named),
@@ -269,7 +279,7 @@ def measure(name: str, options: dict[str, str], *, timed: bool = True) -> Record
     if dense is not None:
         report: Any = dense.report
         record |= {
-            "shapes": shapes_of(dense),
+            "shapes": shapes,
             "kept": {row.name: row.reason for row in report.kept},
             "kept_counts": {row.name: row.kept for row in report.kept},
             "stale": dict(report.stale),
@@ -413,7 +423,7 @@ def differences(expected: Record, actual: Record, *, reasons: bool = False) -> l
         if not reasons:
             before, after = dict.fromkeys(before, "listed"), dict.fromkeys(after, "listed")
         found += different_keys(key, before, after)
-    for key in ("ties", "shares", "shapes", "kept_counts", "stale"):
+    for key in ("ties", "shares", "channels", "shapes", "kept_counts", "stale"):
         found += different_keys(key, expected.get(key, {}), actual.get(key, {}))
     for key in ("named", "parameters", "macs", *(["notes"] if reasons else [])):
         if expected.get(key) != actual.get(key):
@@ -499,6 +509,44 @@ def compare(options: argparse.Namespace) -> int:
     return 1 if found or not shared else 0
 
 
+def prunable(record: Record) -> dict[str, str]:
+    """Say of each layer of a record whether it can lose channels: "can go", with what stays, or the reason."""
+    layers = {layer: f"stays: {reason}" for layer, reason in record.get("skipped", {}).items()}
+    for layer in (name for entry in record.get("entries", ()) for name in entry["op_names"]):
+        count = record.get("kept_counts", {}).get(layer)
+        layers[layer] = "can go"
+        if count is not None:
+            layers[layer] += f" but for {count} masked channels: {record['kept'][layer]}"
+    return layers
+
+
+def list_layers(options: argparse.Namespace) -> None:
+    """Print the layers that one of two records can prune and the other can't, by network."""
+    old, new = read_records(options.reference), read_records(options.file)
+    counts, shared = Counter[str](), [network for network in old if network in new]
+    for network in shared:
+        before, after = prunable(old[network]), prunable(new[network])
+        for layer in sorted(before.keys() | after.keys()):
+            pair = before.get(layer, "no such layer"), after.get(layer, "no such layer")
+            kinds = [text.partition(":")[0] for text in pair]
+            counts["layers that can go then"] += kinds[0].startswith("can")
+            counts["layers that can go now"] += kinds[1].startswith("can")
+            if kinds[0] != kinds[1]:
+                print(f"{network}: {layer}: {pair[0]} -> {pair[1]}")
+        sizes = old[network].get("parameters"), new[network].get("parameters")
+        if sizes[0] != sizes[1]:
+            print(f"{network}: parameters of the dense network: {sizes[0]} -> {sizes[1]}")
+    print(f"{len(shared)} networks; {', '.join(f'{text}: {count}' for text, count in counts.items())}")
+
+
+def check(options: argparse.Namespace) -> int:
+    """Print what stays in a record that must go; return the exit status."""
+    rows, records = read_table(), read_records(options.file)
+    found = [f"{name}: {text}" for name, record in records.items() for text in rows[name].problems(record["channels"])]
+    print("\n".join([*found, f"{len(found)} problems in {len(records)} networks"]))
+    return 1 if found else 0
+
+
 def pack(options: argparse.Namespace) -> None:
     """Write the records of a file compressed, in the order of ``zoo.txt``; the same records give the same bytes."""
     records = read_records(options.file)
@@ -530,14 +578,23 @@ def main(arguments: list[str] | None = None) -> int:
     comparing.add_argument("--only", nargs="*", help="names of zoo.txt, default all that FILE holds")
     comparing.add_argument("--reasons", action="store_true", help="other texts of reasons are differences too")
     comparing.add_argument("--without-times", action="store_true", help="compare no times, as on another machine")
+    listing = verbs.add_parser("layers", help="list the layers that only one of two files can prune")
+    listing.add_argument("reference", type=Path)
+    listing.add_argument("file", type=Path)
+    checking = verbs.add_parser("check", help="print what stays that must go")
+    checking.add_argument("file", type=Path)
     packing = verbs.add_parser("pack", help="compress a file for the repository")
     packing.add_argument("file", type=Path)
     packing.add_argument("out", type=Path)
     options = parser.parse_args(arguments)
     if options.verb == "compare":
         return compare(options)
+    if options.verb == "check":
+        return check(options)
     if options.verb == "pack":
         pack(options)
+    elif options.verb == "layers":
+        list_layers(options)
     else:
         record_networks(options)
     return 0

@@ -21,11 +21,15 @@ import nni_topo
 from nni_topo.errors import NniTopoError
 from nni_topo.network.runtime.copies import detached_copy
 from nni_topo.testing import snapshot
+from tools.must_go import channels_left, read_table
+
+MUST_GO = read_table()
+"""By case what must go, and which layers may stay."""
 
 CONDITIONS = [(1.0, 0.0), (0.01, 0.0), (100.0, 0.0), (1.0, 3.0), (1.0, -3.0), (100.0, 500.0)]
 """Scales and shifts of inputs."""
 
-BAD = ("wrong", "changed", "raw", "hang", "unsaid")
+BAD = ("wrong", "changed", "raw", "hang", "unsaid", "lost")
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,10 @@ class UnsaidError(AssertionError):
     """Channels stay, and nothing says why."""
 
 
+class LostError(AssertionError):
+    """Channels stay that must go."""
+
+
 class HangError(BaseException):
     """A request took too long; not an Exception, which the package may catch."""
 
@@ -65,6 +73,8 @@ def serve(case: Case, request: str, *, seconds: int = 60) -> Outcome:
     before = state(model)
     kind, text = outcome_of(lambda: REQUESTS[request](case, model), seconds)
     after = state(model)
+    if kind in ("whole", "refused") and not MUST_GO[case.name].may_change_nothing(request):
+        kind, text = "lost", f"{kind}: {text}"
     if kind != "changed" and before != after:
         kind, text = "changed", f"the model after it: {changes(before, after)[:3]}; {kind} {text}"
     return Outcome(case.name, request, kind, " ".join(text.split())[:600])
@@ -79,7 +89,7 @@ def outcome_of(work: Callable[[], None], seconds: int) -> tuple[str, str]:
         return "refused", f"{type(error).__name__}: {error}"
     except WholeError as error:
         return "whole", str(error)
-    except (ChangedError, UnsaidError, WrongError) as error:
+    except (ChangedError, LostError, UnsaidError, WrongError) as error:
         return type(error).__name__.removesuffix("Error").lower(), str(error)
     except HangError:
         return "hang", f"over {seconds} s"
@@ -202,6 +212,15 @@ def made_dense(case: Case, model: nn.Module, masks: Any, **options: Any) -> nn.M
     return dense
 
 
+def require_gone(case: Case, model: nn.Module, dense: nn.Module) -> None:
+    """Raise LostError if channels stay that must go when half of every layer's are asked for in groups."""
+    shapes = {name: parameter.shape for name, parameter in dense.named_parameters(remove_duplicate=False)}
+    counts = channels_left(model, shapes, types_of(model))
+    problems = MUST_GO[case.name].problems({name: row for name, row in counts.items() if name not in case.whole})
+    if problems:
+        raise LostError("; ".join(problems))
+
+
 def check(case: Case, model: nn.Module, masks: Any, dense: nn.Module) -> None:
     """Raise unless a dense network computes what the masked one does, now and after a step, or say what stayed."""
     kept = kept_of(model, dense)
@@ -272,11 +291,11 @@ def stepped(case: Case, model: nn.Module) -> nn.Module:
 
 
 def with_l1(case: Case, model: nn.Module) -> None:
-    made_dense(case, model, pruned(case, model, "l1"))
+    require_gone(case, model, made_dense(case, model, pruned(case, model, "l1")))
 
 
 def with_random(case: Case, model: nn.Module) -> None:
-    made_dense(case, model, pruned(case, model, "random", seed=1))
+    require_gone(case, model, made_dense(case, model, pruned(case, model, "random", seed=1)))
 
 
 def without_groups(case: Case, model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 
@@ -10,9 +11,10 @@ import torch
 from reliability.networks import NETWORKS
 from reliability.operators import OPERATORS
 from reliability.roads import all_roads, follow
-from reliability.serving import BAD, REQUESTS, by_hand, check, serve
+from reliability.serving import BAD, MUST_GO, REQUESTS, by_hand, check, require_gone, serve
 
 import nni_topo
+from nni_topo.errors import SpeedupError
 
 CASES = [*OPERATORS, *NETWORKS]
 # of all cases one in five in `make test`, with one request each, in turns
@@ -54,6 +56,10 @@ def test_roads_end_well(road):
         pytest.fail(str(outcome))
 
 
+def test_every_case_has_a_row_of_what_must_go():
+    assert {case.name for case in CASES} == {name for name in MUST_GO if "/" not in name}
+
+
 def _dense(case, model):
     masks = by_hand(case, model)
     return masks, nni_topo.to_dense(model, case.example(), masks)
@@ -82,6 +88,14 @@ def _changed(case, model):
     model.register_buffer("more", torch.zeros(1))
 
 
+def _keeps(case, model):
+    require_gone(case, model, copy.deepcopy(model))
+
+
+def _refuses(case, model):
+    raise SpeedupError("a poor rule")
+
+
 def _hangs(case, model):
     time.sleep(10)
 
@@ -93,6 +107,8 @@ def _hangs(case, model):
         (_wrong_after_a_step, "wrong", "after a step"),
         (_unasked, "wrong", "of a went, which its mask keeps"),
         (_changed, "changed", "more"),
+        (_keeps, "lost", "a must lose channels; 4/14 channels must go, got 0/14"),
+        (_refuses, "lost", "refused: SpeedupError: a poor rule"),
         (_hangs, "hang", "1 s"),
     ],
 )
