@@ -61,3 +61,13 @@ def test_the_dense_network_equals_the_masked_one_and_samples(make: Any, share: f
             scheduler.set_timesteps(2)
             step = scheduler.step(found[:, : inputs[key].shape[1]], scheduler.timesteps[0], inputs[key])
             assert bool(step.prev_sample.isfinite().all())
+
+
+@pytest.mark.slow
+def test_a_budget_is_met_although_group_norms_read_skip_connections() -> None:
+    torch.manual_seed(0)
+    model, inputs = unet()
+    small = nni_topo.shrink(model.eval(), [inputs], {"flops": 0.5}, pruner="random", compensate=None, distill=False)
+    share = nni_topo.zoo.count_macs(small, inputs) / nni_topo.zoo.count_macs(model, inputs)
+    assert share == pytest.approx(0.5, abs=0.01)
+    assert not small.report.layers.kept
