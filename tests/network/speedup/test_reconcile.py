@@ -147,7 +147,7 @@ def test_a_wrapped_model_is_refused(function):
 def test_values_that_are_not_finite_are_refused():
     model = chain()
     model[1].running_mean[3] = float("nan")
-    with pytest.raises(DataError, match=r"must be finite.*\(1.running_mean\)"):
+    with pytest.raises(DataError, match=r"must hold no NaN.*\(1.running_mean\)"):
         to_dense(model, IMAGES, {})
 
 
