@@ -195,7 +195,7 @@ def grow(flow: ChannelFlow, kept: np.ndarray, scores: Scores, round_to: int, mas
                 _even_out(flow, blocks, kept, scores)
         for group_ids in layers:
             wanted = -(-int(kept[group_ids].sum()) // round_to) * round_to
-            _bring_back(group_ids, kept, scores, min(wanted, len(group_ids)))
+            _bring_back(group_ids, kept, scores, wanted)
         in_place = in_place and (before == int(kept.sum()) or stays_in_place(flow, kept))
         uneven = [flow.group_ids(blocks.ids) for blocks in flow.blocks if blocks.is_uneven]
         if uneven and not in_place and before == int(kept.sum()) and not stays_in_place(flow, kept):
@@ -228,7 +228,7 @@ def _even_out(flow: ChannelFlow, blocks: Blocks, is_kept: np.ndarray, scores: Sc
 
 
 def _bring_back(group_ids: np.ndarray, kept: np.ndarray, scores: Scores, wanted: int) -> None:
-    """Restore the pruned channels with the largest scores until ``wanted`` are kept."""
+    """Restore the pruned channels with the largest scores until ``wanted`` are kept, or all."""
     if int(kept[group_ids].sum()) >= wanted:
         return
     pruned = np.unique(group_ids[~kept[group_ids]])

@@ -161,6 +161,29 @@ def test_masks_of_blocks_are_expanded_and_take_the_bias_along():
     assert block.shape == (8, 1, 1, 1)
 
 
+class Twice(nn.Module):
+    """A layer under two names."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one = self.other = nn.Conv2d(3, 3, 1)
+        self.last = nn.Conv2d(3, 2, 1)
+
+    def forward(self, x):
+        return self.last(self.other(self.one(x)))
+
+
+def test_a_layer_with_two_names_has_one_mask_under_its_first():
+    model = Twice()
+    mask = filter_mask(model.one, [1])
+    masks = check_masks(model, {"other": mask, "one": mask, "last": {"weight": None}})
+    assert masks.keys() == {"one"}
+    assert masks["one"]["weight"].flatten(1).any(1).tolist() == [True, False, True]
+    with pytest.raises(ConfigError, match=r"must have one mask, got two that differ \(other\)"):
+        to_dense(model, IMAGES, {"one": mask, "other": filter_mask(model.one, [2])})
+
+
 def resolved(model, masks, inputs=IMAGES, **knobs):
     flow = Analysis.on(model.eval(), inputs).flow
     return resolve(model, flow, check_masks(model, masks), **knobs)
@@ -250,6 +273,46 @@ def test_what_comes_back_has_the_reason_of_the_step_that_brings_it(make, gone, k
     name = next(iter(gone))
     assert [each.kind for each in found.reasons[name]] == kinds
     assert found.kept[name].startswith(told)
+
+
+def test_a_partner_without_a_mask_is_named_but_not_a_depthwise_convolution_which_follows():
+    model = Residual()
+    (reason,) = resolved(model, {"stem": filter_mask(model.stem, [0, 1])}).reasons["stem"]
+    assert str(reason).endswith("of these without a mask: point")
+
+
+def test_channels_that_rounding_brings_back_are_no_disagreement(caplog):
+    model = chain()
+    masks = {"0": filter_mask(model[0], [1, 4, 5])}
+    with caplog.at_level(logging.WARNING, "nni_topo"):
+        rounded = to_dense(model, IMAGES, masks, round_to=3)
+    assert "channels kept although masked" not in caplog.text
+    (row,) = rounded.report.kept
+    assert (row.name, row.kept, row.reason) == ("0", 1, "round_to=3")
+    found = resolved(model, masks, round_to=3)
+    assert (found.kept, [reason.kind for reason in found.reasons["0"]]) == ({}, ["rounding"])
+    assert resolved(model, masks, round_to=5).reasons == {}
+
+
+class Parallel(nn.Module):
+    """Five networks in which layers share channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList(Residual() for _ in range(5))
+
+    def forward(self, x):
+        return torch.stack([part(x) for part in self.parts])
+
+
+def test_a_warning_names_three_layers_and_counts_the_others(caplog):
+    model = Parallel()
+    names = [f"parts.{at}.stem" for at in range(5)]
+    with caplog.at_level(logging.WARNING, "nni_topo"):
+        to_dense(model, IMAGES, {name: filter_mask(model.get_submodule(name), [0]) for name in names})
+    assert all(f"{name} 1 of 8" in caplog.text for name in names[:3])
+    assert names[3] not in caplog.text.partition("although masked")[2]
+    assert "and 2 more layers" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["apart", "fused", "multihead", "one key fused"])
