@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +19,7 @@ class Context:
     called_as: tuple[str, str] = ("", "")  # a function, and the public function that passes its arguments to it
     told: set[str] | None = None  # warnings already given in this call; None: no public function runs
     is_running: bool = False  # whether a public function runs; its models are copies, or it restores them
+    at_end: ExitStack | None = None  # what is undone when the outermost public function ends
     is_as_written: bool = False  # whether the block of `as_written` is active
     facts: Any = None  # `Facts` about the model that is passed on
     # Which positions of the model's current input aren't padding: bool tensor (samples, positions). None: all.

@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_map_only
 
 from nni_topo.errors import SpeedupError
 from nni_topo.network.attention.heads import is_attention
+from nni_topo.network.graph.caches import release, without_caches
 from nni_topo.network.graph.nodes import (
     AS_NUMBERS,
     COMPARED,
@@ -42,7 +43,7 @@ from nni_topo.network.graph.nodes import (
     on_modules,
     plain_name,
 )
-from nni_topo.network.graph.traced_int import TracedInt, UnshownSizes, attributes_traced, forget_places
+from nni_topo.network.graph.traced_int import Notes, TracedInt, UnshownSizes, attributes_traced, forget_places, plain
 from nni_topo.network.layers.derived import HEAD, is_followed, is_inner, with_heads
 from nni_topo.network.layers.kinds import is_one
 from nni_topo.network.runtime.copies import forget_evaluated
@@ -94,8 +95,9 @@ def record(model: nn.Module, named: dict[str, Any]) -> Recorded:
     # Eager attention always makes masks, not only if this batch needs one.
     for config in others:
         config._attn_implementation = "eager"
+    recorded = partial(_recorded, model, named)
     try:
-        return _recorded(model, named)
+        return without_caches(recorded, model)
     except Exception as error:  # a forward may raise anything
         if not others and not isinstance(error, SpeedupError):
             raise
@@ -104,10 +106,10 @@ def record(model: nn.Module, named: dict[str, Any]) -> Recorded:
     # that they kept from a run on other inputs (a detector's anchors, by size).
     for config in others:
         config._attn_implementation = told[id(config)]
-    return _recorded(model, named)
+    return without_caches(recorded, model)
 
 
-def _recorded(model: nn.Module, named: dict[str, Any]) -> Recorded:
+def _recorded(model: nn.Module, named: dict[str, Any], notes: Notes) -> Recorded:
     samples = batch_size(named)
     doubled = tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.dim() and len(t) == samples else t, named)
     # Found before the recording, because some modules are called on other values to find out.
@@ -115,9 +117,10 @@ def _recorded(model: nn.Module, named: dict[str, Any]) -> Recorded:
     leaves = {id(module) for module in model.modules() if _is_leaf(module)}
     with attributes_traced(model) as unclear:
         forget_evaluated(model)
-        first = _Recorder(model, followed, leaves, named)
+        first = _Recorder(model, followed, leaves, named, notes)
         unclear.note_unwritten()
-        second = _recorder_of_twice(model, followed, leaves, doubled)
+        release(notes.sizes(), model)
+        second = _recorder_of_twice(model, followed, leaves, doubled, notes)
         if second is not None:
             _follow_samples(first, second, samples)
         unclear.note_divided(first.graph)
@@ -152,7 +155,7 @@ def _recorded(model: nn.Module, named: dict[str, Any]) -> Recorded:
 
 
 def _recorder_of_twice(
-    model: nn.Module, followed: set[int], leaves: set[int], doubled: dict[str, Any]
+    model: nn.Module, followed: set[int], leaves: set[int], doubled: dict[str, Any], notes: Notes
 ) -> _Recorder | None:
     """Record a model on twice the samples; None if it fails on them: then the graph is for one number of samples.
 
@@ -160,7 +163,7 @@ def _recorder_of_twice(
     """
     try:
         forget_evaluated(model)
-        return _Recorder(model, followed, leaves, doubled)
+        return _Recorder(model, followed, leaves, doubled, notes)
     except SpeedupError:
         raise
     except Exception as error:  # a forward may raise anything
@@ -193,7 +196,9 @@ def made_tensors_dropped(model: nn.Module) -> Iterator[None]:
 class _Recorder(TorchFunctionMode):
     """Records one run of a model."""
 
-    def __init__(self, model: nn.Module, followed: set[int], leaves: set[int], named: dict[str, Any]) -> None:
+    def __init__(
+        self, model: nn.Module, followed: set[int], leaves: set[int], named: dict[str, Any], notes: Notes
+    ) -> None:
         super().__init__()
         self.graph = Graph()
         self.constants: dict[str, Tensor] = {}
@@ -221,8 +226,8 @@ class _Recorder(TorchFunctionMode):
         args, kwargs = call_by_name(model, named)
         buffers = dict(model.named_buffers()).keys()
         with made_tensors_dropped(model):
-            with self._calls_seen(model), self:
-                self.outputs = model(*args, **kwargs)
+            with self._calls_seen(model), notes.running(), self:
+                self.outputs = tree_map_only(TracedInt, plain, model(*args, **kwargs))
             stored = stored_tensors(model, buffers)
         self._check_choice(model)
         self._note_stored(stored)
@@ -336,7 +341,7 @@ class _Recorder(TorchFunctionMode):
         """Turn sizes that a model reads from a tensor into `TracedInt`; return other outputs unchanged."""
         name = getattr(func, "__name__", "")
         of_shape = name == "__get__" and getattr(func.__self__, "__name__", "") == "shape"
-        if not (of_shape or name == "size") or id(args[0]) not in self._nodes:
+        if not (of_shape or name == "size") or not self._is_followed(args[0]):
             return out
         if isinstance(out, int):
             return TracedInt.of_tensor(out, args[0], args[1] if len(args) > 1 else kwargs["dim"], self._unshown)
@@ -410,7 +415,8 @@ class _Recorder(TorchFunctionMode):
             return self._node(value)
         if isinstance(value, TracedInt):
             value.written = True
-        if isinstance(value, TracedInt) and value.source is not None:
+            if value.source is None:
+                return value.copied()  # the forward may keep the number itself
             first, given = value.source
             if isinstance(first, Tensor):
                 number = self.graph.call_method("size", (self._node(first), given))

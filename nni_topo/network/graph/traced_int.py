@@ -12,6 +12,7 @@ import operator
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partialmethod
 from typing import Any
 
@@ -22,6 +23,40 @@ from torch.fx.node import map_aggregate
 
 from nni_topo.network.graph.nodes import COMPARED, leaves_of, plain_name, tensor_shape
 from nni_topo.network.layers.integer_attributes import Place, layer_widths, numbers_in, numbers_read, with_numbers
+
+
+class Hashed(BaseException):
+    """A traced integer was hashed, perhaps by the cache of a function; no forward's ``except Exception`` catches it."""
+
+
+class Notes:
+    """What is noted of traced integers while a model is recorded."""
+
+    def __init__(self, may_hash: bool) -> None:
+        self.numbers = list[TracedInt]()  # all that were made
+        self.hashes = 0
+        self.may_hash = may_hash  # else the first hash ends the run
+        self.is_running = False  # whether the model runs
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Note what is hashed within the block; `Hashed` if nothing may be."""
+        self.is_running = True
+        try:
+            yield
+        finally:
+            self.is_running = False
+            if self.hashes and not self.may_hash:  # even if the forward has caught the exception
+                raise Hashed
+
+    def sizes(self) -> list[TracedInt]:
+        """Return the numbers that belong to no attribute, and note them no longer."""
+        sizes = [number for number in self.numbers if number.place is None and not number.factors]
+        self.numbers = [number for number in self.numbers if number.place is not None or number.factors]
+        return sizes
+
+
+NOTES: ContextVar[Notes | None] = ContextVar("notes", default=None)
 
 
 class UnclearPlaces(set[Place]):
@@ -88,6 +123,14 @@ class TracedInt(int):
     factors: tuple[TracedInt, ...] = ()
     written: bool = False  # whether a graph holds or computes it
 
+    def __new__(cls, value: int) -> TracedInt:
+        """Make a traced integer, which the recording notes."""
+        number = super().__new__(cls, value)
+        notes = NOTES.get()
+        if notes is not None:
+            notes.numbers.append(number)
+        return number
+
     @classmethod
     def of_tensor(cls, size: int, tensor: Tensor, dim: int, unshown: UnshownSizes | None = None) -> TracedInt:
         """Return the size of a tensor along a dimension; ``unshown`` notes it if a plain number is made of it."""
@@ -110,13 +153,20 @@ class TracedInt(int):
         own = [] if self.place is None else [self.place]
         return own if self.per is None else own + self.per.places
 
+    def copied(self) -> TracedInt:
+        """Return the same number of an attribute for a graph; the recording doesn't note it."""
+        number = super().__new__(TracedInt, plain(self))
+        vars(number).update(vars(self))
+        number.per = None if self.per is None else self.per.copied()
+        return number
+
     def within(self, name: str) -> TracedInt:
         """Return the same number for a model that contains this one under a name."""
         if self.place is None:
             return self
         inner, key, path = self.place
         place, per = (f"{name}.{inner}".strip("."), key, path), None if self.per is None else self.per.within(name)
-        return TracedInt.of_attribute(_plain(self), place, self.parts, self.unclear, per)
+        return TracedInt.of_attribute(plain(self), place, self.parts, self.unclear, per)
 
     def note_other_use(self) -> None:
         """Note that the forward computes something from an attribute's number that the graph doesn't show."""
@@ -137,23 +187,30 @@ class TracedInt(int):
         """Return a plain integer, which doesn't know where it comes from."""
         if self.unshown is not None:
             self.unshown.append(self)
-        return _plain(self)
+        return plain(self)
 
     def __float__(self) -> float:
         """Return a float, as `math.sqrt` needs it, which doesn't know where it comes from."""
         self.note_number()
-        return float(_plain(self))
+        return float(plain(self))
 
-    __hash__ = int.__hash__
+    def __hash__(self) -> int:
+        """Return the hash of the plain integer, as keys of dicts need it."""
+        notes = NOTES.get()
+        if notes is not None and notes.is_running:
+            notes.hashes += 1
+            if not notes.may_hash:
+                raise Hashed
+        return int.__hash__(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy without tensors: the size of a tensor becomes a plain integer."""
         if self.place is None:
-            return int, (_plain(self),)
-        return TracedInt.of_attribute, (_plain(self), self.place, self.parts, self.unclear, self.per)
+            return int, (plain(self),)
+        return TracedInt.of_attribute, (plain(self), self.place, self.parts, self.unclear, self.per)
 
 
-def _plain(number: int) -> int:
+def plain(number: int) -> int:
     """Return a plain integer, without the note that `int` would make."""
     return int.__add__(number, 0)
 
@@ -171,18 +228,18 @@ def _arithmetic(function: Callable[..., int], first: Any, second: Any) -> Any:
         for each in traced:
             each.note_number()
         return NotImplemented
-    value = function(_plain(first), _plain(second))
+    value = function(plain(first), plain(second))
     if function is operator.floordiv and isinstance(first, TracedInt) and first.place is not None:
         # An equal part of an attribute's number still belongs to the attribute.
         is_known = type(second) is int or (isinstance(second, TracedInt) and second.source is None)
-        if is_known and _plain(second) > 0 and value * _plain(second) == _plain(first):
+        if is_known and plain(second) > 0 and value * plain(second) == plain(first):
             # Another attribute holds the number of parts: channels per head, as in ``self.width // self.heads``.
             if isinstance(second, TracedInt) and second.place is not None and first.parts == second.parts == 1:
-                made = TracedInt.of_attribute(value, first.place, _plain(second), first.unclear, second)
+                made = TracedInt.of_attribute(value, first.place, plain(second), first.unclear, second)
                 first.unclear.computed.append(made)
                 return made
             _note_other_uses((second, first.per))
-            return TracedInt.of_attribute(value, first.place, first.parts * _plain(second), first.unclear)
+            return TracedInt.of_attribute(value, first.place, first.parts * plain(second), first.unclear)
     # The graph computes it again, from the current sizes of tensors and values of attributes.
     made = TracedInt(value)
     made.source = function, (first, second)
@@ -209,7 +266,7 @@ def _noted(name: str, *operands: Any) -> Any:
         if name in _TO_FLOATS:
             each.note_number()
         if name in _ORDERS and each is operands[0] and each.unshown is not None and _is_behind_the_samples(each):
-            each.unshown.compared += [(_plain(each), _plain(other)) for other in operands[1:] if isinstance(other, int)]
+            each.unshown.compared += [(plain(each), plain(other)) for other in operands[1:] if isinstance(other, int)]
     return value
 
 
@@ -281,7 +338,7 @@ def fold_numbers(graph: Graph, following: Collection[Place]) -> None:
             continue
         if any(isinstance(each, TracedInt) and each.place in following for each in given):
             continue
-        number = node.target(*map(_plain, given))
+        number = node.target(*map(plain, given))
 
         def folded(leaf: Any, node: Node = node, number: int = number) -> Any:
             return number if leaf is node else leaf
@@ -296,12 +353,12 @@ def forget_places(graph: Graph, places: set[Place]) -> None:
     """Replace integers from some places by plain integers in a graph."""
     known = set(places)  # comparing traced integers may add to ``places``
 
-    def plain(leaf: Any) -> Any:
-        return _plain(leaf) if isinstance(leaf, TracedInt) and known & set(leaf.places) else leaf
+    def leaf_of(leaf: Any) -> Any:
+        return plain(leaf) if isinstance(leaf, TracedInt) and known & set(leaf.places) else leaf
 
     for node in graph.nodes:
         if attribute_sizes_in((node.args, node.kwargs)):
-            node.args, node.kwargs = map_aggregate((node.args, node.kwargs), plain)
+            node.args, node.kwargs = map_aggregate((node.args, node.kwargs), leaf_of)
 
 
 def attribute_sizes_in(given: Any) -> list[TracedInt]:
@@ -342,7 +399,7 @@ def attribute_channels(
             if channels is None or size.place is None:
                 continue
             if size.per is not None and size.per.place is not None and not len(channels):
-                quotients[size.place, size.per.place] = _plain(size)
+                quotients[size.place, size.per.place] = plain(size)
             elif len(channels):
                 found[size.place].append((size.parts, channels))
                 if size.per is not None:
@@ -448,7 +505,7 @@ def _uses(node: Node, ids: dict[str, Any], groups: np.ndarray) -> Iterator[tuple
         if row is None or (shape is not None and len(row) != shape[dim]):
             return
         if isinstance(sizes, TracedInt):
-            for part in np.split(row, range(_plain(sizes), len(row), _plain(sizes))):
+            for part in np.split(row, range(plain(sizes), len(row), plain(sizes))):
                 yield sizes, part
         elif isinstance(sizes, (tuple, list)) and not any(isinstance(size, Node) for size in sizes):
             for size, end in zip(sizes, np.cumsum(sizes).tolist(), strict=True):
@@ -488,6 +545,6 @@ def resized(given: Any, sizes: dict[Place, int]) -> Any:
         if not isinstance(leaf, TracedInt) or leaf.place is None:
             return leaf
         parts = leaf.parts if leaf.per is None or leaf.per.place is None else sizes.get(leaf.per.place, leaf.parts)
-        return sizes.get(leaf.place, _plain(leaf) * leaf.parts) // parts
+        return sizes.get(leaf.place, plain(leaf) * leaf.parts) // parts
 
     return map_aggregate(given, new)

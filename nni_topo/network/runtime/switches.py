@@ -27,7 +27,10 @@ _turn = threading.RLock()
 @contextmanager
 def one_call() -> Iterator[None]:
     """Mark a call of a public function; calls of several threads run one after another."""
-    with _turn, in_context(is_running=True):
+    if context().is_running:
+        yield
+        return
+    with _turn, ExitStack() as at_end, in_context(is_running=True, at_end=at_end):
         yield
 
 
