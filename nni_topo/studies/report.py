@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import json
 from collections import defaultdict
@@ -115,7 +116,7 @@ def _parts(folder: Path) -> Iterator[Part]:
 def _picture(name: str, content: bytes) -> Part:
     """Return a PNG file's content as a part."""
     data = base64.b64encode(content).decode()
-    return Part(name, picture=f'<img alt="{name}" src="data:image/png;base64,{data}">')
+    return Part(name, picture=f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}">')
 
 
 def _of_document(title: str, document: Any) -> Iterator[Part]:

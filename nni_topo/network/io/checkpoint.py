@@ -16,6 +16,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,19 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from nni_topo._version import __version__
-from nni_topo.disk import check_free_disk, disk_errors, output_folder, path_of, reading, whole_file, write_safetensors
+from nni_topo.disk import (
+    check_free_disk,
+    disk_errors,
+    output_folder,
+    path_of,
+    reading,
+    whole_file,
+    write_safetensors,
+)
 from nni_topo.errors import ConfigError, DataError, listed, raised
 from nni_topo.network.attention.config import built_by_config, is_pretrained
 from nni_topo.network.attention.heads import find_attention, resize
-from nni_topo.network.attention.unfused.own_width import own_width_of, take_own_width
+from nni_topo.network.attention.unfused.own_width import FIRST, LAST, own_width_of, take_own_width
 from nni_topo.network.io.exporting import FORMATS
 from nni_topo.network.layers.derived import fold
 from nni_topo.network.layers.integer_attributes import Place, numbers_in, numbers_of, put_sizes
@@ -39,7 +48,7 @@ from nni_topo.network.runtime.inputs import model_within, tensors_of
 from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.reports import report_of
 from nni_topo.network.runtime.switches import random_state_kept
-from nni_topo.rules import ANYTHING, Rule, check_knobs, checked, taking
+from nni_topo.rules import ANYTHING, Rule, all_of, check_knobs, checked, rule_of, taking, whole
 from nni_topo.sharing import find_ties, named_tensors, tie_again, untie
 
 _FORMAT = "nni-topo dense model"
@@ -48,6 +57,33 @@ _RECIPE = "nni_topo"  # the recipe's key in the header of a file
 _OTHER = "a dense model must be loaded into the model it was pruned from"
 
 _PathLike = str | os.PathLike[str]
+
+
+def _is_ascending(numbers: Sequence[int]) -> bool:
+    return len(numbers) > 0 and numbers[0] >= 0 and all(one < other for one, other in pairwise(numbers))
+
+
+_NUMBERS = rule_of(Mapping[str, list[int]])
+_RULES = {
+    "stored_as": rule_of(Mapping[str, str]),
+    "not_persistent": rule_of(list[str]),
+    "layers": rule_of(Mapping[str, str]),
+    "sizes": rule_of(list[tuple[str, str, list[int | str], int]]),
+    "attention": Rule(
+        "a mapping of names to three numbers from 1 on",
+        lambda value: _NUMBERS.holds(value) and all(len(each) == 3 and min(each) > 0 for each in value.values()),
+    ),
+    "own_widths": Rule(
+        f"a mapping of names to {FIRST} or {LAST}",
+        lambda value: rule_of(Mapping[str, int]).holds(value) and set(value.values()) <= {FIRST, LAST},
+    ),
+    "blocks": Rule(
+        "a mapping of names to ascending numbers from 0 on",
+        lambda value: _NUMBERS.holds(value) and all(map(_is_ascending, value.values())),
+    ),
+    "parts": all_of(whole(0), Mapping),
+}
+"""Rules for the keys of a recipe that `load` reads."""
 
 
 _UNPRUNED = Rule(
@@ -211,8 +247,8 @@ def load(path: _PathLike, model: nn.Module | Callable[[], nn.Module]) -> nn.Modu
             smaller[at] = number
     put_sizes(built, smaller)
     for name, dim in recipe["own_widths"].items():
-        module = built.get_submodule(name)
-        if own_width_of(module) != dim and not take_own_width(module, dim):
+        module = modules.get(name)
+        if module is None or (own_width_of(module) != dim and not take_own_width(module, dim)):
             raise ConfigError(f"{_OTHER}, got one whose forward doesn't take the width of its input ({name}, {file})")
     for names in ties:
         shared: dict[str, list[str]] = {}
@@ -278,6 +314,10 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             values = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
         if recipe.pop("digest", None) != _digest(recipe, values):
             raise DataError(f"{what} must hold what was saved, got something else ({file})")
+        # A digest can be computed for any content.
+        check_knobs("recipe", {key: recipe.get(key) for key in _RULES}, _RULES)
+        if missing := set(recipe["stored_as"].values()) - values.keys():
+            raise DataError(f"{what} must hold the tensors that its recipe names, got no {listed(sorted(missing))}")
     return recipe, values
 
 
@@ -294,7 +334,7 @@ def _take_out_missing(recipe: dict[str, Any], model: nn.Module, file: Path) -> N
         keep_blocks(model, name, kept)
     modules = dict(model.named_modules())
     for name, outputs in recipe["parts"].items():
-        if name not in modules:
+        if name not in modules or not name:
             raise ConfigError(f"{_OTHER}, got one without a part that is to be taken out ({name}, {file})")
         take_out_part(model, name, outputs)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -43,7 +43,7 @@ def export_trial(trial: TrialRecord, out: str | Path, *, command: str | None = N
     elif _PROGRAM not in command:
         raise DataError(f"a trial can be run again if its command is that of {_PROGRAM}, got {command!r} ({trial.id})")
     else:
-        words = f"{command.strip()} --params {json.dumps(str(out / PARAMETERS))} --out {json.dumps(str(out))}"
+        words = f"{command.strip()} --params {shlex.quote(str(out / PARAMETERS))} --out {shlex.quote(str(out))}"
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         done = subprocess.run(
             ["bash", "-c", words], env={**os.environ, "PATH": path}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from tied_nets import LanguageModel, TiedConvolutions, untied
 from torch import nn
 
-from nni_topo.errors import ConfigError, DataError, SpeedupError
+from nni_topo.errors import ConfigError, DataError, NniTopoError, SpeedupError
 from nni_topo.network.io.checkpoint import (
     RemovedPart,
+    _digest,
     keep_blocks,
     kept_blocks,
     load,
@@ -408,3 +410,61 @@ def test_a_model_with_heads_of_another_size_is_refused(tmp_path):
     save(three, tmp_path / "dense.pt")
     with pytest.raises(ConfigError, match=r"got 3 in the file and 4 in the model \(0, "):
         load(tmp_path / "dense.pt", four)
+
+
+WRONG = [
+    None, True, -1, 0, 10**30, 2.5, float("nan"), "x", "", [], [None], [[]], [["", "a", [], 1]], {}, {"x": None},
+    {"": 0},
+]  # fmt: skip
+
+
+def places_in(value, at=()):
+    """The places within a recipe, from the outside to the inside."""
+    yield at
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, each in pairs:
+        yield from places_in(each, (*at, key))
+
+
+def forged(recipe, at, value):
+    """A recipe with another value, or another name, at a place; None removes what is there."""
+    recipe = copy.deepcopy(recipe)
+    holder = recipe
+    for key in at[:-1]:
+        holder = holder[key]
+    if value is None:
+        del holder[at[-1]]
+    elif isinstance(value, tuple):
+        holder[value[0]] = holder.pop(at[-1])
+    else:
+        holder[at[-1]] = value
+    return recipe
+
+
+def test_recipes_that_someone_has_written_are_refused_or_fit(path):
+    """The digest is right: anyone can compute it."""
+    drawing, model = random.Random(0), vit()
+    dense = copy.deepcopy(model)
+    take_out_part(dense, "blocks.1.attention", 0)
+    keep_blocks(dense, "blocks", range(len(dense.blocks) - 1))
+    save(dense, path)
+    values = load_file(path)
+    with safe_open(str(path), "pt") as opened:
+        recipe = json.loads(opened.metadata()["nni_topo"])
+    del recipe["digest"]
+    places = [at for at in places_in(recipe) if at and at[0] not in ("format", "format_version")]
+    outer = [at for at in places if len(at) <= 2]
+    outcomes = []
+    for number in range(400):
+        at = drawing.choice(outer if number % 2 else places)
+        wrong = [*WRONG, drawing.choice(recipe["not_persistent"] or ["blocks"])]
+        wrong += [("blocks.0",), ("",), ("no.such",)] if isinstance(at[-1], str) and len(at) > 1 else []
+        other = forged(recipe, at, drawing.choice(wrong))
+        told = json.dumps({**other, "digest": _digest(other, values)})
+        save_file(values, path, {"nni_topo": told})
+        try:
+            load(path, model)
+            outcomes.append("fits")
+        except NniTopoError:  # any other error ends the test
+            outcomes.append("refused")
+    assert outcomes.count("refused") > 200
