@@ -71,6 +71,14 @@ def test_whole_groups_of_a_convolution_can_go():
     assert (dense.second.groups, dense.second.in_channels, dense.second.out_channels) == (1, 4, 6)
 
 
+def test_a_group_stays_while_one_side_keeps_a_channel_of_it():
+    model = Grouped()
+    dense = to_dense(
+        model, IMAGES, {"first": filter_mask(model.first, [0, 4]), "second": filter_mask(model.second, range(6))}
+    )
+    assert (dense.second.groups, dense.second.in_channels, dense.second.out_channels) == (2, 6, 12)
+
+
 def test_halves_of_a_chunk_lose_the_same_channels():
     model = Chunked()
     masks = {"first": filter_mask(model.first, [0, 1, 3, 5, 7])}
