@@ -55,8 +55,8 @@ def detector(kind: str) -> tuple[nn.Module, Inputs]:
     if kind == "ssdlite320_mobilenet_v3_large":
         network: nn.Module = detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=5)
     else:
-        trunk: Any = mobilenet_v2(weights=None, width_mult=0.35).features[:-1]
-        trunk.out_channels = 112
+        trunk: Any = mobilenet_v2(weights=None, width_mult=0.5).features[:-1]
+        trunk.out_channels = 160  # which a norm of 32 groups can take
         anchors = AnchorGenerator(((16, 32, 64),), ((0.5, 1.0, 2.0),))
         if kind == "SSD":
             boxes = DefaultBoxGenerator([[2]])
