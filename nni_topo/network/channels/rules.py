@@ -1039,18 +1039,19 @@ def _ids_of_sizes(node: Node, sizes: Mapping[int, Any], shape: tuple[int, ...], 
         if isinstance(size, Node) and plain_name(size) == "size" and len(size.args) == 2:
             tensor, at = size.args
         ids = channels.by_node.get(tensor.name) if isinstance(tensor, Node) else None
-        if isinstance(ids, Tensor) and isinstance(at, int):
-            measured.setdefault(tensor, {})[d] = at % ids.dim()  # type: ignore[arg-type]
+        if isinstance(tensor, Node) and isinstance(ids, Tensor) and isinstance(at, int):
+            measured.setdefault(tensor, {})[d] = at % ids.dim()
     for tensor, dims in measured.items():
-        ids = channels.by_node[tensor.name]
-        places = {at: d for d, at in dims.items() if ids.shape[at] > 1}
-        # All dimensions along which the tensor's channels differ.
-        if places and sorted(places) == [at for at in range(ids.dim()) if ids.shape[at] > 1]:
-            rows = ids.permute(sorted(range(ids.dim()), key=lambda at, places=places: places.get(at, -1)))
+        entries: Tensor = channels.by_node[tensor.name]
+        along = [at for at in range(entries.dim()) if entries.shape[at] > 1]
+        places = {at: d for d, at in dims.items() if at in along}
+        if along and sorted(places) == along:  # all dimensions along which the tensor's channels differ
+            ordered = sorted(along, key=places.__getitem__)
             view = [1] * len(shape)
-            for at, d in places.items():
-                view[d] = ids.shape[at]
-            return rows.reshape(view).expand(shape)
+            for at in along:
+                view[places[at]] = entries.shape[at]
+            others = [at for at in range(entries.dim()) if at not in along]
+            return entries.permute([*others, *ordered]).reshape(view).expand(shape)
     held = [d for d, size in sizes.items() if isinstance(size, TracedInt) and size.place is not None]
     return channels.filled(node.name, held, shape) if held else None
 
