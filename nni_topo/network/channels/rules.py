@@ -907,9 +907,11 @@ def _picked(op: Operation) -> Any:
 def _written(op: Operation) -> Any:
     # Afterwards the tensor holds channels of two tensors. They are coupled if every write covers all channels, as in a
     # loop over tokens; otherwise they can't be followed.
-    if op.node.target is not put or not isinstance(op.args[2], Tensor):
+    if op.node.target is not put:
         return op.all_kept(reason=reasons.overwritten(op.node))
     target, place, value = op.args
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return _number_written(op, target, op.node.args[1])
     # If the index contains tensors, their nodes say how many dimensions each takes.
     index: Any = op.node.args[1] if len(op.ids) > 2 else place
     parts = list(index) if isinstance(index, tuple) else [index]
@@ -928,6 +930,25 @@ def _written(op: Operation) -> Any:
         if all(d >= len(parts) or parts[d] == slice(None) for d in _varying(target)):
             op.couple(target[place], value)
             return target
+    return op.all_kept(reason=reasons.overwritten(op.node))
+
+
+def _number_written(op: Operation, target: Tensor, index: Any) -> Any:
+    """Follow a number that is written into a tensor: into places of all channels, or where a mask of them holds."""
+    parts = list(index) if isinstance(index, tuple) else [index]
+    taken = [_dimensions(part) for part in parts]
+    if isinstance(index, Node) and taken == [target.dim()]:
+        return op.met([target, op.values[index]], tuple(target.shape))
+    indices = [op.values[part] for part in parts if isinstance(part, Node)]
+    whole, first = list[int](), 0  # dimensions of which the number fills all entries
+    for part, count in zip(parts, taken, strict=True):
+        count = target.dim() - sum(taken) if part is Ellipsis else count
+        if part is Ellipsis or part == slice(None):
+            whole += range(first, first + count)
+        first += count
+    whole += range(first, target.dim())
+    if set(_varying(target)) <= set(whole) and not any(_varying(each) for each in tensors_of(indices)):
+        return target
     return op.all_kept(reason=reasons.overwritten(op.node))
 
 

@@ -296,6 +296,11 @@ def blurred(self: Any, x: Tensor) -> Tensor:
     return self.b(functional.conv2d(y, kernel, padding=1, groups=y.shape[1]))
 
 
+def written(y: Tensor, place: Any, value: float) -> Tensor:
+    y[place] = value
+    return y
+
+
 def gated(self: Any, x: Tensor) -> Tensor:
     y = self.a(x)
     return self.b(y * self.gate(x).sigmoid().expand_as(y))
@@ -339,6 +344,8 @@ EXPANDED = {
     "masked by a buffer": linear(
         lambda self, y, x: y.masked_fill(self.mask, 0.0), mask=lambda: (torch.arange(8) < 3)[:, None],
     )._replace(sizes=((2, 8), (3, 8))),
+    "padding set to zero": linear(lambda self, y, x, mask, n: written(y.clone(), mask == 0, 0.0), texts),
+    "small values replaced": linear(lambda self, y, x: written(y.clone(), y < 0.1, 1e-6)),
     "where": linear(
         lambda self, y, x, mask, n: torch.where(mask[..., None].expand_as(y) > 0, y, torch.full_like(y, -2.0)), texts
     ),

@@ -316,6 +316,17 @@ CALLS = {
     },
     "what is written": {
         "a constant": (lambda n: written(n.a.clone(), (slice(None), 0), 0.0), "1x1x1: 0; a: 0* overwritten"),
+        "a number into pixels": (lambda n: written(n.a.clone(), (..., slice(2, 4)), 0.5), "1x4x1: a*"),
+        "a number into samples picked by value": (lambda n: written(n.a.clone(), n.x[:, 0, 0] > 0, 0.5), "1x4x1: a*"),
+        "a number into pixels picked by value": (
+            lambda n: written(n.a.clone(), (slice(None), slice(None), n.x[0, 0].argsort()[:2]), 0.5),
+            "1x4x1: a*",
+        ),
+        "a number where channels say so": (lambda n: written(n.a.clone(), n.b < 0, 0.5), "1x4x1: a*; b: a*"),
+        "a number where constants say so": (
+            lambda n: written(n.a.clone(), n.x.repeat(1, 2, 1) < 0, 0.5),
+            "1x4x1: 0*; a: 0* joins_constant",
+        ),
         "all channels": (
             lambda n: written(n.a.clone(), (slice(None), slice(None), 0), n.b[:, :, 0]),
             "1x4x1: a*; b: a*",
