@@ -6,15 +6,17 @@ import errno
 import json
 import os
 import pickle
+import platform
 import re
 import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -148,21 +150,35 @@ def whole_file(path: Path) -> Iterator[Path]:
     target = output_file(path)
     if not target.parent.is_dir():
         raise DataError(f"an output file must lie in a folder that exists, got none ({path})")
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
+    with disk_errors(path), scratch_folder(target.parent) as scratch:
+        part = scratch / target.name
+        yield part
+        if target.exists():
+            shutil.copymode(target, part)
+        else:
+            umask = os.umask(0)
+            os.umask(umask)
+            part.chmod(0o666 & ~umask)  # safetensors writes files that only their owner can read
+        part.replace(target)
+
+
+_SCRATCH = ".nni_topo-"
+_HOST = re.sub(r"\W", "_", platform.node())[:40]  # several machines may write into one folder
+
+
+@contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """Yield a hidden folder for files that aren't whole yet, and delete it; also those that killed processes left."""
+    owner = re.compile(rf"{re.escape(_SCRATCH)}.*\.{_HOST}\.(\d+)\.part")
+    for leftover in parent.glob(f"{_SCRATCH}*.part"):
+        match = owner.fullmatch(leftover.name)
+        if match is not None and not psutil.pid_exists(int(match[1])):
+            shutil.rmtree(leftover, ignore_errors=True)
+    scratch = tempfile.mkdtemp(prefix=_SCRATCH, suffix=f".{_HOST}.{os.getpid()}.part", dir=parent)
     try:
-        with disk_errors(path):
-            part.unlink(missing_ok=True)  # left by a killed process, or a link that leads elsewhere
-            yield part
-            if target.exists():
-                shutil.copymode(target, part)
-            else:
-                umask = os.umask(0)
-                os.umask(umask)
-                part.chmod(0o666 & ~umask)  # safetensors writes files that only their owner can read
-            part.replace(target)
+        yield Path(scratch)
     finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -10,7 +10,6 @@ import io
 import json
 import os
 import pickle
-import re
 import signal
 import subprocess
 import sys
@@ -217,7 +216,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
             return
         assert imread(path)[..., :3].std() > 0.01
         # It is written beside its place.
-        figures[re.sub(r"\.\d+\.part$", "", Path(path).name)] = figure
+        figures[Path(path).name] = figure
 
     monkeypatch.setattr(Figure, "savefig", save)
     return figures

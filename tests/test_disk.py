@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -143,3 +145,36 @@ def test_a_verb_looks_at_its_output_folder_before_it_works(verb, tmp_path, capsy
     (tmp_path / "file").touch()
     assert main([*VERBS[verb].split(), "--out", str(tmp_path / "file")]) == 2
     assert "an output folder must be a folder that can be written to" in " ".join(capsys.readouterr().err.split())
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from safetensors.torch import save_file
+import torch
+from nni_topo.disk import whole_file
+with whole_file(Path(sys.argv[1])) as part:
+    save_file({"x": torch.ones(2)}, part)
+    part.with_name(".tmpAbC").write_text("half of it")
+    print("written", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_save_clears_what_killed_saves_left_and_nothing_of_running_ones(tmp_path):
+    file = tmp_path / "dense.safetensors"
+    command = [sys.executable, "-c", KILLED, str(file)]
+    writers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2)]
+    try:
+        for writer in writers:
+            assert writer.stdout.readline() == b"written\n"
+        writers[0].kill()
+        writers[0].wait()
+        assert len(list(tmp_path.rglob("*.tmp*"))) == 2
+        disk.write_text(tmp_path / "other.txt", "whole")
+        left = list(tmp_path.iterdir())
+        assert sum(each.is_dir() for each in left) == 1  # of the running one
+        assert not file.exists()
+    finally:
+        writers[1].communicate(b"")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["dense.safetensors", "other.txt"]

@@ -13,7 +13,6 @@ import copy
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from itertools import pairwise
@@ -31,6 +30,7 @@ from nni_topo.disk import (
     output_folder,
     path_of,
     reading,
+    scratch_folder,
     whole_file,
     write_safetensors,
 )
@@ -410,10 +410,10 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str]) -> None:
             f"take it ({name})"
         )
     place = output_folder(place)
-    with disk_errors(place), tempfile.TemporaryDirectory(dir=place) as beside:
+    with disk_errors(place), scratch_folder(place) as beside:
         dense.save_pretrained(beside)
-        _check_loaded(dense, beside, name)
-        for file in sorted(Path(beside).iterdir()):
+        _check_loaded(dense, str(beside), name)
+        for file in sorted(beside.iterdir()):
             with whole_file(place / file.name) as part:
                 file.replace(part)
 
