@@ -49,9 +49,25 @@ _NOT_COPIED = (TypeError, ValueError, RuntimeError, PicklingError)
 # A model and its copies share these. In training under NNI a model holds methods of the pruner, and of the evaluator
 # with its trainer and data.
 _SHARED = (ModuleType, io.IOBase, type(threading.Lock()), type(threading.RLock()), Compressor, Evaluator)
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
 _CONTAINERS = (list, tuple, set, frozenset, deque)
 _CHANGING = (dict, OrderedDict, list, set)
 _ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device})
+
+
+def _refused_attribute(module: nn.Module, memo: Mapping[int, Any]) -> str:
+    """Return the name of the attribute of a module that copy.deepcopy refuses; empty if it refuses the module alone.
+
+    ``memo``: what stays as it is, among it all modules, because an attribute may hold the module itself.
+    """
+    registered = {**module._parameters, **module._buffers}
+    attributes = {key: value for key, value in vars(module).items() if key not in _REGISTRIES}
+    for name, value in (registered | attributes).items():
+        try:
+            copy.deepcopy(value, dict(memo))  # of its own: a refused object leaves half a copy in it
+        except _NOT_COPIED:
+            return name
+    return ""
 
 
 def detached_copy(model: nn.Module, *, light: bool = False, shared: Iterable[Tensor] = ()) -> Any:
@@ -111,13 +127,15 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
                 memo[id(value)] = FunctionType(value.__code__, known, value.__name__, None, closure or None)
                 functions.append((value, names))
 
+    uncopied = {**memo, **{id(module): module for module in modules}}
     for module, name in reversed(modules.items()):  # inner modules first, so that an error names the right one
         try:
             copy.deepcopy(module, memo)
         except _NOT_COPIED as error:
             if out_of_memory(error):
                 raise
-            place = name or type(module).__name__
+            attribute = _refused_attribute(module, uncopied)
+            place = ".".join(part for part in (name, attribute) if part) or type(module).__name__
             raise ConfigError(f"copy.deepcopy must be able to copy a model, got: {error} ({place})") from error
     copies = [memo[id(model)] for model in models]
     for each in copies:

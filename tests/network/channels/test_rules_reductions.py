@@ -129,7 +129,7 @@ def test_a_dense_model_is_compared_at_other_scales_and_shifts(name, inputs):
 
 def test_the_report_says_what_was_compared():
     model = net(nn.ReLU())
-    others = "times 0.01, times 100, shifted by 3, shifted by -3"
+    others = "times 0.01, times 100, shifted by 3, shifted by -3; the shapes of the outputs in training mode"
     assert (
         nni_topo.to_dense(model, IMAGES, masks(model)).report.checked == f"random inputs of shape (3, 8, 8), {others}"
     )

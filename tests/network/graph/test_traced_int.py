@@ -176,6 +176,14 @@ class Scaled(nn.Module):
 def test_a_number_by_which_a_forward_multiplies_stays():
     model, images = Scaled().eval(), torch.randn(2, 3, 4, 4)
     groups = nni_topo.dependency_groups(model, images, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
-    assert "by fixed numbers (split)" in groups.skipped["first"]
-    assert not any("first" in entry["op_names"] for entry in groups)
-    assert model.width == 4
+    # The first piece keeps its 4 channels, and the second one doesn't vanish.
+    assert "5 of 8 channels are kept" in groups.skipped["first"]
+    mask = torch.ones(8, 3, 1, 1)
+    mask[5:] = 0
+    dense = nni_topo.to_dense(model, images, {"first": {"weight": mask}})
+    assert (dense.width, dense.first.out_channels, model.width) == (4, 5, 4)
+    with torch.no_grad():
+        model.first.weight *= mask
+        model.first.bias *= mask[:, 0, 0, 0]
+        other = torch.randn(3, 3, 15, 17)
+        torch.testing.assert_close(dense(other), model(other))

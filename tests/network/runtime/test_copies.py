@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import queue
 import threading
 import warnings
 import weakref
@@ -184,10 +185,11 @@ def test_a_weak_reference_to_a_module_is_refused():
         dependency_groups(_network("weak reference"), torch.randn(1, 3, 6, 6), CONFIG)
 
 
-def test_a_model_that_cannot_be_copied_is_refused_with_the_module():
+@pytest.mark.parametrize("make", [lambda: (n for n in range(3)), threading.Event, queue.Queue, threading.Condition])
+def test_a_model_that_cannot_be_copied_is_refused_with_the_attribute(make):
     model = _network("partial")
-    model[1].held = (each for each in range(3))
-    with pytest.raises(ConfigError, match=r"able to copy a model, got: .*generator.*\(1\)$"):
+    model[1].before, model[1].refused = [1], {"inner": make()}
+    with pytest.raises(ConfigError, match=r"able to copy a model, got: .* \(1\.refused\)$"):
         dependency_groups(model, torch.randn(1, 3, 6, 6), CONFIG)
 
 
