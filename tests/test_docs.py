@@ -49,6 +49,7 @@ class Stream(nn.Module):
         return self.head(state), state
 
 stream, frames, new = Stream().eval(), torch.randn(16, 12, 6), torch.randn(8, 30, 6)
+labels = targets[:16]
 """,
     "how_small": "batches = data.train.tensors[0][:240].split(64)",
     "larger_than_memory": None,
