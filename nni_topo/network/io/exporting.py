@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 from nni_topo.disk import check_output_file, output_folder, path_of, whole_file
 from nni_topo.errors import ConfigError, DataError, ExportError
 from nni_topo.network.runtime.arguments import check_model
-from nni_topo.network.runtime.comparison import difference, same_program
+from nni_topo.network.runtime.comparison import agree, difference, same_program
 from nni_topo.network.runtime.copies import detached_copy, evaluating
 from nni_topo.network.runtime.fits import call_arguments, check_fits, failure_on, first_call, with_whole_batches
 from nni_topo.network.runtime.hooks import batches_of
@@ -365,9 +365,7 @@ def _program(net: nn.Module, call: Call, dims: Sequence[int]) -> Any:
         return free or None
 
     args, kwargs = call
-    positional = list(inspect.signature(net.forward).parameters)[: len(args)]
-    dynamic_shapes = dict(zip(positional, tree_map(free_dimensions, args), strict=True))
-    dynamic_shapes |= tree_map(free_dimensions, kwargs)
+    dynamic_shapes = tree_map(free_dimensions, inspect.signature(net.forward).bind(*args, **kwargs).arguments)
     sizes = "any batch size" if tuple(dims) == (0,) else f"any size in the dimensions {tuple(dims)}"
     rule = f"that torch.export can follow at {sizes if dims else 'the sizes of the inputs'}"
     with _export_errors(rule, net), torch.no_grad():
@@ -424,7 +422,7 @@ def _outputs(net: nn.Module, call: Call) -> list[Tensor]:
 
 
 @as_written()
-def _check(net: nn.Module, calls: Iterable[Call], run: Any) -> float:
+def _check(net: nn.Module, calls: Sequence[Call], run: Any) -> float:
     """Return the largest relative difference between the outputs of a file and of the network in some calls.
 
     ``run``: returns the file's outputs for a call. ExportError if they differ by too much.
@@ -441,6 +439,12 @@ def _check(net: nn.Module, calls: Iterable[Call], run: Any) -> float:
     largest = max(errors)
     most = same_program(net.parameters())
     if not largest <= most:  # NaN too
+        one, other = (_outputs(net, calls[0]) for _ in range(2))
+        if not agree(one, other, most):
+            raise ExportError(
+                "a network must answer the same each time, so that its file can be compared with it, got one that is "
+                f"random in evaluation mode ({type(net).__name__})"
+            )
         raise ExportError(
             f"outputs of the file must equal the network's within {most:.2g} of the largest, "
             f"got a difference of {largest:.3g} (export)"

@@ -205,6 +205,42 @@ class TwoInputs(nn.Module):
         return {"sum": self.left(first) + self.right(second), "first": self.left(first)}
 
 
+class AnyNumber(TwoInputs):
+    """Takes its inputs as one tuple."""
+
+    def forward(self, *inputs):
+        return self.left(inputs[0]) + self.right(inputs[1]) + sum(inputs[2:])
+
+
+@pytest.mark.parametrize("ending", ["onnx", "pt2"])
+def test_a_network_of_any_number_of_inputs_is_exported_at_any_batch_size(ending, tmp_path):
+    model = AnyNumber().eval()
+    inputs = torch.randn(2, 4), torch.randn(2, 5), torch.randn(2, 3)
+    path = nni_topo.export(model, tmp_path / f"sum.{ending}", inputs).path
+    more = tuple(torch.randn(7, each.shape[1]) for each in inputs)
+    answer = outputs(path, **fed(path, more))[0] if ending == "onnx" else torch.export.load(path).module()(*more)
+    np.testing.assert_allclose(torch.as_tensor(answer).detach(), model(*more).detach(), atol=1e-5)
+
+
+class Noisy(nn.Module):
+    """Drops values in evaluation mode, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 64)
+
+    def forward(self, x):
+        return nn.functional.dropout(self.layer(x))
+
+
+@pytest.mark.parametrize("ending", ["onnx", "pt2"])
+def test_a_network_that_is_random_in_evaluation_mode_is_refused_as_such(ending, tmp_path):
+    path = tmp_path / f"noisy.{ending}"
+    with pytest.raises(ExportError, match=r"got one that is random in evaluation mode \(Noisy\)"):
+        nni_topo.export(Noisy().eval(), path, torch.randn(2, 4))
+    assert not path.exists()
+
+
 class WithNumbers(TwoInputs):
     """Returns things beside tensors, as detectors and encoders do."""
 
