@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from nni_topo._version import __version__
 from nni_topo.disk import (
@@ -339,15 +340,26 @@ def _take_out_missing(recipe: dict[str, Any], model: nn.Module, file: Path) -> N
         take_out_part(model, name, outputs)
 
 
+def _is_computed(modules: Mapping[str, nn.Module], name: str) -> bool:
+    """Tell whether a tensor of this name is computed from a model's parameters, as by weight norm."""
+    place, _, key = name.rpartition(".")
+    module = modules.get(place)
+    return module is not None and (is_parametrized(module, key) or key in vars(module))
+
+
 def _check_fit(recipe: dict[str, Any], values: dict[str, Tensor], model: nn.Module, file: Path) -> None:
     """Raise ConfigError unless the file can hold a pruned copy of the model."""
     tensors, layers = named_tensors(model), _layers(model)
     stored = {name: values[first] for name, first in recipe["stored_as"].items()}
     persistent = stored.keys() - set(recipe["not_persistent"])
     own = tensors.keys() & model.state_dict(keep_vars=True).keys()
+    modules = dict(model.named_modules())
     for place, names in (("model", persistent - own), ("file", own - persistent)):
         if names:
-            raise ConfigError(f"{_OTHER}, got tensors missing in the {place}: {listed(sorted(names))} ({file})")
+            text = f"{_OTHER}, got tensors missing in the {place}: {listed(sorted(names))} ({file})"
+            if any(_is_computed(modules, name) for name in persistent - own):
+                text += "; the model computes them: load into nni_topo.as_torch_layers(model)"
+            raise ConfigError(text)
     for name, kind in recipe["layers"].items():
         if layers.get(name, kind) != kind:
             raise ConfigError(f"{_OTHER}, got {kind} where the model has {layers[name]} ({name}, {file})")
