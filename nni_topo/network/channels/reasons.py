@@ -8,6 +8,7 @@ A reason whose sentence needs more than an operation, or a layer and its class, 
 from __future__ import annotations
 
 import dataclasses
+import linecache
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch.fx import Node
@@ -271,8 +272,13 @@ def nonzero_values(reader: Node, source: Node) -> Reason:
 
 def fixed_sizes(node: Node, error: Exception | None = None) -> Reason:
     """Return the reason for channels without which an operation fails, or gives another shape."""
-    failure = "" if error is None else f": {type(error).__name__}"
-    return Sentence("fixed_sizes", f"the sizes of an operation don't fit fewer channels{failure}")(node)
+    text = "the sizes of an operation don't fit fewer channels"
+    if error is not None:
+        text += f": {type(error).__name__}"
+    file = line_of(node).rpartition(":")[0]
+    if file and not linecache.getlines(file):
+        text += "; the source of its forward can't be read, so it can't be rewritten either: define the class in a file"
+    return Sentence("fixed_sizes", text)(node)
 
 
 def needs_all_channels(node: Node, layer: str) -> Reason:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 
 import torch
@@ -76,3 +77,14 @@ def test_heads_and_the_width_of_what_enters_are_removed(tmp_path):
     torch.optim.SGD(dense.parameters(), 0.1).step()
     assert not torch.equal(dense.own.q_proj.weight, before)
     assert type(net.own) is type(net.other) is Attending  # the user's model stays as it is
+
+
+def test_a_forward_whose_source_cannot_be_read_is_named_as_such():
+    namespace = dict(globals())
+    exec(inspect.getsource(Attending), namespace)  # as a class that is typed in
+    net, inputs = namespace["Attending"]().eval(), (PLACES, PLACES)
+    groups = nni_topo.dependency_groups(net, inputs, ASKED)
+    assert not groups
+    assert "the source of its forward can't be read" in groups.skipped["q_proj"]
+    removable = nni_topo.dependency_groups(Attending().eval(), inputs, ASKED)
+    assert {name for group in removable for name in group["op_names"]} == {"q_proj", "k_proj", "v_proj"}
