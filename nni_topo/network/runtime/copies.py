@@ -60,8 +60,8 @@ def _refused_attribute(module: nn.Module, memo: Mapping[int, Any]) -> str:
 
     ``memo``: what stays as it is, among it all modules, because an attribute may hold the module itself.
     """
-    registered = {**module._parameters, **module._buffers}
-    attributes = {key: value for key, value in vars(module).items() if key not in _REGISTRIES}
+    registered: dict[str, Any] = {**module._parameters, **module._buffers}
+    attributes: dict[str, Any] = {key: value for key, value in vars(module).items() if key not in _REGISTRIES}
     for name, value in (registered | attributes).items():
         try:
             copy.deepcopy(value, dict(memo))  # of its own: a refused object leaves half a copy in it
