@@ -171,7 +171,8 @@ DEALT = {"budget": {"flops": 0.4, "allocation": "topological"}}
         (branches, "0 2 5", BELOW, {}, "01111011 10111101 111111"),
         (branches, "0 2 5", RANKED, {}, "01011001 10011001 010111"),
         (branches, "0 2 5", RANKED, {"sequential": True}, "01011001 01010101 100111"),
-        (branches, "0 2 5", {}, DEALT, "01011001 10011001 010111"),
+        # 0.4058 of the MACs; a step less of the coarsest layer and the others as before keep 0.3841
+        (branches, "0 2 5", {}, DEALT, "01111011 10000001 000001"),
     ],
 )
 @pytest.mark.quick_every(3)
