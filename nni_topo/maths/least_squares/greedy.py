@@ -153,29 +153,23 @@ class SampleMatrix:
 class _Reader(ABC):
     """The columns that one layer reads, kept orthogonal to those of the chosen channels."""
 
-    # A chosen channel is dropped: the last one takes its place, so that the remaining ones are contiguous.
+    # The remaining channels are contiguous: the last one takes the place of a chosen one.
 
-    def __init__(self, own: Tensor, cross: Tensor, rows: Tensor) -> None:
-        # `own` (n, block, block): products of each channel's columns with each other. `cross`: products of columns with
-        # what is left of the targets. `rows`: further data, one row for each column.
+    def __init__(self, own: Tensor) -> None:
+        # `own` (n, block, block): products of each channel's columns with each other.
         count, self._block = own.shape[:2]
         scale = own.diagonal(dim1=1, dim2=2).mean(1)
         # A tiny ridge: columns that the chosen ones span leave a block of zeros, which has no Cholesky factor.
         trace = LEAST_PIVOT * torch.where(scale > 0.0, scale, 1.0)
         self._unit = torch.eye(self._block, dtype=torch.float64, device=own.device)
         self._own = own + trace[:, None, None] * self._unit
-        self._cross, self._rows = cross, rows
+        # With C the products of a channel's columns with what is left of the targets: C C', channel by channel.
+        self._met = torch.empty_like(self._own)
         self._channels, self._place, self._left = np.arange(count), np.arange(count), count
-        # The CPU processes chunks of targets that fit into its cache; on a GPU, launching each chunk would take longer.
-        in_cache = max(1, _CACHED // (8 * self._block * cross.shape[1]))
-        self._chunk = in_cache if own.device.type == "cpu" else count
-        self._met = torch.empty_like(self._own)  # products of `cross` with itself, channel by channel
-        for chunk in self._chunks():
-            self._meet(chunk)
 
     def gains(self) -> FloatArray:
         """Return by how much each channel would reduce the squared error, shape (n,); 0 for the chosen ones."""
-        # It is ``trace(G^-1 R R')``, with ``G`` the channel's own products and ``R`` its products with the error.
+        # It is ``trace(G^-1 C C')``, with ``G`` the channel's own products.
         own, met = self._own[: self._left], self._met[: self._left]
         explained = met / own if self._block == 1 else torch.linalg.inv_ex(own).inverse * met
         gains = np.zeros(len(self._channels))
@@ -184,19 +178,52 @@ class _Reader(ABC):
 
     def choose(self, channel: int) -> None:
         """Choose a channel, and subtract what it explains from the others."""
-        place, block = self._place[channel], self._block
+        place = int(self._place[channel])
         factor = torch.linalg.cholesky_ex(self._own[place]).L
         inverse = torch.linalg.solve_triangular(factor, self._unit, upper=False)
-        mine = slice(place * block, (place + 1) * block)
-        filled = self._filled()
-        row, target = filled[mine].clone(), inverse @ self._cross[mine]
         self._left -= 1
-        for values, size in ((self._own, 1), (self._cross, block), (filled, block)):
-            last = self._left * size
-            values[place * size : (place + 1) * size] = values[last : last + size].clone()
+        for blocks in (self._own, self._met):
+            blocks[place] = blocks[self._left].clone()
         self._channels[place] = self._channels[self._left]
         self._place[self._channels[place]] = place
-        new = self._shared(channel, row, inverse)
+        self._subtract(channel, place, inverse)
+
+    @abstractmethod
+    def _subtract(self, channel: int, place: int, inverse: Tensor) -> None:
+        """Subtract what a chosen channel explains from the products of the remaining ones."""
+        # The channel stood at `place` of the columns, where the last remaining one goes. Its new directions are
+        # orthogonal to earlier ones; `inverse` (of a Cholesky factor) scales them to length 1.
+
+
+class _InProducts(_Reader):
+    """Reads products: the Cholesky factor of the chosen columns grows by a block column per step."""
+
+    def __init__(self, layer: Products, keep: int, device: torch.device) -> None:
+        self._gram = _tensor(layer.gram, device).unflatten(1, (-1, layer.block)).unflatten(0, (-1, layer.block))
+        super().__init__(self._gram.diagonal(dim1=0, dim2=2).permute(2, 0, 1))
+        self._cross = _compressed(_tensor(layer.cross, device))
+        # The rows of the factor at its final length, stored transposed, so that the filled part is contiguous.
+        self._rows = torch.zeros(keep * layer.block, len(layer.gram), dtype=torch.float64, device=device).mT
+        self._filled = 0
+        # The CPU processes chunks of targets that fit into its cache; on a GPU, launching each chunk would take longer.
+        in_cache = max(1, _CACHED // (8 * layer.block * self._cross.shape[1]))
+        self._chunk = in_cache if device.type == "cpu" else layer.channels
+        for chunk in self._chunks():
+            self._meet(chunk)
+
+    def _subtract(self, channel: int, place: int, inverse: Tensor) -> None:
+        block, filled = self._block, slice(self._filled, self._filled + self._block)
+        chosen = slice(place * block, (place + 1) * block)
+        row, target = self._rows[chosen, : self._filled].clone(), inverse @ self._cross[chosen]
+        columns = self._left * block
+        for values in (self._cross, self._rows[:, : self._filled]):
+            values[chosen] = values[columns : columns + block].clone()
+        remaining = torch.from_numpy(self._channels[: self._left]).to(row.device)
+        shared = self._gram[channel][:, remaining].flatten(1)
+        shared.addmm_(row, self._rows[:columns, : self._filled].mT, alpha=-1.0)
+        new = (inverse @ shared).mT.contiguous()
+        self._rows[:columns, filled] = new
+        self._filled += block
         blocks = new.unflatten(0, (-1, block))
         # Each channel's own block becomes its Schur complement.
         self._own[: self._left].baddbmm_(blocks, blocks.mT, alpha=-1.0)
@@ -204,15 +231,6 @@ class _Reader(ABC):
             rows = slice(chunk.start * block, chunk.stop * block)
             self._cross[rows].addmm_(new[rows], target, alpha=-1.0)
             self._meet(chunk)
-
-    def _filled(self) -> Tensor:
-        """Return the part of the rows that is filled so far."""
-        return self._rows
-
-    @abstractmethod
-    def _shared(self, channel: int, row: Tensor, inverse: Tensor) -> Tensor:
-        """Return products of the columns left with the new directions of a chosen channel, (left * block, block)."""
-        # The directions are orthogonal to earlier ones; `inverse` (of a Cholesky factor) scales them to length 1.
 
     def _chunks(self) -> Iterator[slice]:
         """Yield chunks of the remaining channels."""
@@ -224,46 +242,43 @@ class _Reader(ABC):
         torch.bmm(blocks, blocks.mT, out=self._met[chunk])
 
 
-class _InProducts(_Reader):
-    """Reads products: the Cholesky factor of the chosen columns grows by a block column per step."""
-
-    def __init__(self, layer: Products, keep: int, device: torch.device) -> None:
-        self._gram = _tensor(layer.gram, device).unflatten(1, (-1, layer.block)).unflatten(0, (-1, layer.block))
-        own = self._gram.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        # The rows of the factor at its final length, stored transposed, so that the filled part is contiguous.
-        rows = torch.zeros(keep * layer.block, len(layer.gram), dtype=torch.float64, device=device).mT
-        super().__init__(own, _compressed(_tensor(layer.cross, device)), rows)
-        self._done = 0
-
-    def _filled(self) -> Tensor:
-        return self._rows[:, : self._done]
-
-    def _shared(self, channel: int, row: Tensor, inverse: Tensor) -> Tensor:
-        columns = self._left * self._block
-        left = torch.from_numpy(self._channels[: self._left]).to(row.device)
-        shared = self._gram[channel][:, left].flatten(1)
-        shared.addmm_(row, self._filled()[:columns].mT, alpha=-1.0)
-        new: Tensor = (inverse @ shared).mT.contiguous()
-        self._rows[:columns, self._done : self._done + self._block] = new
-        self._done += self._block
-        return new
-
-
 class _InSamples(_Reader):
     """Reads samples: what the chosen columns explain is projected out of the samples."""
 
-    def __init__(self, layer: SampleMatrix, device: torch.device) -> None:
-        columns = _tensor(layer.columns, device).clone()
-        blocks = columns.unflatten(0, (-1, layer.block))
-        own = blocks @ blocks.mT + torch.diag_embed(_tensor(layer.ridge, device).unflatten(0, (-1, layer.block)))
-        super().__init__(own, columns @ _compressed(_tensor(layer.targets, device)), columns)
-        self._left_over = torch.eye(columns.shape[1], dtype=torch.float64, device=device)
+    # Products of columns with targets are never formed. Where X are a channel's columns, P projects out the chosen
+    # ones and E are the targets that are left, a direction n with ``t = n' E`` turns ``X' E E' X`` into
+    # ``(X' E - S t)(X' E - S t)' = X' E E' X - S W' - W S'``, with ``S = X' n``, ``W = X' u - S (t t') / 2``,
+    # ``u = E t'``.
 
-    def _shared(self, channel: int, row: Tensor, inverse: Tensor) -> Tensor:
-        new = self._left_over @ (row.mT @ inverse.mT)
-        self._left_over.addmm_(new, new.mT, alpha=-1.0)
-        shared: Tensor = self._rows[: self._left * self._block] @ new
-        return shared
+    def __init__(self, layer: SampleMatrix, device: torch.device) -> None:
+        columns, targets = _tensor(layer.columns, device), _tensor(layer.targets, device)
+        blocks = columns.unflatten(0, (-1, layer.block))
+        super().__init__(
+            blocks @ blocks.mT + torch.diag_embed(_tensor(layer.ridge, device).unflatten(0, (-1, layer.block)))
+        )
+        left_over = targets @ targets.mT
+        products = (columns @ left_over).unflatten(0, (-1, layer.block))
+        torch.bmm(products, blocks.mT, out=self._met)
+        self._columns = columns.clone()
+        self._errors = left_over  # E E', (samples, samples)
+        self._projection = torch.eye(len(targets), dtype=torch.float64, device=device)
+
+    def _subtract(self, channel: int, place: int, inverse: Tensor) -> None:
+        block, columns = self._block, self._left * self._block
+        chosen = self._columns[place * block : (place + 1) * block]
+        scaled = chosen.mT @ inverse.mT
+        chosen.copy_(self._columns[columns : columns + block].clone())
+        directions, effects = self._projection @ scaled, self._errors @ scaled  # n and u, (samples, block)
+        self._projection.addmm_(directions, directions.mT, alpha=-1.0)
+        squares = scaled.mT @ effects  # t t'
+        half = effects - directions @ (squares / 2.0)
+        both = torch.cat([directions, half], 1)
+        self._errors.addmm_(both, torch.cat([half, directions], 1).mT, alpha=-1.0)
+        shared = self._columns[:columns] @ both
+        first, second = shared.unflatten(0, (-1, block)).split(block, 2)  # S and W
+        self._own[: self._left].baddbmm_(first, first.mT, alpha=-1.0)
+        change = first @ second.mT
+        self._met[: self._left].sub_(change).sub_(change.mT)
 
 
 def _tensor(values: FloatArray, device: torch.device) -> Tensor:
