@@ -31,6 +31,8 @@ LEAST_PIVOT = 1e-10
 """Ridge on a channel's own products, as a share of their diagonal, for columns that the chosen ones span."""
 
 _NOTHING = 1e-5  # share of the total reduction: if no channel reduces more, the others follow by their current gains
+STOP = 0.0
+"""Share of the error that is left: a step that reduces less of it ends the search, and the others follow by gains."""
 _MANY = 2**16  # numbers of a layer from which a GPU is faster than the CPU; for fewer its launches take longer
 _CACHED = 2**20  # bytes of targets that are processed at a time
 
@@ -69,6 +71,7 @@ def forward_selection(
     [2, 1]
     """
     channels = layers[0].channels
+    total = sum(layer.total for layer in layers)
     device = _device(layers)
     # The matrices of a step are tall and a block wide: threads would wait for each other, above all on a busy machine.
     threads = torch.get_num_threads()
@@ -91,7 +94,8 @@ def forward_selection(
             taken[step] = gains[order[step]]
             left[order[step]] = False
             room[part[order[step]]] -= 1
-            is_met = is_met or taken[step] <= _NOTHING * taken[:step].sum()
+            reduced = taken[:step].sum()
+            is_met = is_met or taken[step] <= max(_NOTHING * reduced, STOP * (total - reduced))
             if not is_met and step < keep - 1:  # after the last choice no gains are needed
                 for reader in readers:
                     reader.choose(int(order[step]))
@@ -117,6 +121,7 @@ class Products:
     cross: FloatArray
     block: int
     device: torch.device = CPU  # the network's
+    total: float = 0.0  # sum of the squares of Y; 0 if it isn't known
 
     @property
     def channels(self) -> int:
@@ -138,6 +143,11 @@ class SampleMatrix:
     def channels(self) -> int:
         """How many channels are read."""
         return len(self.columns) // self.block
+
+    @property
+    def total(self) -> float:
+        """Sum of the squares of Y."""
+        return float(np.square(self.targets).sum())
 
     @property
     def gram(self) -> FloatArray:
