@@ -54,7 +54,6 @@ from nni_topo.network.channels.rules import (
 )
 from nni_topo.network.graph.nodes import (
     AS_NUMBERS,
-    COMPARED,
     RANDOM,
     UNUSED,
     described,
@@ -63,7 +62,15 @@ from nni_topo.network.graph.nodes import (
     place,
     tensor_shape,
 )
-from nni_topo.network.graph.traced_int import TracedInt, attribute_channels, attribute_sizes_in, fold_numbers
+from nni_topo.network.graph.traced_int import (
+    CHECKS,
+    TracedInt,
+    attribute_channels,
+    attribute_sizes_in,
+    counted_by,
+    fold_numbers,
+    plain,
+)
 from nni_topo.network.layers.derived import is_head
 from nni_topo.network.layers.integer_attributes import LAYER_WIDTHS, Place, is_of_torch
 from nni_topo.network.layers.kinds import (
@@ -125,13 +132,17 @@ class Propagation(torch.fx.Interpreter):
         """List the ids of a layer's output channels: int, shape (channels,)."""
         return self.layers[name].ids
 
-    def uncoupled(self) -> dict[str, FreeParameter]:
-        """Return, by name, free parameters with a choice of dimensions that aren't coupled with removable channels."""
+    def uncoupled(self, *, kept_too: bool = False) -> dict[str, FreeParameter]:
+        """Return, by name, free parameters with a choice of dimensions that aren't coupled with removable channels.
+
+        ``kept_too``: that aren't coupled with channels which are kept either.
+        """
         free = self.free_parameters | self._given.one_valued
         several = {name: each for name, each in free.items() if len(each.dims) > 1}
         if not several:
             return {}
-        group_ids = self._given.settled()[1]
+        before, after, _ = self._given.settled()
+        group_ids = before if kept_too else after
         made = np.zeros(len(group_ids), dtype=np.bool_)
         for name in self.layers:
             made[group_ids[self.channel_ids_of(name)]] = True
@@ -479,6 +490,7 @@ class ChannelFlow(Propagation):
             if len(counted) > 1:
                 where = f"the attribute {f'{held_at[0]}.{held_at[1]}'.lstrip('.')}"
                 self.blocks.append(Blocks([counted], may_vanish=False, place=where))
+        self._keep_checked_sizes()
         self._class_ids = self._with_patterns()
 
     def _with_patterns(self) -> np.ndarray:
@@ -511,6 +523,27 @@ class ChannelFlow(Propagation):
                 class_ids = smallest_of_connected(pairs, self.size)[class_ids]
             reached[FIXED] = False
 
+    def _keep_checked_sizes(self) -> None:
+        """Let numbers of channels stay equal, or multiples of a number, if the forward has found that they are."""
+        for node in self.traced.graph.nodes:
+            if node.target not in CHECKS or len(node.all_input_nodes) != len(node.args) - (node.target is operator.mod):
+                continue
+            one, other = node.args
+            counted, rows = counted_by(one, self.ids), list[np.ndarray]()
+            if counted is None:
+                continue
+            if node.target is operator.mod:
+                is_constant = not isinstance(other, TracedInt) or other.place not in self._attribute_sizes
+                divides = isinstance(other, int) and 1 < plain(other) < len(counted) and not len(counted) % plain(other)
+                if divides and is_constant:
+                    rows = np.split(counted, plain(other))
+            elif node.target in (operator.eq, operator.ne):
+                equal = counted_by(other, self.ids)
+                rows = [counted, equal] if equal is not None and len(equal) == len(counted) else []
+            rows = [self.group_ids(row) for row in rows]
+            if rows and any(not np.array_equal(np.sort(row), np.sort(rows[0])) for row in rows):
+                self.blocks.append(Blocks([rows], may_vanish=False, place=described(node)))
+
     def _ids_within(self, node: Node, sizes: tuple[int, ...]) -> list[np.ndarray]:
         """Return the ids that a tensor may hold that a module computed, which is one node: those with its sizes."""
         module: Any = node.args[0] if node.target is attend else node
@@ -530,13 +563,18 @@ class ChannelFlow(Propagation):
         other dimensions are tried, the likeliest first. Weights of layers, whose default is the rows, come last.
         """
         found: dict[str, int] = {}
-        for are_weights in (False, True):
+        # A matrix whose wrong dimension is taken keeps the channels that it is multiplied with, so that the parameters
+        # which these channels are added to aren't coupled with removable ones: look for the matrix's dimension first.
+        for are_weights, kept_too in ((False, True), (False, False), (True, False)):
             before: Propagation = self
             if found:
                 before = Propagation(self.traced, found)
                 before.run(*tree_map(fixed, args))
             left: dict[str, list[int]] = {}
-            for name, each in before.uncoupled().items():
+            uncoupled = before.uncoupled(kept_too=kept_too)
+            if kept_too and len(uncoupled) == len(before.uncoupled()):
+                continue
+            for name, each in uncoupled.items():
                 if name.endswith(_WEIGHT) is are_weights:
                     left[name] = each.dims[:-1]
             while left := {name: dims for name, dims in left.items() if dims}:
@@ -662,21 +700,24 @@ class ChannelFlow(Propagation):
         ``following``: the channels that attributes count, by place. If it isn't known what the forward does with a
         width, the layer keeps these channels.
         """
-        read: dict[Place, Node] = {}
+        read, checked = dict[Place, Node](), dict[Place, Node]()
         for node in self.traced.graph.nodes:
             places = [size.place for size in attribute_sizes_in((node.args, node.kwargs)) if size.place is not None]
-            places += [place for place, _ in node.meta.get(COMPARED, ())]
-            read.update(dict.fromkeys(places, node))
-        for (name, key, path), node in read.items():
+            (checked if node.target in CHECKS else read).update(dict.fromkeys(places, node))
+        for name, key, path in checked | read:
             if key not in LAYER_WIDTHS or name not in self._called or not is_of_torch(self.fetch_attr(name)):
                 continue
             is_made = key in ("out_channels", "out_features", "embedding_dim") and name in self.layers
             channels = self.channel_ids_of(name) if is_made else self.entering_channel_ids(name)
             uses = following.pop((name, key, path), [])
-            if uses and all(parts == 1 and len(counted) == len(channels) for parts, counted in uses):
+            is_only_checked = (name, key, path) not in read
+            if (uses or is_only_checked) and all(
+                parts == 1 and len(counted) == len(channels) for parts, counted in uses
+            ):
                 following[name, key, path] = [*uses, (1, channels)]
             else:
-                self._given.pin(np.unique(channels), reasons.number_made(node))
+                reader = checked[name, key, path] if is_only_checked else read[name, key, path]
+                self._given.pin(np.unique(channels), reasons.number_made(reader))
 
     def _keep_shuffled_into_groups(self) -> None:
         """Keep shuffled channels that a grouped convolution reads: the dense model would put them into other groups."""
@@ -705,6 +746,12 @@ class ChannelFlow(Propagation):
     def sizes_kept(self, is_kept: np.ndarray) -> dict[Place, int]:
         """Return the new values of attributes that count channels; ``is_kept``: bool, by group id."""
         return {place: parts * int(is_kept[each[0]].sum()) for place, (parts, each) in self._attribute_sizes.items()}
+
+    def counted_in(self, place: Place) -> list[int]:
+        """List the channels that an attribute counts: group ids; none if it isn't known to count any."""
+        _, counted = self._attribute_sizes.get(place, (1, []))
+        channels: list[int] = np.concatenate([np.zeros(0, dtype=np.int64), *counted]).tolist()
+        return channels
 
     @property
     def readers(self) -> tuple[str, ...]:

@@ -16,8 +16,7 @@ from torch.fx.passes.shape_prop import TensorMetadata
 RECORDED = "_recorded"  # prefix of the names of constants in a recorded graph, before a number
 RANDOM = "nni_topo_random"  # in a node's meta: whether it draws random numbers
 UNUSED = "nni_topo_unused"  # in a node's meta: whether something is computed from its value and never used
-COMPARED = "nni_topo_compared"  # in a node's meta: attributes that the forward found equal to sizes of its value
-UNSHOWN = "nni_topo_unshown"  # in a node's meta: whether a constant of the graph was computed from its number
+UNSHOWN = "nni_topo_unshown"  # in a node's meta: whether a branch or a constant of the graph depends on its number
 AS_NUMBERS = "nni_topo_as_numbers"  # in a node's meta: whether the forward reads its entries as a list or an array
 LINE = "nni_topo_line"  # in a node's meta: file and line of the forward that calls it
 

@@ -8,6 +8,7 @@ constants that differ. If the model fails on twice the samples, their number is 
 from __future__ import annotations
 
 import logging
+import math
 import operator
 import sys
 import weakref
@@ -33,7 +34,6 @@ from nni_topo.network.attention.heads import is_attention
 from nni_topo.network.graph.caches import release, without_caches
 from nni_topo.network.graph.nodes import (
     AS_NUMBERS,
-    COMPARED,
     LINE,
     RECORDED,
     UNSHOWN,
@@ -43,7 +43,16 @@ from nni_topo.network.graph.nodes import (
     on_modules,
     plain_name,
 )
-from nni_topo.network.graph.traced_int import Notes, TracedInt, UnshownSizes, attributes_traced, forget_places, plain
+from nni_topo.network.graph.traced_int import (
+    Check,
+    Notes,
+    TracedInt,
+    UnclearPlaces,
+    UnshownSizes,
+    attributes_traced,
+    forget_places,
+    plain,
+)
 from nni_topo.network.layers.derived import HEAD, is_followed, is_inner, with_heads
 from nni_topo.network.layers.kinds import is_one
 from nni_topo.network.runtime.copies import forget_evaluated
@@ -117,21 +126,17 @@ def _recorded(model: nn.Module, named: dict[str, Any], notes: Notes) -> Recorded
     leaves = {id(module) for module in model.modules() if _is_leaf(module)}
     with attributes_traced(model) as unclear:
         forget_evaluated(model)
-        first = _Recorder(model, followed, leaves, named, notes)
+        first = _Recorder(model, followed, leaves, named, notes, unclear)
         unclear.note_unwritten()
         release(notes.sizes(), model)
-        second = _recorder_of_twice(model, followed, leaves, doubled, notes)
+        second = _recorder_of_twice(model, followed, leaves, doubled, notes, unclear)
         if second is not None:
             _follow_samples(first, second, samples)
         unclear.note_divided(first.graph)
         forget_places(first.graph, unclear)
-    for place, tensor, dim in unclear.compared:
-        compared = first.node_of(tensor)
-        if compared is not None and place not in unclear:
-            compared.meta.setdefault(COMPARED, []).append((place, dim))
-    # Numbers in the graph hold these lists, which hold tensors: free them.
-    unclear.compared.clear()
+    # Numbers in the graph hold these, which hold tensors: free them.
     unclear.computed.clear()
+    unclear.write_check = None
     for node in reversed(first.graph.nodes):
         if node.users or node in first.read or node.op in ("placeholder", "output"):
             continue
@@ -155,7 +160,12 @@ def _recorded(model: nn.Module, named: dict[str, Any], notes: Notes) -> Recorded
 
 
 def _recorder_of_twice(
-    model: nn.Module, followed: set[int], leaves: set[int], doubled: dict[str, Any], notes: Notes
+    model: nn.Module,
+    followed: set[int],
+    leaves: set[int],
+    doubled: dict[str, Any],
+    notes: Notes,
+    unclear: UnclearPlaces,
 ) -> _Recorder | None:
     """Record a model on twice the samples; None if it fails on them: then the graph is for one number of samples.
 
@@ -163,7 +173,7 @@ def _recorder_of_twice(
     """
     try:
         forget_evaluated(model)
-        return _Recorder(model, followed, leaves, doubled, notes)
+        return _Recorder(model, followed, leaves, doubled, notes, unclear)
     except SpeedupError:
         raise
     except Exception as error:  # a forward may raise anything
@@ -197,7 +207,13 @@ class _Recorder(TorchFunctionMode):
     """Records one run of a model."""
 
     def __init__(
-        self, model: nn.Module, followed: set[int], leaves: set[int], named: dict[str, Any], notes: Notes
+        self,
+        model: nn.Module,
+        followed: set[int],
+        leaves: set[int],
+        named: dict[str, Any],
+        notes: Notes,
+        unclear: UnclearPlaces,
     ) -> None:
         super().__init__()
         self.graph = Graph()
@@ -205,7 +221,10 @@ class _Recorder(TorchFunctionMode):
         self.reads_values = False
         self.read = set[Node]()  # nodes that stay in the graph because Python code read or stored their values
         self.numbers = set[Node]()  # nodes of tensors' sizes, and of numbers computed from them
-        self._unshown = UnshownSizes()
+        self.checks = set[Node]()  # nodes of comparisons and remainders, and of the numbers that only they read
+        self._unshown = UnshownSizes(self._write_check)
+        self._inner = UnshownSizes(self._write_check)  # in modules that are one node, which the dry run runs
+        unclear.write_check = self._write_check
         self._followed = followed  # by id, modules that are one node up to the function that they call
         self._leaves = leaves  # by id, modules that are one node
         self._own = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
@@ -241,8 +260,6 @@ class _Recorder(TorchFunctionMode):
             self.read.add(made)
         found = tuple(self._node(each) for each in returned_tensors(self.outputs))
         self.graph.output(found[0] if isinstance(self.outputs, Tensor) else found)
-        # Weak references, because a tensor of the second run may get the id of a freed one.
-        self._givers = {id(each): (weakref.ref(each), self._nodes[id(each)]) for each in self._alive}
         self.compared = tuple(dict.fromkeys(self._unshown.compared))
         self._nodes.clear()
         self._alive.clear()
@@ -265,6 +282,8 @@ class _Recorder(TorchFunctionMode):
         if self._inside and self._stack and any(id(x) in self._nodes or id(x) in self._within for x in leaves):
             self._within |= {id(tensor): (weakref.ref(tensor), self._stack[-1]) for tensor in tensors_of(out)}
         if self._inside or not any(self._is_followed(each) for each in leaves):
+            if self._inside and len(leaves) and id(leaves[0]) in self._nodes and id(leaves[0]) not in self._own:
+                out = self._measured(func, args, kwargs, out)  # a module that is one node may check its input's width
             # No node shows what is computed here from an attribute's number.
             for each in leaves:
                 if isinstance(each, TracedInt):
@@ -341,11 +360,20 @@ class _Recorder(TorchFunctionMode):
         """Turn sizes that a model reads from a tensor into `TracedInt`; return other outputs unchanged."""
         name = getattr(func, "__name__", "")
         of_shape = name == "__get__" and getattr(func.__self__, "__name__", "") == "shape"
-        if not (of_shape or name == "size") or not self._is_followed(args[0]):
+        names = ("size", "numel", "nelement", "__len__")
+        if not (of_shape or name in names) or not self._is_followed(args[0]):
             return out
+        unshown = self._inner if self._inside else self._unshown
+        if name == "__len__":  # always a plain integer, so that its use isn't known
+            if args[0].dim() > 1:
+                unshown.append(TracedInt.of_tensor(out, args[0], 0, unshown))
+            return out
+        if name in names[1:]:
+            sizes = [TracedInt.of_tensor(size, args[0], d, unshown) for d, size in enumerate(args[0].shape)]
+            return math.prod(sizes)
         if isinstance(out, int):
-            return TracedInt.of_tensor(out, args[0], args[1] if len(args) > 1 else kwargs["dim"], self._unshown)
-        return torch.Size([TracedInt.of_tensor(size, args[0], d, self._unshown) for d, size in enumerate(out)])
+            return TracedInt.of_tensor(out, args[0], args[1] if len(args) > 1 else kwargs["dim"], unshown)
+        return torch.Size([TracedInt.of_tensor(size, args[0], d, unshown) for d, size in enumerate(out)])
 
     @contextmanager
     def _calls_seen(self, model: nn.Module) -> Iterator[None]:
@@ -410,6 +438,22 @@ class _Recorder(TorchFunctionMode):
         node.meta[LINE] = forward_line()
         self._enter(out, node)
 
+    def _write_check(self, check: Check) -> bool:
+        """Add a comparison or remainder of sizes to the graph; return False if it can't hold what is computed."""
+        function, *operands = check
+        if self._inside and not _is_width_checked(check):
+            return False  # the dry run runs the module, and with it this check
+        node = self.graph.call_function(function, tuple(map(self._argument, operands)))
+        node.meta |= {"nn_module_stack": {name: (name, nn.Module) for name in self._stack}, LINE: forward_line()}
+        if not self._inside:
+            node.meta[UNSHOWN] = True
+        self.read.add(node)
+        waiting = [node]
+        for number in waiting:
+            waiting += [parent for parent in number.all_input_nodes if parent in self.numbers]
+        self.checks.update(waiting)
+        return True
+
     def _argument(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             return self._node(value)
@@ -436,11 +480,6 @@ class _Recorder(TorchFunctionMode):
         for key, each in value.items() if isinstance(value, Mapping) else enumerate(value):
             if tensors_of(each):
                 self._enter(each, self.graph.call_function(operator.getitem, (node, key)))
-
-    def node_of(self, tensor: Tensor) -> Node | None:
-        """Return the node whose value a tensor was in the run; None without one."""
-        reference, node = self._givers.get(id(tensor), (None, None))
-        return node if reference is not None and reference() is tensor else None
 
     def _node(self, tensor: Tensor) -> Node:
         if id(tensor) not in self._nodes:
@@ -544,10 +583,17 @@ def _operation(func: Any, args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, .
     return "call_function", getattr(operator, plain, func), args
 
 
+def _is_width_checked(check: Check) -> bool:
+    """Tell whether a check compares an attribute for equality with the size of a tensor."""
+    function, *operands = check
+    attributes = [isinstance(each, TracedInt) and each.place is not None for each in operands]
+    return function in (operator.eq, operator.ne) and any(attributes) and not all(attributes)
+
+
 def _follow_samples(first: _Recorder, second: _Recorder, samples: int) -> None:
     """Compute numbers that differ between the runs on n and 2n samples from the number of samples."""
-    graph, nodes = first.graph, list(first.graph.nodes)
-    others = list(second.graph.nodes)
+    graph, nodes = first.graph, [node for node in first.graph.nodes if node not in first.checks]
+    others = [node for node in second.graph.nodes if node not in second.checks]
     same = len(nodes) == len(others) and all(
         one.op == other.op and (one.target == other.target or one.op == "get_attr")
         for one, other in zip(nodes, others, strict=False)

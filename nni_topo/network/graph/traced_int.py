@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
-from nni_topo.network.graph.nodes import COMPARED, leaves_of, plain_name, tensor_shape
+from nni_topo.network.graph.nodes import leaves_of, plain_name, tensor_shape
 from nni_topo.network.layers.integer_attributes import Place, layer_widths, numbers_in, numbers_read, with_numbers
 
 
@@ -57,21 +57,23 @@ class Notes:
 
 
 NOTES: ContextVar[Notes | None] = ContextVar("notes", default=None)
+Check = tuple[Callable[..., int], Any, Any]
+"""A comparison or a remainder, and its two operands."""
 
 
 class UnclearPlaces(set[Place]):
     """Places of attributes from which the forward computes something that the graph doesn't show.
 
-    ``compared``: place, tensor and dimension, if the forward found an attribute equal to the size of a tensor.
     ``computed``: numbers that were computed from attributes alone. ``divided``: pairs of places from whose quotient
-    something is computed that the graph doesn't show.
+    something is computed that the graph doesn't show. ``write_check``: adds a check to the graph that is recorded;
+    returns False if the graph can't hold it.
     """
 
     def __init__(self, places: Iterable[Place] = ()) -> None:
         super().__init__(places)
-        self.compared: list[tuple[Place, Tensor, int]] = []
         self.computed: list[TracedInt] = []
         self.divided = set[tuple[Place, ...]]()
+        self.write_check: Callable[[Check], bool] | None = None
 
     def note_unwritten(self) -> None:
         """Note the places of computed numbers that the graph doesn't hold, because their use isn't known."""
@@ -84,9 +86,8 @@ class UnclearPlaces(set[Place]):
         """Note both places of a quotient if the graph doesn't show its use, or if one of them is noted already."""
         shown = set[tuple[Place, ...]]()
         for node in graph.nodes:
-            shown.update(
-                tuple(size.places) for size in attribute_sizes_in((node.args, node.kwargs)) if size.per is not None
-            )
+            sizes = [] if node.target in CHECKS else attribute_sizes_in((node.args, node.kwargs))
+            shown.update(tuple(size.places) for size in sizes if size.per is not None)
         before = -1
         while before != len(self):
             before = len(self)
@@ -100,12 +101,13 @@ class UnshownSizes(list["TracedInt"]):
     """Sizes of tensors from which the forward computed numbers that the graph doesn't show.
 
     ``compared``: pairs of a size, not the number of samples, and the number that the forward compared it with by ``<``
-    or ``>``. With inputs of another size it may take another branch.
+    or ``>``. With inputs of another size it may take another branch. ``write_check``: as in `UnclearPlaces`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, write_check: Callable[[Check], bool]) -> None:
         super().__init__()
         self.compared: list[tuple[int, int]] = []
+        self.write_check = write_check
 
 
 class TracedInt(int):
@@ -229,6 +231,8 @@ def _arithmetic(function: Callable[..., int], first: Any, second: Any) -> Any:
             each.note_number()
         return NotImplemented
     value = function(plain(first), plain(second))
+    if function is operator.mul and len(traced) == 1 and plain(traced[0]) == value != 0:
+        return traced[0]  # one times a number, as a product starts, computes nothing
     if function is operator.floordiv and isinstance(first, TracedInt) and first.place is not None:
         # An equal part of an attribute's number still belongs to the attribute.
         is_known = type(second) is int or (isinstance(second, TracedInt) and second.source is None)
@@ -257,8 +261,7 @@ def _arithmetic(function: Callable[..., int], first: Any, second: Any) -> Any:
 def _noted(name: str, *operands: Any) -> Any:
     """Compute an operation that the graph doesn't show, such as a comparison that decides on a branch, and note it."""
     value = getattr(int, name)(*operands)
-    is_equality = name == ("__eq__" if value is True else "__ne__")
-    if not (is_equality and _note_equal(*operands)):
+    if not _is_checked(name, operands):
         _note_other_uses(operands)
     for each in operands:
         if not isinstance(each, TracedInt):
@@ -270,16 +273,25 @@ def _noted(name: str, *operands: Any) -> Any:
     return value
 
 
-def _note_equal(one: TracedInt, other: Any) -> bool:
-    """Note that an attribute equals the size of a tensor; return False if the two numbers are anything else."""
-    for held, size in ((one, other), (other, one)):
-        if not isinstance(held, TracedInt) or not isinstance(size, TracedInt):
-            return False
-        if held.place is None or held.parts > 1 or size.source is None or not isinstance(size.source[0], Tensor):
-            continue
-        tensor, dim = size.source
-        held.unclear.compared.append((held.place, tensor, dim))
-        return True
+def _is_checked(name: str, operands: tuple[Any, ...]) -> bool:
+    """Tell whether the recorded graph holds an operation as a check, which must give the same for fewer channels.
+
+    It does if an operand is a size of a tensor, or if both belong to attributes.
+    """
+    function = _CHECKING.get(name)
+    if function is None or not isinstance(operands[1], (int, float)):
+        return False
+    first, second = reversed(operands) if name == "__rmod__" else operands
+    traced = [each for each in operands if isinstance(each, TracedInt)]
+    for each in traced:
+        if each.unshown is not None:
+            return each.unshown.write_check((function, first, second))
+    if len(traced) < 2:
+        return False
+    for each in traced:
+        for held in each.factors or (each,):
+            if held.place is not None and held.unclear.write_check is not None:
+                return held.unclear.write_check((function, first, second))
     return False
 
 
@@ -295,6 +307,10 @@ ON_NUMBERS = (operator.mul, operator.add, operator.sub, operator.floordiv)
 _ORDERS = ("__lt__", "__le__", "__gt__", "__ge__")
 _TO_FLOATS = ("__truediv__", "__rtruediv__", "__pow__", "__rpow__")
 _NOTED = (*_ORDERS, *_TO_FLOATS, "__eq__", "__ne__", "__neg__", "__mod__", "__rmod__", "__divmod__", "__rdivmod__")
+_CHECKING: dict[str, Callable[..., int]] = {
+    **{name: getattr(operator, name) for name in (*_ORDERS, "__eq__", "__ne__", "__mod__")}, "__rmod__": operator.mod
+}  # fmt: skip
+CHECKS = frozenset(_CHECKING.values())
 for _function in ON_NUMBERS:
     _name = _function.__name__
     setattr(TracedInt, f"__{_name}__", partialmethod(lambda one, other, of: _arithmetic(of, one, other), of=_function))
@@ -375,11 +391,16 @@ def attribute_channels(
     """
     found: dict[Place, list[tuple[int, np.ndarray]]] = defaultdict(list)
     unclear, quotients = set[Place](), dict[tuple[Place, Place], int]()
+    equal = list[tuple[Place, Place]]()
     for node in graph.nodes:
-        for place, dim in node.meta.get(COMPARED, ()):
-            row = _ids_in(ids.get(node.name), dim)
-            if row is not None and len(row) > 1:
-                found[place].append((1, row))
+        if node.target in CHECKS and not isinstance(ids.get(node.name), Tensor):
+            for place, parts, row in _found_equal(node, ids):
+                found[place].append((parts, row))
+            one, other = node.args
+            are_held = all(isinstance(each, TracedInt) and each.place and each.parts == 1 for each in (one, other))
+            if are_held and node.target in (operator.eq, operator.ne) and plain(one) == plain(other):
+                equal.append((one.place, other.place))
+            continue  # the dry run compares its result
         if node.target in ON_NUMBERS and not isinstance(ids.get(node.name), Tensor):
             continue  # numbers computed from sizes are checked where they are used
         if plain_name(node) not in _SIZED:
@@ -409,7 +430,30 @@ def attribute_channels(
         widths = {(parts, len(channels)) for parts, channels in uses_of_place}
         if len(widths) == 1 and place not in unclear:
             even[place] = uses_of_place
+    for pair in equal * len(equal):  # each equals the others of a chain
+        if unclear.isdisjoint(pair):
+            common = [use for place in pair for use in even.get(place, ())]
+            if len({(parts, len(row)) for parts, row in common}) == 1:
+                even |= dict.fromkeys(pair, common)
     return _with_quotients(even, unclear, quotients, groups)
+
+
+def _found_equal(node: Node, ids: dict[str, Any]) -> Iterator[tuple[Place, int, np.ndarray]]:
+    """Yield attributes that a forward found equal to a number of channels: place, parts, and the channels' ids."""
+    for size, other in (node.args, node.args[::-1]) if node.target in (operator.eq, operator.ne) else ():
+        if isinstance(other, TracedInt) and other.place is not None and other.per is None:
+            channels = counted_by(size, ids)
+            if channels is not None and len(channels) == plain(other):
+                yield other.place, other.parts, channels
+
+
+def counted_by(size: Any, ids: dict[str, Any]) -> np.ndarray | None:
+    """Return the ids of the channels that a size of a tensor counts; None if a number in the graph is anything else."""
+    if not isinstance(size, Node) or size.target != "size" or len(size.args) != 2:
+        return None
+    tensor, dim = size.args
+    channels = _ids_in(ids.get(tensor.name), dim) if isinstance(tensor, Node) else None
+    return channels if channels is not None and len(channels) > 1 else None
 
 
 def _with_quotients(

@@ -28,8 +28,8 @@ from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.channels.ids import FIXED
 from nni_topo.network.channels.reasons import Reason
 from nni_topo.network.channels.rules import has_property
-from nni_topo.network.graph.nodes import RANDOM, UNSHOWN
-from nni_topo.network.graph.traced_int import resized
+from nni_topo.network.graph.nodes import RANDOM, UNSHOWN, tensor_shape
+from nni_topo.network.graph.traced_int import CHECKS, ON_NUMBERS, attribute_sizes_in, counted_by, resized
 from nni_topo.network.graph.tracing import arguments
 from nni_topo.network.layers.kinds import is_recurrent
 from nni_topo.network.runtime.comparison import SAME_CHANNELS, difference
@@ -49,6 +49,7 @@ _MOST_COLOURS = 64  # channels of images
 _ROUNDS = 24  # each finds about half of the remaining unprunable channels
 
 _DRAWS = 5  # attempts with other random weights and inputs if the network fails
+_SHARES = (0.5, 0.25) * 4  # of channels that are kept, for each attempt to change what a forward's checks give
 
 
 @as_written()
@@ -86,6 +87,7 @@ def _found_with(analysis: Analysis, seed: int) -> dict[int, Reason] | None:
         calls = list(by_shape.values())
         if analysis.depends_on_size and analysis.second is not None:
             held.update(dict.fromkeys(_differing(flow, analysis.second.flow).tolist(), reasons.depends_on_size()))
+        _hold_checked(flow, held)
         for turn in range(_ROUNDS):
             # Alternate: prune part of every block, as pruners do; prune some whole blocks, as masks may.
             in_parts = bool(flow.blocks) and turn % 2 == 0
@@ -96,6 +98,58 @@ def _found_with(analysis: Analysis, seed: int) -> dict[int, Reason] | None:
             if clean == {bool(flow.blocks), False}:
                 return held
     return None
+
+
+def _hold_checked(flow: ChannelFlow, held: dict[int, Reason]) -> None:
+    """Add the channels whose number decides what a forward's comparisons and remainders give; no network runs.
+
+    ``held``: the reason, by group id. A single dry run may miss them: half of all numbers are even.
+    """
+    checks = {node: _numbers_before(node) for node in flow.traced.graph.nodes if node.target in CHECKS}
+    for node, numbers in list(checks.items()):
+        # The ids of a layer's weight don't show its width: the dry run reads it from the smaller layer.
+        is_of_weight = any(parent.op == "get_attr" for number in numbers for parent in number.all_input_nodes)
+        if is_of_weight or UNSHOWN not in node.meta or not _counted(flow, [*numbers, node]):
+            del checks[node]
+    drawing = np.random.default_rng(1)
+    for kept_share in _SHARES if checks else ():
+        is_kept = _draw(flow, held, drawing, {}, in_parts=False, kept_share=kept_share)
+        sizes = flow.sizes_kept(is_kept)
+        for check, numbers in checks.items():
+            full, small = dict[Node, Any](), dict[Node, Any]()
+            for node in (*numbers, check):
+                if node.target == "size":
+                    tensor, dim = cast("tuple[Node, int]", node.args)
+                    ids, shape = flow.ids[tensor.name], tensor_shape(tensor) or ()
+                    full[node], small[node] = shape[dim], len(kept_slices(ids, shape, flow, is_kept)[dim])
+                else:
+                    function: Any = node.target
+                    full[node] = function(*map_arg(node.args, full.__getitem__))
+                    small[node] = function(*resized(map_arg(node.args, small.__getitem__), sizes))
+            if full[check] != small[check]:
+                pruned = [group_id for group_id in _counted(flow, [*numbers, check]) if not is_kept[group_id]]
+                held.update(dict.fromkeys(pruned, reasons.number_made(check)))
+
+
+def _numbers_before(node: Node) -> list[Node]:
+    """List the nodes of the numbers from which a node computes a number, in the order of the graph."""
+    found = dict[Node, None]()
+    for parent in node.all_input_nodes if node.target in CHECKS or node.target in ON_NUMBERS else ():
+        found.update(dict.fromkeys([*_numbers_before(parent), parent]))
+    return list(found)
+
+
+def _counted(flow: ChannelFlow, numbers: Iterable[Node]) -> list[int]:
+    """List the channels that numbers count, as sizes of tensors or in attributes: group ids."""
+    found = set[int]()
+    for node in numbers:
+        channels = counted_by(node, flow.ids)
+        if channels is not None:
+            found.update(flow.group_ids(channels).tolist())
+        for size in attribute_sizes_in(node.args):
+            for place in size.places:
+                found.update(flow.counted_in(place))
+    return sorted(found - {FIXED})
 
 
 def _differing(flow: ChannelFlow, other: ChannelFlow) -> np.ndarray:
@@ -206,13 +260,19 @@ def _randomized(analysis: Analysis) -> tuple[GraphModule, Call]:
 
 
 def _draw(
-    flow: ChannelFlow, held: dict[int, Reason], drawing: np.random.Generator, halves: Shares, *, in_parts: bool
+    flow: ChannelFlow,
+    held: dict[int, Reason],
+    drawing: np.random.Generator,
+    halves: Shares,
+    *,
+    in_parts: bool,
+    kept_share: float = 0.5,
 ) -> np.ndarray:
-    """Draw which channels are kept, bool, by group id: about half of the prunable ones.
+    """Draw which channels are kept, bool, by group id: by default about half of the prunable ones.
 
     Every layer keeps at least one output channel and one input channel.
     """
-    is_kept: np.ndarray = drawing.random(flow.size) < 0.5
+    is_kept: np.ndarray = drawing.random(flow.size) < kept_share
     for blocks in flow.blocks if in_parts else ():
         for block in blocks.all:
             group_ids = flow.group_ids(block)
@@ -490,6 +550,8 @@ class _DryRun:
             holder: Any = node.args[0] if node.target is attend else node
             attention = self.flow.attention[str(holder.target)]
             group_ids = np.unique(np.concatenate([self.flow.group_ids_of(layer) for layer in attention.channels]))
+        if node.target in CHECKS:
+            group_ids = np.array(_counted(self.flow, [*_numbers_before(node), node]), dtype=np.int64)
         if self.is_kept[group_ids].all():
             ids = [alive] if len(alive) else self._ids_of(entering)
             group_ids = np.unique(self.flow.group_ids(np.concatenate([*ids, np.zeros(0, dtype=np.int64)])))

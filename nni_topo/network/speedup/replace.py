@@ -14,6 +14,7 @@ from nni_topo.network.channels.constraints import DenseOrder
 from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.graph.nodes import tensor_shape
 from nni_topo.network.layers.derived import HEAD
+from nni_topo.network.layers.integer_attributes import put_sizes
 from nni_topo.network.layers.kinds import CONVOLUTIONS, is_depthwise, output_channels, weight_name
 from nni_topo.network.layers.slicing import cut, keep
 from nni_topo.network.runtime.modules import device_of
@@ -56,6 +57,9 @@ class Cutter:
             heads = self._indices(flow.unit_channel_ids(layer))
             _cut_by_head(model.get_submodule(attention), found, heads)
             resize(model.get_submodule(attention), found, len(heads), len(self.kept(layer)[0]))
+        sizes = flow.sizes_kept(self.is_kept)
+        whole = {*self._names, *flow.attention}
+        put_sizes(model, {place: size for place, size in sizes.items() if place[0] in whole})
 
     def _indices(self, ids: np.ndarray) -> torch.Tensor:
         """Return the positions of the kept channels, ascending."""
