@@ -7,6 +7,7 @@ is used itself; its modes, attributes, buffers and gradients are restored afterw
 from __future__ import annotations
 
 import copy
+import copyreg
 import functools
 import io
 import threading
@@ -52,6 +53,7 @@ _SHARED = (ModuleType, io.IOBase, type(threading.Lock()), type(threading.RLock()
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 _CONTAINERS = (list, tuple, set, frozenset, deque)
 _CHANGING = (dict, OrderedDict, list, set)
+_NEW: Any = copyreg.__newobj__  # type: ignore[attr-defined]
 _ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device})
 
 
@@ -130,7 +132,7 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
     uncopied = {**memo, **{id(module): module for module in modules}}
     for module, name in reversed(modules.items()):  # inner modules first, so that an error names the right one
         try:
-            copy.deepcopy(module, memo)
+            _copy_into(memo, module)
         except _NOT_COPIED as error:
             if out_of_memory(error):
                 raise
@@ -161,6 +163,40 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
         with suppress(ValueError):  # a variable that has no value yet
             filled.cell_contents = copied(cell.cell_contents)
     return copies
+
+
+def _copy_into(memo: dict[int, Any], module: nn.Module) -> None:
+    """Copy a module as `copy.deepcopy` does, but quickly: it mostly holds empty dicts, and modules in ``memo``."""
+    kind = type(module)
+    if id(module) in memo:
+        return
+    reduced: Any = ()
+    if getattr(module, "__deepcopy__", None) is None and kind not in copyreg.dispatch_table:
+        reduced = module.__reduce_ex__(4)
+    # how objects are made anew whose classes say nothing else: a function, its arguments, attributes
+    if reduced[:2] != (_NEW, (kind,)) or type(reduced[2]) is not dict or any(reduced[3:]):
+        copy.deepcopy(module, memo)
+        return
+    attributes = reduced[2]
+    memo.setdefault(id(memo), []).append(attributes)  # so that no other object gets an id that `memo` has
+    memo[id(module)] = copied = _NEW(kind)
+    copied.__setstate__({name: _copied_value(value, memo) for name, value in attributes.items()})
+
+
+def _copied_value(value: Any, memo: dict[int, Any]) -> Any:
+    kind = type(value)
+    if kind in _ATOMS:
+        return value
+    if id(value) in memo:
+        return memo[id(value)]
+    if kind in _CHANGING and not value:
+        memo[id(value)] = kind()
+    elif kind is dict:
+        memo[id(value)] = copied = {}
+        copied.update({_copied_value(key, memo): _copied_value(entry, memo) for key, entry in value.items()})
+    else:
+        return copy.deepcopy(value, memo)
+    return memo[id(value)]
 
 
 def _check_own(copied: nn.Module, own: set[int], light: bool) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+import sys
+from collections import OrderedDict
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +21,10 @@ _logger = logging.getLogger(__name__)
 STORED = "nni_topo_stored"  # in a node's meta: the attribute in which the forward leaves the node's value
 # In the meta of a whole module's node: shapes of tensors that the module computes and leaves in attributes, by name.
 STORED_WITHIN = "nni_topo_stored_within"
+_NOT_FORWARDS = (f"{__name__.partition('.')[0]}.", "torch.fx.")  # code that makes and runs graphs
 _TABLES = ("_parameters", "_modules", "_buffers")  # attributes of every module
+_WITHOUT_TENSORS = frozenset({bool, int, float, str, type(None)})
+_CAN_BE_EMPTY = frozenset({dict, OrderedDict, list, tuple, set})
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _NOISY = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
 
@@ -33,9 +40,11 @@ def stored_tensors(model: nn.Module, buffers: Collection[str]) -> Results:
     stored = Results()
     for name, module in model.named_modules():
         for key, value in (*vars(module).items(), *module._buffers.items()):
-            place = f"{name}.{key}".lstrip(".")
-            if key not in _TABLES and place not in buffers:
-                stored += [(place, tensor) for tensor in tensors_of(value)]
+            if key in _TABLES or type(value) in _WITHOUT_TENSORS or (type(value) in _CAN_BE_EMPTY and not value):
+                continue
+            tensors = tensors_of(value)
+            if tensors and (place := f"{name}.{key}".lstrip(".")) not in buffers:
+                stored += [(place, tensor) for tensor in tensors]
     return stored
 
 
@@ -46,24 +55,65 @@ def put_in_training(model: nn.Module, names: Collection[str] | None = None) -> N
     sample.
     """
     for name, module in model.named_modules():
-        is_layer = type(module).__module__.startswith("torch.nn.modules.") and not isinstance(module, _CONTAINERS)
-        if not (is_layer or isinstance(module, _NOISY)) and (names is None or name in names):
+        if _takes_mode(module) and (names is None or name in names):
             module.training = True
 
 
-def run_for_results(model: nn.Module, call: Call, *, training: bool) -> tuple[Results, Results]:
-    """Run a copy of a model, which is in evaluation mode, on a few samples of a call, without dropout.
+def _takes_mode(module: nn.Module) -> bool:
+    is_layer = type(module).__module__.startswith("torch.nn.modules.") and not isinstance(module, _CONTAINERS)
+    return not is_layer and not isinstance(module, _NOISY)
 
-    Returns the tensors that the forward returned, and those that it stored in attributes of modules. ``training``: run
-    in training mode, see `put_in_training`. The copy then has weights of its own, because a forward may write into
-    them.
+
+@contextmanager
+def mode_readers(model: nn.Module) -> Iterator[set[str]]:
+    """Yield a set that receives the modules whose mode is read within the block, by name, but by code of graphs.
+
+    Modules count that `put_in_training` changes. If the set is empty after a run, the forward does the same in training
+    mode.
     """
-    runner = detached_copy(model, light=not training)
-    if training:
-        put_in_training(runner)
+    readers = set[str]()
+    names = {module: name for name, module in model.named_modules() if _takes_mode(module)}
+    for module, name in names.items():
+        if any("training" in vars(kind) for kind in type(module).__mro__):  # a class that computes its mode
+            readers.add(name)
+
+    def read(module: nn.Module) -> bool:
+        try:
+            is_training: bool = vars(module)["training"]
+        except KeyError:
+            raise AttributeError("training") from None
+        caller = str(sys._getframe(1).f_globals.get("__name__"))
+        if module in names and not caller.startswith(_NOT_FORWARDS):
+            readers.add(names[module])
+        return is_training
+
+    def write(module: nn.Module, is_training: bool) -> None:
+        vars(module)["training"] = is_training
+
+    def delete(module: nn.Module) -> None:
+        del vars(module)["training"]
+
+    # A property of the base class comes before the attribute of each module.
+    before = vars(nn.Module).get("training")
+    attributes: Any = nn.Module
+    attributes.training = property(read, write, delete)
+    try:
+        yield readers
+    finally:
+        if before is None:
+            del attributes.training
+        else:
+            attributes.training = before
+
+
+def run_for_results(runner: nn.Module, call: Call) -> tuple[Results, Results]:
+    """Run a model on a few samples of a call, without dropout.
+
+    Returns the tensors that the forward returned, and those that it stored in attributes of modules. The forward may
+    change the model.
+    """
     buffers = dict(runner.named_buffers()).keys()
-    before = stored_tensors(runner, buffers)
-    ids_before = {id(tensor) for _, tensor in before}
+    ids_before = {id(tensor) for _, tensor in stored_tensors(runner, buffers)}
     with torch.no_grad(), random_state_kept(), as_written(), DropoutOff():
         # Clones, because a forward may change its inputs in place.
         returned = returned_by_name(run_few(runner, tree_map_only(Tensor, Tensor.clone, call)))
@@ -71,10 +121,20 @@ def run_for_results(model: nn.Module, call: Call, *, training: bool) -> tuple[Re
     return returned, stored
 
 
+def in_training(model: nn.Module) -> nn.Module:
+    """Return a copy of a model in training mode, see `put_in_training`.
+
+    It has weights of its own, because a forward may write into them.
+    """
+    runner: nn.Module = detached_copy(model)
+    put_in_training(runner)
+    return runner
+
+
 def results_in_training(model: nn.Module, call: Call) -> tuple[Results, Results] | None:
     """Run a copy of a model in training mode, see `run_for_results`; None if that fails or there is no room for it."""
     try:
-        return run_for_results(model, call, training=True) if has_room_for([model]) else None
+        return run_for_results(in_training(model), call) if has_room_for([model]) else None
     except Exception as error:  # a forward may raise anything, such as a detector's without targets
         _logger.debug("%s can't be run in training mode", type(model).__name__, exc_info=True)
         let_go(error)
@@ -84,12 +144,12 @@ def results_in_training(model: nn.Module, call: Call) -> tuple[Results, Results]
 def hands_over_more_in_training(model: nn.Module, call: Call) -> bool:
     """Tell whether a forward returns or stores other tensors in training mode than in evaluation mode.
 
-    ``model`` is in evaluation mode. False if it can't be run in training mode.
+    ``model`` is in evaluation mode, and is run. False if it can't be run in training mode.
     """
-    in_training = results_in_training(model, call)
-    if in_training is None:
+    trained = results_in_training(model, call)
+    if trained is None:
         return False
-    for ones, others in zip(in_training, run_for_results(model, call, training=False), strict=True):
+    for ones, others in zip(trained, run_for_results(model, call), strict=True):
         kinds = [[(name, tensor.shape, tensor.dtype) for name, tensor in tensors] for tensors in (ones, others)]
         if kinds[0] != kinds[1]:
             return True

@@ -30,7 +30,7 @@ from nni_topo.network.layers.norms import channel_dim
 from nni_topo.network.runtime.copies import detached_copy, evaluating, put_parameters, unwrapped_copy
 from nni_topo.network.runtime.fits import call_arguments
 from nni_topo.network.runtime.inputs import Call, first_samples, tensors_of
-from nni_topo.network.runtime.results import hands_over_more_in_training, put_in_training
+from nni_topo.network.runtime.results import hands_over_more_in_training, mode_readers, put_in_training
 from nni_topo.network.runtime.switches import DropoutOff, as_written, random_state_kept
 from nni_topo.network.speedup.dry_run import find_unprunable
 
@@ -51,6 +51,7 @@ class Trace:
     flow: ChannelFlow  # its modules hold no values
     reads_values: bool  # whether the forward depends on values of tensors, as in a branch
     compared: Compared
+    reads_mode: bool  # whether the forward reads a module's mode, so that it may do something else in training mode
 
 
 class Facts:
@@ -233,11 +234,12 @@ def _traced_with(original: nn.Module, call: Call, own_widths: dict[str, int]) ->
         return model
 
     model = copied()
-    recording = trace(model, call)
+    with mode_readers(model) as readers:
+        recording = trace(model, call)
     graph_module = recording.graph_module
     # New copies, because the traced one may hold objects of the tracer.
     unused, kept = unused_tensors(model, graph_module.graph), list[tuple[str, np.ndarray, Reason]]()
-    if unused or hands_over_more_in_training(copied(), call):
+    if unused or (readers and hands_over_more_in_training(copied(), call)):
         kept = _kept_for_training(copied(), unused, call)
     try:
         flow = ChannelFlow(graph_module, recording.args, kept)
@@ -260,7 +262,7 @@ def _traced_with(original: nn.Module, call: Call, own_widths: dict[str, int]) ->
     put_parameters(graph_module, lambda parameter: parameter.to("meta"))
     graph_module.to("meta")
     assembled = partial(_assembled, graph, constants)
-    return Trace(assembled, flow, recording.reads_values, recording.compared)
+    return Trace(assembled, flow, recording.reads_values, recording.compared, bool(readers))
 
 
 def _assembled(graph: Graph, constants: dict[str, Any], model: nn.Module) -> GraphModule:

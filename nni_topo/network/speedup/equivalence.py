@@ -35,7 +35,7 @@ from nni_topo.network.runtime.inputs import (
 )
 from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.reports import hand_on_report
-from nni_topo.network.runtime.results import results_in_training, run_for_results
+from nni_topo.network.runtime.results import in_training, results_in_training, run_for_results
 from nni_topo.network.runtime.switches import DrawnInOrder, random_state_kept
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.leaving_out import leave_out
@@ -125,7 +125,7 @@ def check_training_mode(reference: torch.nn.Module, dense: torch.nn.Module, call
     advice = leaving_out("the layers that give them")
     rule = f"a dense model must return the unpruned shapes in training mode, too: {advice}"
     try:
-        actual = run_for_results(dense, call, training=True)
+        actual = run_for_results(in_training(dense), call)
     except Exception as error:  # a user's forward may raise anything
         if out_of_memory(error):
             raise

@@ -264,6 +264,26 @@ class StoredInTraining(Exits):
         return last
 
 
+def last_or_all(net, scores):
+    return scores if getattr(net, "training") else scores[-1]  # noqa: B009
+
+
+class ReadElsewhere(Exits):
+    """A function outside the class reads the mode."""
+
+    def forward(self, x):
+        return last_or_all(self, self.scores(x))
+
+
+class OwnMode(Exits):
+    """The class holds its mode itself."""
+
+    training = property(lambda self: self.mode == "train", lambda self, on: setattr(self, "mode", "train" * on))
+
+    def forward(self, x):
+        return self.scores(x) if self.mode else self.scores(x)[-1]
+
+
 def stored(net):
     found = []
     for module in net.modules():
@@ -291,7 +311,7 @@ def results(net, images):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        *((kind, "training_output") for kind in (Listed, InDict, InDataClass, WithMomentum)),
+        *((kind, "training_output") for kind in (Listed, InDict, InDataClass, WithMomentum, ReadElsewhere, OwnMode)),
         *((kind, "stored") for kind in (Stored, StoredInTraining)),
     ],
 )
@@ -317,6 +337,26 @@ def test_results_that_the_output_lacks_in_evaluation_mode_keep_their_channels(ki
     for a, b in [*pairs, (one, other)] if isinstance(one, torch.Tensor) else pairs:
         assert a.shape == (5, 4)
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reads_mode", [False, True])
+def test_a_forward_that_reads_no_mode_is_run_in_evaluation_mode_alone(reads_mode):
+    runs = []
+
+    class Counted(Exits):
+        def forward(self, x):
+            runs.append(vars(self)["training"])
+            return self.scores(x)[-1] * (2 if reads_mode and self.training else 1)
+
+    model = Counted().eval()
+    groups = nni_topo.dependency_groups(model, IMAGES, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    assert any(runs) == reads_mode
+    del runs[:]
+    masks = half(model, *(f"stages.{at}" for at in range(3)))
+    dense = nni_topo.to_dense(model, IMAGES, masks, groups=groups)
+    assert [len(stage.weight) for stage in dense.stages] == [4, 6, 8]
+    assert any(runs) == reads_mode
+    assert "training" not in vars(nn.Module)
 
 
 class Tabled(Exits):
