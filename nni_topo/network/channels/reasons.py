@@ -119,6 +119,7 @@ _ADVICE: dict[str, str] = {
         "take the mean over places instead of a sum, or keep channels and places in dimensions of their own, or "
         "{leave_out}"
     ),
+    "depends_on_samples": "use the same layers in the same way for any number of samples, or {leave_out}",
     "no_batch": "give the convolution's input a batch dimension",
     "unknown_class": "derive the class from PyTorch's layer, or say how it is cut with nni_topo.register_module",
     "uncut_module": "say how the module is cut with nni_topo.register_module",
@@ -248,6 +249,9 @@ not_asked = Sentence("not_asked", "not asked for")
 untraced_output = Sentence("untraced_output", "its output enters code that could not be traced")
 never_settled = Sentence("dry_run_failed", "channels depend on one another in a way that no rule describes")
 depends_on_size = Sentence("depends_on_size", "which channels are coupled depends on the size of the input")
+depends_on_samples = Sentence(
+    "depends_on_samples", "the forward does something else with them for another number of samples"
+)
 rounding = Sentence("rounding", "round_to={of}")
 
 # Texts of errors: for a module that can't be cut, a model that can't be traced, and a model that fails on random

@@ -90,6 +90,7 @@ class Recorded:
     outputs: Any  # of the first run
     reads_values: bool  # whether Python code read values of tensors, so that other weights may give another graph
     compared: tuple[tuple[int, int], ...]  # sizes that the forward compared with numbers, and these numbers
+    of_samples: tuple[Check, ...]  # checks of a multiple of the number of samples: function, factor, other number
 
 
 def record(model: nn.Module, named: dict[str, Any]) -> Recorded:
@@ -156,7 +157,7 @@ def _recorded(model: nn.Module, named: dict[str, Any], notes: Notes) -> Recorded
             model.register_buffer(name, tensor, persistent=False)
     graph_module = with_heads(on_modules(model, first.graph, type(model).__name__))
     reads_values = first.reads_values or (second is not None and second.reads_values)
-    return Recorded(graph_module, first.outputs, reads_values, first.compared)
+    return Recorded(graph_module, first.outputs, reads_values, first.compared, first.of_samples)
 
 
 def _recorder_of_twice(
@@ -222,12 +223,12 @@ class _Recorder(TorchFunctionMode):
         self.read = set[Node]()  # nodes that stay in the graph because Python code read or stored their values
         self.numbers = set[Node]()  # nodes of tensors' sizes, and of numbers computed from them
         self.checks = set[Node]()  # nodes of comparisons and remainders, and of the numbers that only they read
-        self._unshown = UnshownSizes(self._write_check)
-        self._inner = UnshownSizes(self._write_check)  # in modules that are one node, which the dry run runs
         unclear.write_check = self._write_check
         self._followed = followed  # by id, modules that are one node up to the function that they call
         self._leaves = leaves  # by id, modules that are one node
         self._own = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
+        self._unshown = UnshownSizes(self._write_check, self._own)
+        self._inner = UnshownSizes(self._write_check, self._own)  # in modules that are one node, which the dry run runs
         self._nodes: dict[int, Node] = {}
         self._within: dict[int, tuple[weakref.ref[Tensor], str]] = {}  # tensors computed in modules that are one node
         self._alive: list[Any] = []  # keeps tensors, so that no other gets the id of a freed one
@@ -261,6 +262,11 @@ class _Recorder(TorchFunctionMode):
         found = tuple(self._node(each) for each in returned_tensors(self.outputs))
         self.graph.output(found[0] if isinstance(self.outputs, Tensor) else found)
         self.compared = tuple(dict.fromkeys(self._unshown.compared))
+        samples, of_samples = batch_size(named), dict[Check, None]()
+        for function, size, number in self._unshown.of_samples:
+            if size % samples == 0:
+                of_samples[function, size // samples, number] = None
+        self.of_samples = tuple(of_samples)
         self._nodes.clear()
         self._alive.clear()
         self._unshown.clear()
@@ -384,7 +390,7 @@ class _Recorder(TorchFunctionMode):
                     before, after = partial(self._enter_module, name), partial(self._leave_module, name)
                     stack.enter_context(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
                     stack.enter_context(module.register_forward_hook(after, with_kwargs=True, always_call=True))
-            stack.enter_context(_masks_whole(model))
+            stack.enter_context(_functions_replaced(model))
             token = _RUNNING.set(self)
             stack.callback(_RUNNING.reset, token)
             yield
@@ -410,6 +416,12 @@ class _Recorder(TorchFunctionMode):
         if id(module) in self._leaves:
             self._write("call_module", name, *self._given, out)
         self._stack.pop()
+
+    def length(self, value: Any) -> int:
+        """Return the length of a value: of a tensor in the graph, as a size that is followed."""
+        if self._inside or not (isinstance(value, Tensor) and self._is_followed(value) and value.dim()):
+            return len(value)
+        return value.shape[0]
 
     def whole(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function and record it as one node."""
@@ -501,12 +513,12 @@ _RUNNING: ContextVar[_Recorder | None] = ContextVar("running", default=None)  # 
 
 
 @contextmanager
-def _masks_whole(model: nn.Module) -> Iterator[None]:
-    """Record functions that make attention masks as one node each.
+def _functions_replaced(model: nn.Module) -> Iterator[None]:
+    """Record functions that make attention masks as one node each, and follow the lengths of tensors.
 
     Within the block, wrappers that use this thread's recorder replace them in the modules that define the layers.
     """
-    before: list[tuple[dict[str, Any], str, Any]] = []
+    before: list[tuple[dict[str, Any], str, Callable[..., Any] | None]] = []
     for name in {type(module).__module__ for module in model.modules()}:
         # The module of a class made by exec, for example, isn't imported.
         space = vars(sys.modules[name]) if name in sys.modules else {}
@@ -514,11 +526,22 @@ def _masks_whole(model: nn.Module) -> Iterator[None]:
             if key.startswith("create_") and key.endswith("_mask") and callable(function):
                 before.append((space, key, function))
                 space[key] = partial(_call_whole, function)
+        if "len" not in space:  # Python makes the result of its own function a plain integer
+            before.append((space, "len", None))
+            space["len"] = _length
     try:
         yield
     finally:
         for space, key, function in before:
-            space[key] = function
+            if function is None:
+                del space[key]
+            else:
+                space[key] = function
+
+
+def _length(value: Any) -> int:
+    recorder = _RUNNING.get()
+    return len(value) if recorder is None else recorder.length(value)
 
 
 def _call_whole(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -598,6 +621,8 @@ def _follow_samples(first: _Recorder, second: _Recorder, samples: int) -> None:
         one.op == other.op and (one.target == other.target or one.op == "get_attr")
         for one, other in zip(nodes, others, strict=False)
     )
+    if not same and first.of_samples:
+        return  # the forward has decided by the number of samples: the graph is for this number alone
     if not same:
         raise SpeedupError("a model that is recorded must do the same whatever the number of samples, got two graphs")
     last = [node for node in nodes if node.op == "placeholder" or node is first.entry][-1]

@@ -101,13 +101,16 @@ class UnshownSizes(list["TracedInt"]):
     """Sizes of tensors from which the forward computed numbers that the graph doesn't show.
 
     ``compared``: pairs of a size, not the number of samples, and the number that the forward compared it with by ``<``
-    or ``>``. With inputs of another size it may take another branch. ``write_check``: as in `UnclearPlaces`.
+    or ``>``. With inputs of another size it may take another branch. ``of_samples``: checks that compare the number of
+    samples, or what is computed from it, with a number. ``write_check``: as in `UnclearPlaces`. ``held``: ids of the
+    model's parameters and buffers, whose first dimension holds no samples.
     """
 
-    def __init__(self, write_check: Callable[[Check], bool]) -> None:
+    def __init__(self, write_check: Callable[[Check], bool], held: Collection[int]) -> None:
         super().__init__()
         self.compared: list[tuple[int, int]] = []
-        self.write_check = write_check
+        self.of_samples: list[Check] = []
+        self.write_check, self.held = write_check, held
 
 
 class TracedInt(int):
@@ -268,8 +271,14 @@ def _noted(name: str, *operands: Any) -> Any:
             continue
         if name in _TO_FLOATS:
             each.note_number()
-        if name in _ORDERS and each is operands[0] and each.unshown is not None and _is_behind_the_samples(each):
-            each.unshown.compared += [(plain(each), plain(other)) for other in operands[1:] if isinstance(other, int)]
+    size, *others = operands
+    for other in others if size.unshown is not None else ():
+        if not isinstance(other, int) or (isinstance(other, TracedInt) and other.place is None):
+            continue
+        if name in _ORDERS and _is_behind_the_samples(size):
+            size.unshown.compared.append((plain(size), plain(other)))
+        elif name in _CHECKING and name != "__rmod__" and _is_of_samples(size, size.unshown.held):
+            size.unshown.of_samples.append((_CHECKING[name], plain(size), plain(other)))
     return value
 
 
@@ -301,6 +310,15 @@ def _is_behind_the_samples(size: TracedInt) -> bool:
     if isinstance(first, Tensor):
         return bool(given % max(first.dim(), 1))
     return any(isinstance(each, TracedInt) and _is_behind_the_samples(each) for each in given)
+
+
+def _is_of_samples(size: TracedInt, held: Collection[int]) -> bool:
+    """Tell whether a size is the number of samples, or computed from that and from numbers that don't change."""
+    first, given = size.source or (None, ())
+    if isinstance(first, Tensor):
+        return not given % max(first.dim(), 1) and id(first) not in held
+    sizes = [each for each in given if isinstance(each, TracedInt) and each.unshown is not None]
+    return bool(sizes) and all(_is_of_samples(each, held) for each in sizes)
 
 
 ON_NUMBERS = (operator.mul, operator.add, operator.sub, operator.floordiv)

@@ -29,7 +29,7 @@ from nni_topo.network.attention.heads import Attention, Given, find_attention, o
 from nni_topo.network.attention.unfused.multihead import is_unfused, mixing_called
 from nni_topo.network.graph.nodes import RANDOM, ShapeNoting, on_modules
 from nni_topo.network.graph.recording import made_tensors_dropped, record
-from nni_topo.network.graph.traced_int import TracedInt
+from nni_topo.network.graph.traced_int import Check, TracedInt
 from nni_topo.network.layers.derived import (
     LayerSizes,
     call_of,
@@ -82,6 +82,8 @@ class Recording:
     """whether Python code read values of tensors, so that other weights may give another graph"""
     compared: tuple[tuple[int, int], ...] = ()
     """sizes of inputs or later tensors that the forward compared with numbers, and these numbers"""
+    of_samples: tuple[Check, ...] = ()
+    """checks of a multiple of the number of samples: the function, the factor, and the other number"""
 
 
 @as_written()
@@ -163,7 +165,7 @@ def _trace_on(shown: dict[str, Any], named: dict[str, Any], model: nn.Module, ca
             with made_tensors_dropped(model):  # the graph draws the same random numbers as the model
                 actual = _RandomNoting(graph_module).run(*args)
             _check_same(expected, actual, model)
-        return Recording(graph_module, args, recorded.reads_values, recorded.compared)
+        return Recording(graph_module, args, recorded.reads_values, recorded.compared, recorded.of_samples)
     except Exception as error:  # a forward may raise anything
         if out_of_memory(error):
             raise

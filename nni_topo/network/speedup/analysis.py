@@ -23,13 +23,14 @@ from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.channels.ids import FIXED
 from nni_topo.network.channels.reasons import Reason
 from nni_topo.network.graph.nodes import RANDOM, ShapeNoting, on_modules
+from nni_topo.network.graph.traced_int import Check
 from nni_topo.network.graph.tracing import arguments, is_in_parts, layer_sizes, trace
 from nni_topo.network.layers.derived import LayerSizes, Size, adopt, spatial, with_heads
 from nni_topo.network.layers.kinds import CONVOLUTIONS, TRANSPOSED
 from nni_topo.network.layers.norms import channel_dim
 from nni_topo.network.runtime.copies import detached_copy, evaluating, put_parameters, unwrapped_copy
 from nni_topo.network.runtime.fits import call_arguments
-from nni_topo.network.runtime.inputs import Call, first_samples, tensors_of
+from nni_topo.network.runtime.inputs import Call, batch_size, first_samples, taken, tensors_of
 from nni_topo.network.runtime.results import hands_over_more_in_training, mode_readers, put_in_training
 from nni_topo.network.runtime.switches import DropoutOff, as_written, random_state_kept
 from nni_topo.network.speedup.dry_run import find_unprunable
@@ -51,6 +52,7 @@ class Trace:
     flow: ChannelFlow  # its modules hold no values
     reads_values: bool  # whether the forward depends on values of tensors, as in a branch
     compared: Compared
+    of_samples: tuple[Check, ...]  # checks of a multiple of the number of samples: function, factor, other number
     reads_mode: bool  # whether the forward reads a module's mode, so that it may do something else in training mode
 
 
@@ -70,6 +72,7 @@ class Facts:
         self.second: Facts | None = None  # on inputs of another size
         self.second_call: Call | None = None
         self.is_second_known = False
+        self.by_samples: list[tuple[Call, Facts]] | None = None  # with other numbers of samples
 
     def fits(self, call: Call) -> bool:
         """Tell whether the facts hold for a call; empty facts fit any call."""
@@ -170,16 +173,37 @@ class Analysis:
         if not known.is_second_known:
             copied: nn.Module = evaluating(unwrapped_copy(self.model, light=True))
             call = _second_call(copied, self.call, self.trace.compared)
-            if call is not None:
-                other = Analysis(self.model, call)
-                try:
-                    _ = other.trace
-                except NniTopoError as error:
-                    _logger.debug("%s can't be traced at another size: %s", type(self.model).__name__, error)
-                else:
-                    known.second, known.second_call = other.facts, call
+            if call is not None and (facts := self._facts_on(call)) is not None:
+                known.second, known.second_call = facts, call
             known.is_second_known = True
         return None if known.second_call is None else Analysis(self.model, known.second_call, known.second)
+
+    @property
+    def by_samples(self) -> list[Analysis]:
+        """Analyses with other numbers of samples, with which the forward takes other branches than on this call."""
+        known = self.facts
+        if known.by_samples is None:
+            known.by_samples = []
+            for call in _calls_by_samples(self.model, self.call, self.trace.of_samples):
+                if (facts := self._facts_on(call)) is not None:
+                    known.by_samples.append((call, facts))
+        return [Analysis(self.model, call, facts) for call, facts in known.by_samples]
+
+    @property
+    def others(self) -> list[Analysis]:
+        """The analyses on inputs of other sizes, if what holds may depend on these."""
+        second = self.second if self.depends_on_size else None
+        return self.by_samples if second is None else [second, *self.by_samples]
+
+    def _facts_on(self, call: Call) -> Facts | None:
+        """Return facts about the model on another call; None if it can't be traced there."""
+        other = Analysis(self.model, call)
+        try:
+            _ = other.trace
+        except NniTopoError as error:
+            _logger.debug("%s can't be traced at another size: %s", type(self.model).__name__, error)
+            return None
+        return other.facts
 
     def graph(self, model: nn.Module, call: Call | None = None) -> tuple[GraphModule, tuple[Any, ...]]:
         """Put the graph on the modules of a model with this structure, and run it, by default on the analysed call."""
@@ -262,7 +286,9 @@ def _traced_with(original: nn.Module, call: Call, own_widths: dict[str, int]) ->
     put_parameters(graph_module, lambda parameter: parameter.to("meta"))
     graph_module.to("meta")
     assembled = partial(_assembled, graph, constants)
-    return Trace(assembled, flow, recording.reads_values, recording.compared, bool(readers))
+    return Trace(
+        assembled, flow, recording.reads_values, recording.compared, recording.of_samples, reads_mode=bool(readers)
+    )
 
 
 def _assembled(graph: Graph, constants: dict[str, Any], model: nn.Module) -> GraphModule:
@@ -293,17 +319,42 @@ def _second_call(model: nn.Module, call: Call, compared: Compared) -> Call | Non
         for size in sorted({size for tensor in tensors_of(start) for size in tensor.shape[1:]}, reverse=True):
             for other in _other_sizes(size, compared):
                 tried = _resized(found, size, other)
-                args, kwargs = tree_map_only(Tensor, Tensor.clone, tried)
-                try:
-                    with torch.no_grad(), random_state_kept():
-                        model(*args, **kwargs)
-                except Exception:  # a model may raise anything on other sizes, or run out of memory
-                    continue
-                found = tried
-                break
+                if _runs_on(model, tried):
+                    found = tried
+                    break
         if found is not start:
             return found
     return None
+
+
+def _calls_by_samples(model: nn.Module, call: Call, of_samples: tuple[Check, ...]) -> list[Call]:
+    """Return calls that a model runs on, with the fewest samples with which a comparison gives something else."""
+    calls = dict[int, Call]()
+    samples, copied = batch_size(call), None
+    for function, factor, number in of_samples:
+        expected = bool(function(factor * samples, number))
+        if any(bool(function(factor * other, number)) != expected for other in calls):
+            continue
+        copied = evaluating(unwrapped_copy(model, light=True)) if copied is None else copied
+        for other in range(1, max(3 * samples, _SMALL) + 1):  # many more samples might not fit into memory
+            if bool(function(factor * other, number)) == expected:
+                continue
+            tried = taken(call, torch.arange(other) % samples)
+            if _runs_on(copied, tried):
+                calls[other] = tried
+            break
+    return list(calls.values())
+
+
+def _runs_on(model: nn.Module, call: Call) -> bool:
+    """Tell whether a model runs on a call."""
+    args, kwargs = tree_map_only(Tensor, Tensor.clone, call)
+    try:
+        with torch.no_grad(), random_state_kept():
+            model(*args, **kwargs)
+    except Exception:  # a model may raise anything on other sizes, or run out of memory
+        return False
+    return True
 
 
 def _other_sizes(size: int, compared: Compared) -> Iterator[int]:

@@ -221,8 +221,9 @@ def _absorb_constants(
     leave_out(masked, flow, is_kept, of_norms_alone=True)
     with left_alone(masked):
         kept, lacking = constants_read(masked, flow, is_kept, analysis.call)
-        if kept and analysis.second is not None:
-            others, _ = constants_read(masked, flow, is_kept, analysis.second.call)
+        second = analysis.second
+        for other in [*([] if second is None else [second]), *analysis.by_samples] if kept else ():
+            others, _ = constants_read(masked, flow, is_kept, other.call)
             for name, values in kept.items():
                 is_same = (values - others.get(name, 0 * values)).abs() <= TOLERANCE * values.abs()
                 if not bool(is_same.all()):
@@ -281,11 +282,12 @@ def _compare(analysis: Analysis, reference: torch.nn.Module, dense: torch.nn.Mod
         return reasons.unequal(why)
 
     with left_alone(dense):
-        checked = check_equal(reference, dense, analysis.call, kept, advise=why_unequal)
-        second = analysis.second if analysis.depends_on_size else None
-        if second is not None:
-            checked += f"; {check_equal(reference, dense, second.call, kept, advise=why_unequal)}"
-        elif analysis.depends_on_size:
+        is_by_samples = bool(analysis.by_samples)
+        checked = check_equal(reference, dense, analysis.call, kept, advise=why_unequal, one_by_one=is_by_samples)
+        for other in analysis.others:
+            told = check_equal(reference, dense, other.call, kept, advise=why_unequal, one_by_one=is_by_samples)
+            checked += f"; {told}"
+        if analysis.depends_on_size and analysis.second is None:
             checked += "; the model runs on no other size that was tried, so only this size was checked"
     return checked
 

@@ -34,7 +34,14 @@ from nni_topo.network.graph.tracing import arguments
 from nni_topo.network.layers.kinds import is_recurrent
 from nni_topo.network.runtime.comparison import SAME_CHANNELS, difference
 from nni_topo.network.runtime.copies import detached_copy, evaluating, put_parameters, to_precision, unwrapped_copy
-from nni_topo.network.runtime.inputs import Call, call_in_precision, first_samples, random_like, tensors_of
+from nni_topo.network.runtime.inputs import (
+    Call,
+    batch_size,
+    call_in_precision,
+    first_samples,
+    random_like,
+    tensors_of,
+)
 from nni_topo.network.runtime.progress import bar
 from nni_topo.network.runtime.switches import DrawnInOrder, as_written, random_state_kept, seed_torch
 from nni_topo.network.speedup.leaving_out import leave_out_of
@@ -85,8 +92,10 @@ def _found_with(analysis: Analysis, seed: int) -> dict[int, Reason] | None:
         for call in (*(_cropped(few, side) for side in _SIDES), few, (args, {})):
             by_shape.setdefault(str([each.shape for each in tensors_of(call)]), call)
         calls = list(by_shape.values())
-        if analysis.depends_on_size and analysis.second is not None:
-            held.update(dict.fromkeys(_differing(flow, analysis.second.flow).tolist(), reasons.depends_on_size()))
+        for other in analysis.others:
+            is_size = batch_size(other.call) == batch_size(analysis.call)
+            reason = reasons.depends_on_size() if is_size else reasons.depends_on_samples()
+            held.update(dict.fromkeys(_differing(flow, other.flow).tolist(), reason))
         _hold_checked(flow, held)
         for turn in range(_ROUNDS):
             # Alternate: prune part of every block, as pruners do; prune some whole blocks, as masks may.
@@ -174,6 +183,7 @@ def _differing(flow: ChannelFlow, other: ChannelFlow) -> np.ndarray:
     ones, others = met.T
     times_one, times_other = np.bincount(ones), np.bincount(others)
     differs = (times_one[ones] > 1) | (times_other[others] > 1) | (others == FIXED)
+    differs |= np.isin(others, other.at_output) & ~np.isin(ones, flow.at_output)
     differs |= np.isin(others, np.concatenate(read_elsewhere))
     return np.setdiff1d(ones[differs], FIXED)
 

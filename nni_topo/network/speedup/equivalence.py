@@ -83,11 +83,13 @@ def check_equal(
     kept: KeptIndices,
     *,
     advise: Callable[[], str] | None = None,
+    one_by_one: bool = False,
 ) -> str:
     """Raise a SpeedupError unless two models agree, to 1e-4 of the largest output, on random inputs.
 
-    Floats are also scaled and shifted, because operations may treat small and large numbers differently. Returns a
-    description of the compared inputs.
+    Floats are also scaled and shifted, because operations may treat small and large numbers differently.
+    ``one_by_one``: never in one batch, because the models may do something else with another number of samples. Returns
+    a description of the compared inputs.
     """
     drawn = random_like(call, torch.Generator().manual_seed(1))
     pair, has_floats = (reference, dense), any(each.is_floating_point() for each in tensors_of(drawn))
@@ -95,7 +97,7 @@ def check_equal(
     # Usually one run on a batch of all inputs is enough, in double precision only if needed.
     batch = _together(drawn, variations) if variations else first_samples(drawn)
     is_half = any(each.dtype in (torch.float16, torch.bfloat16) for each in reference.parameters())
-    for double in (True,) if is_half else (False, True):
+    for double in () if one_by_one else (True,) if is_half else (False, True):
         agreed = None if batch is None else _agreed(pair, batch, 1 + len(variations), double=double)
         if agreed is not None:
             return _told(drawn, [variation for at, variation in enumerate(variations, 1) if at in agreed])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from speedup_nets import l1_masks, same_output
 from torch import nn
 
 import nni_topo
@@ -59,3 +60,51 @@ def test_the_report_names_the_second_size_or_says_that_there_is_none():
     checked = nni_topo.to_dense(plain, x, _half_masked(plain, "0")).report.checked
     assert checked.startswith("random inputs of shape (1, 8, 8)")
     assert "alone" not in checked
+
+
+class Branching(nn.Module):
+    """Does something else if a condition on its images holds: adds the first features again, or returns from them."""
+
+    def __init__(self, condition, is_early):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c, self.o = (nn.Conv2d(n, 16, 1) for n in (3, 16, 16, 16))
+        self.early, self.condition, self.is_early = nn.Conv2d(16, 16, 1), condition, is_early
+
+    def forward(self, x):
+        holds = self.condition(x)
+        y = self.a(x).relu()
+        if holds and self.is_early:
+            return self.early(y)
+        z = self.b(y).relu()
+        return self.o(self.c(z + y if holds else z).relu())
+
+
+BY_SAMPLES = {
+    "one": lambda x: x.shape[0] == 1,
+    "length": lambda x: len(x) > 4,
+    "twice": lambda x: 2 * x.size(0) >= 14,
+    "remainder": lambda x: x.shape[0] % 5 == 0,
+}
+
+
+@pytest.mark.parametrize("samples", [2, 4])
+@pytest.mark.parametrize("name", BY_SAMPLES)
+@pytest.mark.parametrize(("is_early", "kept"), [(False, {"a", "b"}), (True, {"a"})])
+def test_layers_that_a_branch_on_the_number_of_samples_concerns_stay_and_the_others_go(name, samples, is_early, kept):
+    model, images = Branching(BY_SAMPLES[name], is_early).eval(), torch.randn(samples, 3, 6, 6)
+    groups = _groups(model, images)
+    assert {name for name, found in groups.reasons.items() if found[0].kind == "depends_on_samples"} == kept
+    masks = l1_masks(model, groups)
+    dense = nni_topo.to_dense(model, images, masks)
+    assert {name: getattr(dense, name).out_channels for name in "abc"} == {
+        name: 16 if name in kept else 8 for name in "abc"
+    }
+    for count in (1, 2, 3, 5, 8):
+        same_output(dense, nni_topo.masked_model(model, images, masks), torch.randn(count, 3, 5, 7))
+
+
+@pytest.mark.parametrize("samples", [2, 3])
+def test_a_branch_that_splits_a_batch_and_twice_the_batch_is_followed(samples):
+    model, images = Branching(lambda x: x.shape[0] > samples, is_early=False).eval(), torch.randn(samples, 3, 6, 6)
+    assert [entry["op_names"] for entry in _groups(model, images)] == [["c"]]
