@@ -13,7 +13,7 @@ import operator
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -55,7 +55,7 @@ from nni_topo.network.graph.traced_int import (
 )
 from nni_topo.network.layers.derived import HEAD, is_followed, is_inner, with_heads
 from nni_topo.network.layers.kinds import is_one
-from nni_topo.network.runtime.copies import forget_evaluated
+from nni_topo.network.runtime.copies import attributes_put_back, forget_evaluated
 from nni_topo.network.runtime.fits import LISTS
 from nni_topo.network.runtime.inputs import (
     batch_size,
@@ -67,6 +67,7 @@ from nni_topo.network.runtime.inputs import (
 )
 from nni_topo.network.runtime.modules import is_transformed
 from nni_topo.network.runtime.results import STORED, STORED_WITHIN, Results, stored_tensors
+from nni_topo.network.runtime.switches import torch_random_kept
 
 _logger = logging.getLogger(__name__)
 _PLAIN = (
@@ -116,10 +117,10 @@ def record(model: nn.Module, named: dict[str, Any]) -> Recorded:
     # that they kept from a run on other inputs (a detector's anchors, by size).
     for config in others:
         config._attn_implementation = told[id(config)]
-    return without_caches(recorded, model)
+    return without_caches(partial(recorded, again=True), model)
 
 
-def _recorded(model: nn.Module, named: dict[str, Any], notes: Notes) -> Recorded:
+def _recorded(model: nn.Module, named: dict[str, Any], notes: Notes, *, again: bool = False) -> Recorded:
     samples = batch_size(named)
     doubled = tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.dim() and len(t) == samples else t, named)
     # Found before the recording, because some modules are called on other values to find out.
@@ -127,7 +128,10 @@ def _recorded(model: nn.Module, named: dict[str, Any], notes: Notes) -> Recorded
     leaves = {id(module) for module in model.modules() if _is_leaf(module)}
     with attributes_traced(model) as unclear:
         forget_evaluated(model)
-        first = _Recorder(model, followed, leaves, named, notes, unclear)
+        # The forward fills its caches in both runs, so that both show how. But if it fails with what a run on other
+        # inputs has left, it is recorded with what these runs leave.
+        with nullcontext() if again else attributes_put_back(model):
+            first = _Recorder(model, followed, leaves, named, notes, unclear)
         unclear.note_unwritten()
         release(notes.sizes(), model)
         second = _recorder_of_twice(model, followed, leaves, doubled, notes, unclear)
@@ -204,6 +208,21 @@ def made_tensors_dropped(model: nn.Module) -> Iterator[None]:
                     table[name] = None
 
 
+class _ArgumentsNoted(TorchFunctionMode):
+    """Notes by id the tensors that functions get within the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids = set[int]()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call a function."""
+        self.ids.update(id(leaf) for leaf in leaves_of((args, kwargs)) if isinstance(leaf, Tensor))
+        return func(*args, **(kwargs or {}))
+
+
 class _Recorder(TorchFunctionMode):
     """Records one run of a model."""
 
@@ -248,9 +267,8 @@ class _Recorder(TorchFunctionMode):
         with made_tensors_dropped(model):
             with self._calls_seen(model), notes.running(), self:
                 self.outputs = tree_map_only(TracedInt, plain, model(*args, **kwargs))
-            stored = stored_tensors(model, buffers)
+            self._note_stored(stored_tensors(model, buffers), partial(model, *args, **kwargs))
         self._check_choice(model)
-        self._note_stored(stored)
         if self._picked and any(tensors_of(each) and not isinstance(each, Tensor) for each in named.values()):
             raise SpeedupError("a model that picks from lists by value (a detector, boxes) is followed part by part")
         for size in {id(each): each for each in self._unshown}.values():
@@ -318,27 +336,38 @@ class _Recorder(TorchFunctionMode):
         if any(self._is_followed(each) for each in leaves_of(args[1:])):
             self._node(args[0])
 
-    def _note_stored(self, stored: Results) -> None:
-        """Mark the nodes whose values the forward has left in attributes; a single number has no channels."""
-        computed = set[
-            Node
-        ]()  # from the inputs' values; a table of positions, say, is computed from parameters or sizes
+    def _note_stored(self, stored: Results, run_again: Callable[[], Any]) -> None:
+        """Mark the nodes whose values the forward has left in attributes for other code.
+
+        A single number has no channels. A table of positions, say, is computed from parameters or sizes, and not from
+        the inputs' values. A tensor that the next run reads is a cache of the forward's own, or its state.
+        """
+        computed = set[Node]()  # from the inputs' values
         for node in self.graph.nodes if stored else ():
             if node.op == "placeholder" or not (node in self.numbers or computed.isdisjoint(node.all_input_nodes)):
                 computed.add(node)
+        left = Results()
         for name, tensor in stored:
+            reference = self._within.get(id(tensor), (None, ""))[0]
+            is_within = id(tensor) not in self._nodes and reference is not None and reference() is tensor
+            if tensor.dim() and (is_within or self._nodes.get(id(tensor)) in computed):
+                left.append((name, tensor))
+        arguments = _ArgumentsNoted()
+        if left:
+            with torch_random_kept(), arguments:
+                run_again()
+        for name, tensor in left:
             giver = self._nodes.get(id(tensor))
-            reference, module = self._within.get(id(tensor), (None, ""))
-            if not tensor.dim():
+            if id(tensor) in arguments.ids:
                 continue
             if giver is not None:
-                if giver in computed:
-                    giver.meta.setdefault(STORED, name)
-                    self.read.add(giver)
-            elif reference is not None and reference() is tensor:
-                for call in self.graph.nodes:
-                    if call.op == "call_module" and call.target == module:
-                        call.meta.setdefault(STORED_WITHIN, {})[name] = tuple(tensor.shape)
+                giver.meta.setdefault(STORED, name)
+                self.read.add(giver)
+                continue
+            module = self._within[id(tensor)][1]
+            for call in self.graph.nodes:
+                if call.op == "call_module" and call.target == module:
+                    call.meta.setdefault(STORED_WITHIN, {})[name] = tuple(tensor.shape)
 
     def _check_choice(self, model: nn.Module) -> None:
         """Raise if a value chose some modules of a list and left others out, which the graph can't show."""

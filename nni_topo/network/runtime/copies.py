@@ -392,6 +392,16 @@ def _noted(modules: Iterable[nn.Module]) -> Callable[[], None]:
 
 
 @contextmanager
+def attributes_put_back(model: nn.Module) -> Iterator[None]:
+    """Restore the attributes of modules after the block, and dicts, lists and sets in them; values aren't restored."""
+    put_back = _noted(model.modules())
+    try:
+        yield
+    finally:
+        put_back()
+
+
+@contextmanager
 def evaluation_mode(*models: nn.Module) -> Iterator[None]:
     """Put models into evaluation mode within the block, and restore the mode of every module afterwards."""
     modes = [(module, module.training) for model in models for module in model.modules()]

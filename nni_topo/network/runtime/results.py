@@ -142,18 +142,24 @@ def results_in_training(model: nn.Module, call: Call) -> tuple[Results, Results]
 
 
 def hands_over_more_in_training(model: nn.Module, call: Call) -> bool:
-    """Tell whether a forward returns or stores other tensors in training mode than in evaluation mode.
+    """Tell whether a forward returns or stores a tensor in training mode that it doesn't in evaluation mode.
 
     ``model`` is in evaluation mode, and is run. False if it can't be run in training mode.
     """
     trained = results_in_training(model, call)
     if trained is None:
         return False
-    for ones, others in zip(trained, run_for_results(model, call), strict=True):
-        kinds = [[(name, tensor.shape, tensor.dtype) for name, tensor in tensors] for tensors in (ones, others)]
-        if kinds[0] != kinds[1]:
-            return True
-        for (_, one), (_, other) in zip(ones, others, strict=True):
-            if not torch.equal(one.nan_to_num(), other.nan_to_num()):
+    for more, fewer in zip(trained, run_for_results(model, call), strict=True):
+        by_name: dict[str, list[Tensor]] = {}
+        for name, tensor in fewer:
+            by_name.setdefault(name, []).append(tensor)
+        for name, tensor in more:
+            others = by_name.get(name)
+            if not others:
+                return True
+            other = others.pop(0)
+            if (tensor.shape, tensor.dtype) != (other.shape, other.dtype):
+                return True
+            if not torch.equal(tensor.nan_to_num(), other.nan_to_num()):
                 return True
     return False

@@ -383,6 +383,75 @@ def test_a_table_that_is_computed_from_a_parameter_and_stays_in_an_attribute_kee
     torch.testing.assert_close(dense(others), masked(others), rtol=1e-4, atol=1e-5)
 
 
+class Caching(Exits):
+    """Keeps what a forward has computed, and reads it in the next ones."""
+
+    def __init__(self, scaled):
+        super().__init__()
+        self.cache, self.by_size, self.listed = None, {}, []
+        self.register_buffer("held", None, persistent=False)
+        self.register_buffer("scale", torch.linspace(1, 2, 8)[:, None, None])
+        self.scaled = scaled
+
+    def forward(self, x):
+        first = self.scaled(self, self.stages[0](x).relu())
+        return self.heads[2](self.stages[2](self.stages[1](first).relu()).mean((2, 3)))
+
+
+def with_attribute(net, x):
+    if net.cache is None:
+        net.cache = net.scale * 2
+    return x * net.cache
+
+
+def with_values_of_the_first_input(net, x):
+    if net.cache is None:
+        net.cache = x.mean((0, 2, 3), keepdim=True)
+    return x - net.cache
+
+
+def with_dict(net, x):
+    if x.shape[-2:] not in net.by_size:
+        net.by_size[x.shape[-2:]] = torch.zeros_like(x[0]) + 1.5
+    return x * net.by_size[x.shape[-2:]]
+
+
+def with_list(net, x):
+    if not net.listed:
+        net.listed.append(net.scale + 1)
+    return x * net.listed[0]
+
+
+def with_buffer(net, x):
+    if net.held is None:
+        net.held = torch.ones_like(x[:1, :, :1, :1]) * 2
+    return x * net.held
+
+
+def with_state(net, x):
+    net.cache = x if net.cache is None else torch.cat([net.cache, x], 2)
+    return net.cache
+
+
+@pytest.mark.parametrize(
+    "scaled", [with_attribute, with_values_of_the_first_input, with_dict, with_list, with_buffer, with_state]
+)
+def test_caches_that_the_forward_itself_reads_again_keep_no_channels(scaled):
+    torch.manual_seed(0)
+    model = Caching(scaled).eval()
+    before = nni_topo.testing.snapshot(model)
+    groups = nni_topo.dependency_groups(model, IMAGES, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    assert [entry["op_names"] for entry in groups] == [["stages.0"], ["stages.1"], ["stages.2"]]
+    masks = half(model, "stages.0", "stages.1")
+    dense, masked = nni_topo.to_dense(model, IMAGES, masks), nni_topo.masked_model(model, IMAGES, masks)
+    assert nni_topo.testing.snapshot(model) == before
+    assert [len(each.weight) for each in dense.stages] == [4, 6, 16]
+    assert (dense.cache, dense.by_size, dense.listed, dense.held) == (None, {}, [], None)
+    others = torch.rand(5, 3, 12, 16)
+    for _ in range(2):  # the second forward reads what the first has kept
+        torch.testing.assert_close(dense(others), masked(others), rtol=1e-4, atol=1e-5)
+
+
 class Features(Exits):
     """The features themselves are returned in training mode."""
 
