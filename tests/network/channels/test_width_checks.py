@@ -53,6 +53,7 @@ WIDTHS = {
     "in": lambda net, x: must(x.size(1) in (net.width,)),
     "instance": lambda net, x: must(isinstance(x.shape[1], int) and x.shape[1] == net.width),
     "number of entries": lambda net, x: must(x.numel() == x.shape[0] * x.shape[1] * x.shape[2] * x.shape[3]),
+    "length": lambda net, x: must(len(x[0]) == net.width),
     "attribute": lambda net, x: must(net.width == net.same and x.shape[1] == net.same),
     "order": lambda net, x: must(x.shape[1] <= net.width),
     "largest": lambda net, x: must(max(x.shape[1], net.width) == net.width),
@@ -78,7 +79,6 @@ NUMBERS = {
     "plain": lambda net, x: must(int(x.shape[1]) == net.width),
     "product": lambda net, x: must(net.heads * net.size == net.width and x.shape[1] == net.width),
     "remainder": lambda _, x: must(x.shape[1] % 16 == 0),
-    "length": lambda net, x: must(len(x[0]) == net.width),
     "at least": lambda _, x: must(x.shape[1] > 10),
 }
 
