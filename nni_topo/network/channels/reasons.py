@@ -120,6 +120,7 @@ _ADVICE: dict[str, str] = {
         "{leave_out}"
     ),
     "depends_on_samples": "use the same layers in the same way for any number of samples, or {leave_out}",
+    "depends_on_values": "compute both branches and choose with torch.where, or {leave_out}",
     "no_batch": "give the convolution's input a batch dimension",
     "unknown_class": "derive the class from PyTorch's layer, or say how it is cut with nni_topo.register_module",
     "uncut_module": "say how the module is cut with nni_topo.register_module",
@@ -283,6 +284,12 @@ def fixed_sizes(node: Node, error: Exception | None = None) -> Reason:
     if file and not linecache.getlines(file):
         text += "; the source of its forward can't be read, so it can't be rewritten either: define the class in a file"
     return Sentence("fixed_sizes", text)(node)
+
+
+def depends_on_values(line: str) -> Reason:
+    """Return the reason for channels that a branch concerns; ``line``: file and line that read the deciding value."""
+    text = "the forward does something else with them for other values of its tensors"
+    return Reason("depends_on_values", text=f"{text} ({line})" if line else text, line=line)
 
 
 def needs_all_channels(node: Node, layer: str) -> Reason:

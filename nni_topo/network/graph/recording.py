@@ -83,6 +83,12 @@ _ABOUT_TENSORS = {
 }
 
 
+Decision = tuple[str, bool | float]
+"""A line of a forward that reads one value of a tensor, and what its first reading gives instead."""
+_EXTREME = 1e30  # on either side of any threshold
+TURNED: ContextVar[Decision | None] = ContextVar("turned", default=None)  # so that the forward takes another branch
+
+
 @dataclass(frozen=True)
 class Recorded:
     """A recorded graph, and what two runs of the model showed."""
@@ -91,6 +97,7 @@ class Recorded:
     outputs: Any  # of the first run
     reads_values: bool  # whether Python code read values of tensors, so that other weights may give another graph
     compared: tuple[tuple[int, int], ...]  # sizes that the forward compared with numbers, and these numbers
+    decisions: tuple[Decision, ...]  # values with which the forward may take another branch
     of_samples: tuple[Check, ...]  # checks of a multiple of the number of samples: function, factor, other number
 
 
@@ -161,7 +168,7 @@ def _recorded(model: nn.Module, named: dict[str, Any], notes: Notes, *, again: b
             model.register_buffer(name, tensor, persistent=False)
     graph_module = with_heads(on_modules(model, first.graph, type(model).__name__))
     reads_values = first.reads_values or (second is not None and second.reads_values)
-    return Recorded(graph_module, first.outputs, reads_values, first.compared, first.of_samples)
+    return Recorded(graph_module, first.outputs, reads_values, first.compared, tuple(first.decisions), first.of_samples)
 
 
 def _recorder_of_twice(
@@ -239,6 +246,10 @@ class _Recorder(TorchFunctionMode):
         self.graph = Graph()
         self.constants: dict[str, Tensor] = {}
         self.reads_values = False
+        self.decisions = dict[Decision, None]()
+        self._turned = TURNED.get()
+        self._turned_reading: tuple[Any, ...] | None = None  # the reading to which it belongs: see `_decided`
+        self._readings = set[tuple[Any, ...]]()
         self.read = set[Node]()  # nodes that stay in the graph because Python code read or stored their values
         self.numbers = set[Node]()  # nodes of tensors' sizes, and of numbers computed from them
         self.checks = set[Node]()  # nodes of comparisons and remainders, and of the numbers that only they read
@@ -324,8 +335,28 @@ class _Recorder(TorchFunctionMode):
                 if isinstance(out, (list, np.ndarray)):
                     for node in read:
                         node.meta[AS_NUMBERS] = True
+                elif isinstance(out, (bool, float)):
+                    out = self._decided((name, *(id(each) for each in leaves if isinstance(each, Tensor))), out)
         self._write(*_operation(func, args), kwargs, out)
         return self._measured(func, args, kwargs, out)
+
+    def _decided(self, reading: tuple[Any, ...], value: bool | float) -> bool | float:
+        """Note that the forward reads a value, which may decide on a branch; return it, or what stands for it.
+
+        ``reading``: the function and the ids of its tensors.
+        """
+        line = forward_line()
+        if reading not in self._readings:
+            self._readings.add(reading)
+            others: tuple[bool | float, ...] = (not value,) if isinstance(value, bool) else (_EXTREME, -_EXTREME)
+            self.decisions.update(dict.fromkeys((line, other) for other in others))
+        if self._turned is None or line != self._turned[0]:
+            # The same value may decide elsewhere, too. A loop would never end.
+            return self._turned[1] if self._turned is not None and reading == self._turned_reading else value
+        if self._turned_reading is not None:
+            return value
+        self._turned_reading = reading
+        return self._turned[1]
 
     def _keep_written(self, func: Any, args: tuple[Any, ...]) -> None:
         """Record a constant before a recorded tensor is written into it, as by ``keep &= mask``."""

@@ -28,7 +28,7 @@ from nni_topo.errors import ConfigError, SpeedupError, out_of_memory, raised
 from nni_topo.network.attention.heads import Attention, Given, find_attention, open_attention
 from nni_topo.network.attention.unfused.multihead import is_unfused, mixing_called
 from nni_topo.network.graph.nodes import RANDOM, ShapeNoting, on_modules
-from nni_topo.network.graph.recording import made_tensors_dropped, record
+from nni_topo.network.graph.recording import TURNED, Decision, made_tensors_dropped, record
 from nni_topo.network.graph.traced_int import Check, TracedInt
 from nni_topo.network.layers.derived import (
     LayerSizes,
@@ -82,6 +82,8 @@ class Recording:
     """whether Python code read values of tensors, so that other weights may give another graph"""
     compared: tuple[tuple[int, int], ...] = ()
     """sizes of inputs or later tensors that the forward compared with numbers, and these numbers"""
+    decisions: tuple[Decision, ...] = ()
+    """values that stand for ones that the forward reads, with which it may take another branch"""
     of_samples: tuple[Check, ...] = ()
     """checks of a multiple of the number of samples: the function, the factor, and the other number"""
 
@@ -99,6 +101,8 @@ def trace(model: nn.Module, inputs: Call) -> Recording:
         return _trace_whole(model, inputs)
     except SpeedupError as error:
         let_go(error)
+        if TURNED.get() is not None:
+            raise  # the other branch may be an error of the user's
         _check_runs(model, inputs)
         try:
             with torch.no_grad(), random_state_kept():
@@ -165,7 +169,9 @@ def _trace_on(shown: dict[str, Any], named: dict[str, Any], model: nn.Module, ca
             with made_tensors_dropped(model):  # the graph draws the same random numbers as the model
                 actual = _RandomNoting(graph_module).run(*args)
             _check_same(expected, actual, model)
-        return Recording(graph_module, args, recorded.reads_values, recorded.compared, recorded.of_samples)
+        return Recording(
+            graph_module, args, recorded.reads_values, recorded.compared, recorded.decisions, recorded.of_samples
+        )
     except Exception as error:  # a forward may raise anything
         if out_of_memory(error):
             raise

@@ -23,6 +23,7 @@ from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.channels.ids import FIXED
 from nni_topo.network.channels.reasons import Reason
 from nni_topo.network.graph.nodes import RANDOM, ShapeNoting, on_modules
+from nni_topo.network.graph.recording import TURNED, Decision
 from nni_topo.network.graph.traced_int import Check
 from nni_topo.network.graph.tracing import arguments, is_in_parts, layer_sizes, trace
 from nni_topo.network.layers.derived import LayerSizes, Size, adopt, spatial, with_heads
@@ -38,6 +39,7 @@ from nni_topo.network.speedup.dry_run import find_unprunable
 _logger = logging.getLogger(__name__)
 _COMPARED = (TreeSpec, tuple, bool, int, float, str)  # other objects are compared by identity
 _SMALL = 64  # positions, allowed for any input
+_DECISIONS = 16  # at most so many other values of tensors are tried
 _MULTIPLES = (8, 16, 32)  # divisors that networks require of image sides
 
 Compared = tuple[tuple[int, int], ...]
@@ -52,6 +54,7 @@ class Trace:
     flow: ChannelFlow  # its modules hold no values
     reads_values: bool  # whether the forward depends on values of tensors, as in a branch
     compared: Compared
+    decisions: tuple[Decision, ...]  # values with which the forward may take another branch
     of_samples: tuple[Check, ...]  # checks of a multiple of the number of samples: function, factor, other number
     reads_mode: bool  # whether the forward reads a module's mode, so that it may do something else in training mode
 
@@ -73,6 +76,7 @@ class Facts:
         self.second_call: Call | None = None
         self.is_second_known = False
         self.by_samples: list[tuple[Call, Facts]] | None = None  # with other numbers of samples
+        self.by_values: dict[Decision, Facts] | None = None  # with other branches than the values decide on
 
     def fits(self, call: Call) -> bool:
         """Tell whether the facts hold for a call; empty facts fit any call."""
@@ -195,6 +199,22 @@ class Analysis:
         second = self.second if self.depends_on_size else None
         return self.by_samples if second is None else [second, *self.by_samples]
 
+    @property
+    def by_values(self) -> dict[Decision, Analysis]:
+        """Analyses of other branches than the ones on which the values of tensors decide, as far as they can be run."""
+        known, few = self.facts, first_samples(self.call)
+        if known.by_values is None:
+            known.by_values = {}
+            for decision in self.trace.decisions[:_DECISIONS]:
+                token = TURNED.set(decision)
+                try:
+                    facts = self._facts_on(few)
+                finally:
+                    TURNED.reset(token)
+                if facts is not None:
+                    known.by_values[decision] = facts
+        return {decision: Analysis(self.model, few, facts) for decision, facts in known.by_values.items()}
+
     def _facts_on(self, call: Call) -> Facts | None:
         """Return facts about the model on another call; None if it can't be traced there."""
         other = Analysis(self.model, call)
@@ -287,7 +307,13 @@ def _traced_with(original: nn.Module, call: Call, own_widths: dict[str, int]) ->
     graph_module.to("meta")
     assembled = partial(_assembled, graph, constants)
     return Trace(
-        assembled, flow, recording.reads_values, recording.compared, recording.of_samples, reads_mode=bool(readers)
+        assembled,
+        flow,
+        recording.reads_values,
+        recording.compared,
+        recording.decisions,
+        recording.of_samples,
+        reads_mode=bool(readers),
     )
 
 

@@ -96,6 +96,8 @@ def _found_with(analysis: Analysis, seed: int) -> dict[int, Reason] | None:
             is_size = batch_size(other.call) == batch_size(analysis.call)
             reason = reasons.depends_on_size() if is_size else reasons.depends_on_samples()
             held.update(dict.fromkeys(_differing(flow, other.flow).tolist(), reason))
+        for (line, _), other in analysis.by_values.items():
+            held.update(dict.fromkeys(_differing(flow, other.flow).tolist(), reasons.depends_on_values(line)))
         _hold_checked(flow, held)
         for turn in range(_ROUNDS):
             # Alternate: prune part of every block, as pruners do; prune some whole blocks, as masks may.

@@ -72,8 +72,8 @@ class Branching(nn.Module):
         self.early, self.condition, self.is_early = nn.Conv2d(16, 16, 1), condition, is_early
 
     def forward(self, x):
-        holds = self.condition(x)
         y = self.a(x).relu()
+        holds = self.condition(x)
         if holds and self.is_early:
             return self.early(y)
         z = self.b(y).relu()
@@ -108,3 +108,38 @@ def test_layers_that_a_branch_on_the_number_of_samples_concerns_stay_and_the_oth
 def test_a_branch_that_splits_a_batch_and_twice_the_batch_is_followed(samples):
     model, images = Branching(lambda x: x.shape[0] > samples, is_early=False).eval(), torch.randn(samples, 3, 6, 6)
     assert [entry["op_names"] for entry in _groups(model, images)] == [["c"]]
+
+
+BY_VALUES = {
+    "any": lambda x: (x > 50).any(),
+    "mean": lambda x: x.mean() > 20,
+    "item": lambda x: x.max().item() > 30,
+    "float": lambda x: float(x.abs().sum()) > 1e6,
+    "nonzero": lambda x: torch.is_nonzero((x > 50).sum()),
+    "isnan": lambda x: torch.isnan(x).any(),
+    "equal": lambda x: torch.equal(x, torch.zeros_like(x)),
+}
+
+
+@pytest.mark.parametrize("name", BY_VALUES)
+@pytest.mark.parametrize(("is_early", "kept"), [(False, {"a", "b"}), (True, {"a"})])
+def test_layers_that_a_branch_on_values_concerns_are_not_offered_and_the_others_go(name, is_early, kept):
+    model, images = Branching(BY_VALUES[name], is_early).eval(), torch.randn(2, 3, 6, 6)
+    groups = _groups(model, images)
+    assert {name for name, found in groups.reasons.items() if found[0].kind == "depends_on_values"} == kept
+    masks = l1_masks(model, groups)
+    dense = nni_topo.to_dense(model, images, masks)
+    assert {name: getattr(dense, name).out_channels for name in "abc"} == {
+        name: 16 if name in kept else 8 for name in "abc"
+    }
+    for others in (torch.randn(3, 3, 5, 7), torch.full((2, 3, 5, 7), 100.0), torch.zeros(2, 3, 5, 7)):
+        same_output(dense, nni_topo.masked_model(model, images, masks), others)
+
+
+def test_a_branch_that_raises_keeps_no_channels():
+    def check(x):
+        if not torch.isfinite(x).all():
+            raise ValueError("images must be finite")
+
+    model, images = Branching(check, is_early=False).eval(), torch.randn(2, 3, 6, 6)
+    assert [entry["op_names"] for entry in _groups(model, images)] == [["a"], ["b"], ["c"]]
