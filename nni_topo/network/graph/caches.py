@@ -170,13 +170,15 @@ def _still_held(numbers: list[TracedInt]) -> list[Any]:
     return [number for number in numbers if sys.getrefcount(number) > least]
 
 
-def _is_traced(value: Any) -> bool:
-    return any(map(_is_traced, value)) if issubclass(type(value), _FIXED) else type(value) is TracedInt
+def _is_released(value: Any) -> bool:
+    if issubclass(type(value), _FIXED):
+        return any(map(_is_released, value))
+    return type(value) is TracedInt and not vars(value)
 
 
 def _plainly(value: Any) -> Any:
-    """Return a value with plain integers in place of traced ones, also within tuples."""
-    if not _is_traced(value):
+    """Return a value with plain integers in place of released traced ones, also within tuples."""
+    if not _is_released(value):
         return value
     if isinstance(value, TracedInt):
         return plain(value)
@@ -185,17 +187,17 @@ def _plainly(value: Any) -> Any:
 
 
 def _without_traced(holder: Any) -> None:
-    """Take traced integers out of a container: entries with such keys are removed, others get plain values."""
+    """Take released integers out of a container: entries with such keys are removed, others get plain values."""
     kind = type(holder)
     if issubclass(kind, set):
-        holder.difference_update([value for value in holder if _is_traced(value)])
+        holder.difference_update([value for value in holder if _is_released(value)])
         return
     if issubclass(kind, dict):
-        for key in [key for key in holder if _is_traced(key)]:
+        for key in [key for key in holder if _is_released(key)]:
             del holder[key]
     put, entries = _entries(holder)
     for key, value in entries:
-        if _is_traced(value):
+        if _is_released(value):
             put(key, _plainly(value))
 
 

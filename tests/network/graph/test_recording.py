@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,6 +45,35 @@ def test_a_recorded_model_takes_other_numbers_of_samples():
     for samples in (1, 2, 7):
         inputs = torch.randn(samples, 5, 4)
         torch.testing.assert_close(graph(inputs)[0], model(inputs, 0.5)["out"])
+
+
+class Measured(nn.Module):
+    """Keeps the size of its input in an object of its own, and reshapes to numbers of other attributes."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads, self.size, self.last = 4, 3, SimpleNamespace(places=0)
+        self.first, self.head = nn.Linear(5, 12), nn.Linear(12, 2)
+
+    def forward(self, x):
+        self.last.places = x.shape[1]
+        hidden = self.first(x).view(*x.shape[:2], self.heads, self.size)
+        weighted = hidden * hidden.mean(-1, keepdim=True).sigmoid()
+        return self.head(weighted.reshape(len(x), -1, self.heads * self.size))
+
+
+def test_attributes_stay_traced_while_another_attribute_keeps_a_size():
+    torch.manual_seed(0)
+    model, x = Measured().eval(), torch.randn(2, 6, 5)
+    groups = dependency_groups(model, x, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    assert [entry["op_names"] for entry in groups] == [["first"]]
+    masks = {"first": {"weight": torch.ones(12, 5), "bias": torch.ones(12)}}
+    for mask in masks["first"].values():
+        mask[6:] = 0  # two of four heads
+    dense, masked = to_dense(model, x, masks), masked_model(model, x, masks)
+    assert (len(dense.first.weight), model.last) == (6, SimpleNamespace(places=0))
+    others = torch.randn(3, 4, 5)
+    torch.testing.assert_close(dense(others), masked(others), rtol=1e-4, atol=1e-5)
 
 
 def test_what_a_model_keeps_from_its_last_run_does_not_count():
