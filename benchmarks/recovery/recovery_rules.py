@@ -120,8 +120,13 @@ class ScalarTask(ReconstructTask):
 class LayerTask(ReconstructTask):
     """Solve for a layer from its inputs in the unpruned network, as AIMET does [3]_."""
 
-    def samples(self, unpruned: Values, pruned: Values, part: slice, positions: Tensor) -> Samples:
+    def sums_windows(self, sampled: int, entries: int, positions: int) -> bool:
+        """Return False: positions are always sampled."""
+        return False
+
+    def samples(self, unpruned: Values, pruned: Values, part: slice, positions: Tensor | None) -> Samples:
         """Return the unpruned network's input patches, what kept weights miss of its output, and the output."""
+        assert positions is not None
         wanted = unpruned[self.place][part]
         entering = unpruned[self.layer.source][part]
         inputs = input_rows(self._module, entering, self._columns, positions, wanted.shape)

@@ -85,8 +85,9 @@ class PairTask(Task):
         """Return the numbers of entries and of positions of the layer's input."""
         return len(unpruned[self.place]), self._last(unpruned[self.place]).shape[1]
 
-    def samples(self, unpruned: Values, pruned: Values, part: slice, positions: Tensor) -> Samples:
+    def samples(self, unpruned: Values, pruned: Values, part: slice, positions: Tensor | None) -> Samples:
         """Return the pruned network's kept channels, the residuals of all channels, and the unpruned channels."""
+        assert positions is not None  # windows aren't summed here
         wanted = self._rows(unpruned[self.place][part], positions)
         reached = self._rows(pruned[self.place][part], positions)
         index = self.kept.to(wanted.device)[:, None, :].expand(-1, wanted.shape[1], -1)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.maths.least_squares.normal import Fit, NormalEquations, fit
+from nni_topo.maths.least_squares.windows import Windows
 from nni_topo.network.layers.kinds import by_output, through_norms
 from nni_topo.recovery.networks import Networks
 from nni_topo.recovery.plan import Equation, Plan
@@ -35,7 +36,9 @@ from nni_topo.recovery.replay import Values
 from nni_topo.recovery.samples import (
     Samples,
     Task,
+    are_windows_summed,
     input_rows,
+    input_windows,
     output_rows,
     position_count,
 )
@@ -107,11 +110,19 @@ class ReconstructTask(Task):
         """Return the numbers of entries and of positions of the layer's output."""
         return len(unpruned[self.place]), position_count(self._module, unpruned[self.place].shape)
 
-    def samples(self, unpruned: Values, pruned: Values, part: slice, positions: Tensor) -> Samples:
+    def sums_windows(self, sampled: int, entries: int, positions: int) -> bool:
+        """Tell whether all windows of a long kernel take less work than about ``sampled`` of them."""
+        return are_windows_summed(self._module, self._columns, sampled, entries, positions)
+
+    def samples(self, unpruned: Values, pruned: Values, part: slice, positions: Tensor | None) -> Samples:
         """Return the pruned network's input patches, the residuals at the place, and the unpruned values there."""
         wanted, reached = unpruned[self.place][part], pruned[self.place][part]
         entering = pruned[self.layer.source][part]
-        inputs = input_rows(self._module, entering, self._columns, positions, wanted.shape)
+        inputs: Tensor | Windows
+        if positions is None:
+            inputs = input_windows(self._module, entering, self._columns)
+        else:
+            inputs = input_rows(self._module, entering, self._columns, positions, wanted.shape)
         wanted, reached = (output_rows(self._module, each, self._rows, positions) for each in (wanted, reached))
         if self.refines:  # the ReLU of the unpruned values is wanted, and any value below zero gives zero
             lacking = torch.where(wanted > 0, wanted.double() - reached, -reached.double().clamp(min=0.0))

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.maths.least_squares.normal import Fit, NormalEquations
+from nni_topo.maths.least_squares.windows import Windows, windows_pay
 from nni_topo.network.graph.nodes import tensor_shape
 from nni_topo.network.layers.derived import InnerCall, call_of, has_own_forward
 from nni_topo.network.layers.kinds import TRANSPOSED
@@ -65,18 +66,36 @@ def input_rows(module: Any, inputs: Tensor, columns: Tensor, positions: Tensor, 
     return rows.reshape(len(rows), groups, -1).transpose(0, 1)
 
 
-def output_rows(module: nn.Module, outputs: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-    """Return a layer's outputs at flat positions (n, p), of channels (groups, o): (groups, n * p, o)."""
+def input_windows(module: Any, inputs: Tensor, columns: Tensor) -> Windows:
+    """Return the inputs of a one-dimensional convolution with stride 1 at all positions, as `input_rows` does."""
+    call, (groups, channels) = call_of(module, inputs[:, columns.flatten()]), columns.shape
+    sequences = call.padded.double().unflatten(1, (groups, channels)).transpose(0, 1)
+    return Windows(sequences, call.kernel[0], call.dilation[0])
+
+
+def are_windows_summed(module: Any, columns: Tensor, sampled: int, entries: int, positions: int) -> bool:
+    """Tell whether a layer's inputs are summed as windows at all positions of its ``entries``.
+
+    That takes less work than about ``sampled`` rows only in one-dimensional convolutions with long kernels.
+    """
+    if not isinstance(module, nn.Conv1d) or module.stride != (1,) or has_own_forward(module):
+        return False
+    groups, channels = columns.shape
+    return windows_pay(module.kernel_size[0], channels, len(module.weight) // groups, entries, positions, sampled)
+
+
+def output_rows(module: nn.Module, outputs: Tensor, rows: Tensor, positions: Tensor | None) -> Tensor:
+    """Return a layer's outputs at flat positions (n, p), None: all, of channels (groups, o): (groups, n * p, o)."""
     last = outputs if isinstance(module, nn.Linear) else outputs.movedim(1, -1)
-    return _chosen(last, positions.to(outputs.device), rows)
+    return _chosen(last, positions, rows)
 
 
-def _chosen(values: Tensor, positions: Tensor, channels: Tensor) -> Tensor:
+def _chosen(values: Tensor, positions: Tensor | None, channels: Tensor) -> Tensor:
     """Return values (n, ..., channels) at flat positions (n, p), of some channels (groups, c): (groups, n * p, c)."""
     flat = values.reshape(len(values), -1, values.shape[-1])
     # All positions in order need no indexing, nor do all channels.
-    if positions.shape[1] < flat.shape[1]:
-        flat = flat[torch.arange(len(flat), device=flat.device)[:, None], positions]
+    if positions is not None and positions.shape[1] < flat.shape[1]:
+        flat = flat[torch.arange(len(flat), device=flat.device)[:, None], positions.to(flat.device)]
     flat = flat.flatten(0, 1)
     everything = torch.arange(flat.shape[1], device=channels.device)
     return flat[None] if torch.equal(channels[0], everything) else flat[:, channels].transpose(0, 1)
@@ -138,7 +157,7 @@ def samples_to_solve_on(model: nn.Module, calibration: Calibration) -> Calibrati
     return with_whole_batches(model, calibration).learned if learned is not calibration else calibration
 
 
-Samples = tuple[Tensor, Tensor, Tensor]
+Samples = tuple[Tensor | Windows, Tensor, Tensor]
 
 HELD_OUT_ENTRIES = 5
 """One of this many entries is held out to choose the ridge."""
@@ -177,8 +196,15 @@ class Task(ABC):
         """Return how many entries a batch has here, and how many positions each entry."""
 
     @abstractmethod
-    def samples(self, unpruned: Values, pruned: Values, part: slice, positions: Tensor) -> Samples:
-        """Return inputs, residuals and references at positions (entries, p), ``(groups, samples, ...)``."""
+    def samples(self, unpruned: Values, pruned: Values, part: slice, positions: Tensor | None) -> Samples:
+        """Return inputs, residuals and references at positions (entries, p), ``(groups, samples, ...)``.
+
+        Positions are None if `sums_windows`.
+        """
+
+    def sums_windows(self, sampled: int, entries: int, positions: int) -> bool:
+        """Tell whether `samples` can take all positions of all entries with less work than about ``sampled`` rows."""
+        return False
 
     @abstractmethod
     def fit(self, learned: NormalEquations, held: NormalEquations, ridge: float | None) -> Fit:
@@ -249,16 +275,18 @@ class Sampler:
                 is_held_out = (torch.arange(entries) + first) % HELD_OUT_ENTRIES == HELD_OUT_ENTRIES - 1
             else:  # a layer may cut each sample into several entries, such as windows
                 is_held_out = self.held_out[first : first + size].repeat_interleave(entries // size)
-            wanted = max(_LEAST_SAMPLES, _SAMPLES_PER_UNKNOWN * task.unknowns) * (size / self.images)
-            generator = torch.Generator().manual_seed(self.seed + first)
-            positions, stay = draw_unpadded(
-                count, entries, int(wanted / entries) + 1, generator, self.replay.unpadded()
-            )
-            width = positions.shape[1] * task.unknowns * len(task.layer.columns)
-            step = max(1, _CHUNK // max(width, 1))  # entries whose patches fit into memory together
+            sampled, real = max(_LEAST_SAMPLES, _SAMPLES_PER_UNKNOWN * task.unknowns), self.replay.unpadded()
+            positions, stay, width = None, None, count
+            if real is not None or not task.sums_windows(sampled, entries * self.images // size, count):
+                generator = torch.Generator().manual_seed(self.seed + first)
+                wanted = int(sampled * (size / self.images) / entries) + 1
+                positions, stay = draw_unpadded(count, entries, wanted, generator, real)
+                width = positions.shape[1] * task.unknowns
+            # Entries whose patches fit into memory together.
+            step = max(1, _CHUNK // max(width * len(task.layer.columns), 1))
             for begin in range(0, entries, step):
                 part = slice(begin, begin + step)
-                samples = task.samples(unpruned, pruned, part, positions[part])
+                samples = task.samples(unpruned, pruned, part, None if positions is None else positions[part])
                 device, count_here = samples[1].device, samples[1].shape[1]
                 marks = is_held_out[part].to(device)
                 marks = marks.repeat_interleave(count_here // len(marks))
@@ -268,7 +296,9 @@ class Sampler:
                     stays = stays.repeat_interleave(count_here // len(stays))
                 for equations, rows in ((learned, stays & ~marks), (held, stays & marks)):
                     if bool(rows.any()):
-                        equations.add(*(each[:, rows] for each in samples))
+                        inputs, residuals, references = samples
+                        inputs = inputs.of_rows(rows) if isinstance(inputs, Windows) else inputs[:, rows]
+                        equations.add(inputs, residuals[:, rows], references[:, rows])
             first += size
         if not (learned.is_finite() and held.is_finite()):
             raise DataError(f"activations must be finite, got NaN or infinity ({task.layer.name})")

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from every_sample import compensate, compensation
 from torch import nn
 
+import nni_topo
 from nni_topo.recovery import Reconstruct
 from nni_topo.speedup import masked_model, to_dense
 
@@ -212,3 +214,33 @@ def test_nothing_given_is_changed(residual_net, halves, images):
     assert all(m._forward_hooks == {} for m in repaired.modules())
     assert [p.requires_grad for p in repaired.parameters()] == [p.requires_grad for p in residual_net.parameters()]
     assert not {p.data_ptr() for p in repaired.parameters()} & {p.data_ptr() for p in residual_net.parameters()}
+
+
+@pytest.mark.parametrize("choose", [False, True])
+def test_long_kernels_are_summed_over_all_positions_as_rows_are(choose, monkeypatch):
+    """A ReLU (which is refined), groups, a dilation, reflected padding, and a stride, whose layer isn't summed so."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv1d(3, 8, 9, padding=4), nn.ReLU(), nn.Conv1d(8, 8, 9, dilation=2, padding=8, groups=2),
+        nn.BatchNorm1d(8), nn.ReLU(), nn.Conv1d(8, 8, 9, padding=4, padding_mode="reflect"), nn.ReLU(),
+        nn.Conv1d(8, 8, 9, stride=2), nn.Flatten(), nn.Linear(8 * 12, 4),
+    ).eval()  # fmt: skip
+    batches = torch.randn(60, 3, 32).split(16)
+
+    def solved(pays):
+        monkeypatch.setattr("nni_topo.recovery.samples.windows_pay", lambda *_: pays)
+        config = nni_topo.dependency_groups(model, batches[0], [{"op_types": ["Conv1d"], "sparse_ratio": 0.5}])
+        kind = nni_topo.ReconstructionPruner if choose else nni_topo.MatrixPruner
+        pruner = kind(copy.deepcopy(model), config, **({"calibration": batches} if choose else {}))
+        _, masks = pruner.compress()
+        return masks, nni_topo.compensate(model, masks, batches)
+
+    masks, by_rows = solved(False)
+    same_masks, by_windows = solved(True)
+    for layer, targets in masks.items():
+        assert torch.equal(same_masks[layer]["weight"], targets["weight"])
+    weights = dict(model.named_parameters())
+    for (name, expected), weight in zip(by_rows.named_parameters(), by_windows.parameters(), strict=True):
+        torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-6)
+        if name in {"2.weight", "5.weight", "7.weight", "9.weight"}:
+            assert not torch.equal(weight, weights[name])

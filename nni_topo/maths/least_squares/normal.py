@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nni_topo.maths.least_squares.windows import Windows
+
 GRID = (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _FIRST_TRIED = 5  # place of the first ridge tried; also of the ridge if no sample is held out
 _LEAST_RIDGE = 1e-12
@@ -59,14 +61,25 @@ class NormalEquations:
             self._sums["xx"], self._parts = self._products(), ()
         return self._sums
 
-    def add(self, inputs: Tensor, residuals: Tensor, references: Tensor) -> None:
-        """Add inputs (groups, samples, unknowns), and residuals and references (groups, samples, outputs)."""
+    def add(self, inputs: Tensor | Windows, residuals: Tensor, references: Tensor) -> None:
+        """Add inputs (groups, samples, unknowns), and residuals and references (groups, samples, outputs).
+
+        Windows are summed at once, even while there are fewer samples than unknowns.
+        """
         # Normal equations square the condition number: float64, whatever the network computes in.
         residuals, references = residuals.double(), references.double()
         self.samples += residuals.shape[1]
         moments = {"y": residuals, "yy": residuals.square(), "r": references, "rr": references.square()}
         for name, values in moments.items():
             self._accumulate(name, values.sum(1))
+        if isinstance(inputs, Windows):
+            _ = self.sums  # rows of earlier batches are multiplied
+            self._rows = None
+            self._accumulate("x", inputs.total())
+            if not self._known:
+                self._accumulate("xx", inputs.products())
+            self._accumulate("xy", inputs.cross(residuals))
+            return
         inputs = inputs.double()
         self._accumulate("x", inputs.sum(1))
         if self._rows is None:

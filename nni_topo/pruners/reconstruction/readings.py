@@ -11,12 +11,15 @@ from torch import Tensor, nn
 
 from nni_topo.maths.least_squares.greedy import Products, SampleMatrix
 from nni_topo.maths.least_squares.normal import NormalEquations
+from nni_topo.maths.least_squares.windows import Windows
 from nni_topo.network.layers.derived import call_of, has_own_forward, weight_used
 from nni_topo.network.layers.kinds import by_output
 from nni_topo.pruners.clouds.functional import ChannelReader
 from nni_topo.recovery.samples import (
+    are_windows_summed,
     draw_unpadded,
     input_rows,
+    input_windows,
     position_count,
 )
 
@@ -46,6 +49,7 @@ class Reading:
         own = self.module is twin
         self._weights = weight.new_zeros(self._all_columns, 0, dtype=torch.float64) if own else self._read_weights()
         self._wanted = max(_LEAST_SAMPLES, _SAMPLES_PER_COLUMN * self._all_columns) // images + 1  # positions per entry
+        self._images = images
         self._generator = torch.Generator().manual_seed(seed)
         self._shape: Sequence[int]
         self._before: Tensor
@@ -67,13 +71,23 @@ class Reading:
         before, now, shape = self._before, self._now, self._shape
         del self._before, self._now  # they may be large
         places = position_count(self.module, shape)
-        positions, stay = draw_unpadded(places, len(before), self._wanted, self._generator, counted)
-        real = slice(None) if stay is None else stay.flatten()
-        rows = first = input_rows(self.module, now, self._inputs, positions, shape)[:, real].double()
+        sampled = self._wanted * self._images
+        if counted is None and are_windows_summed(self.module, self._inputs, sampled, self._images, places):
+
+            def read(entering: Tensor) -> Tensor | Windows:
+                return input_windows(self.module, entering, self._inputs)
+        else:
+            positions, stay = draw_unpadded(places, len(before), self._wanted, self._generator, counted)
+            real = slice(None) if stay is None else stay.flatten()
+
+            def read(entering: Tensor) -> Tensor | Windows:
+                return input_rows(self.module, entering, self._inputs, positions, shape)[:, real].double()
+
+        rows = first = read(now)
         if now is not before:
-            first = input_rows(self.module, before, self._inputs, positions, shape)[:, real].double()
+            first = read(before)
         # What the unit adds to the layer's output, without the other channels and the bias.
-        outputs = first @ self._weights
+        outputs = first.times(self._weights[None]) if isinstance(first, Windows) else first @ self._weights
         self.equations.add(rows, outputs, outputs)
 
     def layer(self) -> Products | SampleMatrix:
