@@ -17,15 +17,6 @@ from torch import nn
 import nni_topo
 from nni_topo.network.graph.traced_int import TracedInt
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _frozen_again():
-    """Let Python's collector leave out what there is again, see conftest.py: recording needs to see all objects."""
-    yield
-    gc.collect()
-    gc.freeze()
-
-
 IDS = torch.randint(0, 50, (64, 12), generator=torch.Generator().manual_seed(0))
 
 
@@ -213,6 +204,14 @@ def caught(channels, pixels):
         return 16, pixels
 
 
+def applied(function, *sizes):
+    return function(*sizes)
+
+
+def chosen(name):
+    return {"sizes": sizes_of}[name]
+
+
 SIZED = {
     "one for both": lambda channels, pixels: (doubled(channels) // 2, doubled(pixels) // 2),
     "several arguments": lambda channels, pixels: sizes_of(1, channels, pixels)[1:],
@@ -222,6 +221,9 @@ SIZED = {
     "a method": lambda *sizes: CACHED.method(*sizes),
     "in a list": lambda *sizes: LISTED[0](*sizes),
     "all errors are caught": caught,
+    "passed on": lambda *sizes: applied(Cached.static, *sizes),
+    "in a partial": lambda *sizes: functools.partial(sizes_of, 1)(*sizes)[1:],
+    "returned": lambda *sizes: chosen("sizes")(1, *sizes)[1:],
 }
 
 
@@ -237,6 +239,17 @@ def test_functions_of_sizes_that_cache_their_results_are_traced(name):
     model, given = Convolved(averaged).eval(), images(2, 3, 4, 4)
     dense = halved(model, given, images(3, 3, 4, 8))
     assert (dense.one.out_channels, dense.two.out_channels) == (8, 8)
+
+
+def test_objects_that_the_collector_leaves_out_stay_left_out():
+    model = Convolved(lambda _, x: kept(*x.shape[1:3]) and rearrange(x, "b c h w -> b c (h w)").mean(2)).eval()
+    model(images(2, 3, 4, 4))
+    gc.freeze()
+    before = gc.get_freeze_count()
+    groups = nni_topo.dependency_groups(model, images(2, 3, 4, 4), [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    assert "one" in groups[0]["op_names"]
+    assert gc.get_freeze_count() > before - 100  # a frozen object that is freed counts no longer
+    assert {type(size) for sizes in (*KEPT, *KEPT.values()) for size in sizes} == {int}
 
 
 def test_caches_and_containers_hold_plain_numbers_afterwards():

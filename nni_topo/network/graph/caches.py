@@ -2,8 +2,9 @@
 
 A traced integer has the hash of its value and equals it, so that a dict with sizes as keys works. A function under
 `functools.lru_cache` would therefore return the plain numbers of an earlier run, or numbers computed from another size
-of the same value, and would keep traced ones. So the first hash of a traced integer ends a run; the model is then
-recorded while every cached function in the process computes anew what it is asked for with traced integers.
+of the same value, and would keep traced ones. So code that hashes a traced integer is searched for cached functions,
+with all that it and its callers can name. If there are any, they compute anew from then on what they are asked for with
+traced integers, and the model is recorded once more.
 """
 
 from __future__ import annotations
@@ -11,14 +12,13 @@ from __future__ import annotations
 import functools
 import gc
 import sys
-import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from types import CellType
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import ExitStack
+from types import CellType, CodeType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from nni_topo.context import context
 from nni_topo.network.graph.traced_int import NOTES, Hashed, Notes, TracedInt, plain
@@ -27,87 +27,98 @@ from nni_topo.network.runtime.inputs import let_go
 _Result = TypeVar("_Result")
 _Cached: Any = type(functools.lru_cache(plain))
 _FIXED = (tuple, frozenset)
-
-
-_ANEW = threading.Event()  # set while cached functions compute anew
+_INDIRECT = (staticmethod, classmethod, property)
+_CONTAINERS = (dict, list, tuple, set, frozenset, deque)
+_CALLS = "torch.nn.modules.module"  # calls forwards and hooks, and caches nothing
+_PACKAGE = __name__.partition(".")[0]
+_SETTLED = set[CodeType]()  # code whose cached functions are replaced, until the outermost public function ends
 
 
 def without_caches(record: Callable[[Notes], _Result], model: nn.Module) -> _Result:
-    """Record a model; again if a traced integer is hashed, and then with cached functions that compute anew.
+    """Record a model; again if it hashes traced integers near cached functions, which then compute anew for them.
 
-    They do so until the outermost public function ends, because it takes time to find them all.
+    They do so until the outermost public function ends.
     """
     with ExitStack() as stack:
-        if not _ANEW.is_set():
+        at_end = context().at_end or stack
+        if not _SETTLED:
+            _SETTLED.add(_CALL)
+            at_end.callback(_SETTLED.clear)
+        while True:
+            notes = Notes(functools.partial(_replace_caches, at_end), _SETTLED)
+            token = NOTES.set(notes)
             try:
-                return _noted(record, model, may_hash=False)
-            except Hashed:
-                (context().at_end or stack).enter_context(_computed_anew())
-        return _noted(record, model, may_hash=True)
+                return record(notes)
+            except Hashed as error:
+                let_go(error)
+            finally:
+                NOTES.reset(token)
+                release(notes.numbers, model, notes.spaces)
 
 
-def _noted(record: Callable[[Notes], _Result], model: nn.Module, *, may_hash: bool) -> _Result:
-    notes = Notes(may_hash)
-    token = NOTES.set(notes)
-    try:
-        return record(notes)
-    except Hashed as error:
-        let_go(error)
-        raise
-    finally:
-        NOTES.reset(token)
-        release(notes.numbers, model)
-
-
-@contextmanager
-def _computed_anew() -> Iterator[None]:
-    """Replace cached functions within the block, wherever classes, namespaces, containers and closures hold them."""
-    before: list[tuple[Callable[[Any], None], Any]] = []
+def _replace_caches(at_end: ExitStack, frame: FrameType) -> bool:
+    """Replace the cached functions that code in a frame, or its callers, can name; return whether there are any."""
+    roots, names = list[Any](), set[str]()
+    caller: FrameType | None = frame
+    while caller is not None and (code := caller.f_code) is not without_caches.__code__:
+        place = str(caller.f_globals.get("__name__"))
+        if place != _CALLS and place.partition(".")[0] != _PACKAGE:
+            named = {*code.co_names, *(each for each in code.co_consts if type(each) is str)}
+            space = caller.f_globals
+            values = [*(space[name] for name in named & space.keys()), *caller.f_locals.values()]
+            for value in values if caller is frame else ():
+                if type(value) is FunctionType:  # it may return a cached one
+                    roots.append(value.__globals__)
+            roots += [space, *values]
+            names |= named
+        caller = caller.f_back
     replaced = dict[int, Any]()
-    for holder in _holders():
+    for holder in _holders(roots, names):
         put, entries = _entries(holder)
         for key, value in entries:
             new = _anew(value, replaced)
             if new is not value:
-                before.append((functools.partial(put, key), value))
+                at_end.callback(put, key, value)
                 put(key, new)
-    _ANEW.set()
-    try:
-        yield
-    finally:
-        _ANEW.clear()
-        for put_back, value in reversed(before):
-            put_back(value)
+    return bool(replaced)
 
 
-def _holders() -> list[Any]:
-    """List what holds cached functions: classes first, because a class must know that its dict changes."""
-    gc.unfreeze()  # the collector doesn't list frozen objects
-    objects = gc.get_objects()
-    # By `type`, because a proxy may do something if it is asked for its class.
-    cached = {id(each) for each in objects if type(each) is _Cached}
-    indirect = {staticmethod, classmethod, property}
-    metaclasses = {type}
-    for metaclass in (waiting := [type]):
-        waiting += type.__subclasses__(metaclass)
-        metaclasses.add(metaclass)
-    classes, others = list[Any](), list[Any]()
-    for each in objects:
-        kind = type(each)
-        if kind is dict:
-            if not cached.isdisjoint(map(id, each.values())):
-                others.append(each)
-        elif kind is list:
-            if each is not objects and not cached.isdisjoint(map(id, each)):
-                others.append(each)
+def _holders(roots: Iterable[Any], names: Collection[str]) -> Iterator[Any]:
+    """Yield the containers within values, also indirectly; of modules and classes, only ``names`` are opened."""
+    waiting, seen = deque[Any](roots), set[int]()
+    alive = list[Any]()  # so that no other object gets an id that was seen
+    while waiting:
+        value = waiting.popleft()
+        kind = type(value)
+        if id(value) in seen or issubclass(kind, (Tensor, str, bytes, int, float)) or value is None:
+            continue
+        seen.add(id(value))
+        alive.append(value)
+        if issubclass(kind, ModuleType):
+            waiting += [vars(value)] + [entry for name, entry in vars(value).items() if name in names]
+        elif issubclass(kind, _CONTAINERS):
+            yield value
+            if not issubclass(kind, dict):
+                waiting += value
+            elif "__builtins__" not in value:  # else the global names of a module
+                waiting += value.values()
         elif kind is CellType:
-            if any(type(content) is _Cached for _, content in _entries(each)[1]):
-                others.append(each)
-        elif kind in metaclasses:
-            table = vars(each).values()
-            if not cached.isdisjoint(map(id, table)) or not indirect.isdisjoint(map(type, table)):
-                classes.append(each)
-    return classes + others
+            yield value
+            waiting += [content for _, content in _entries(value)[1]]
+        elif kind is FunctionType and value.__code__ is not _CALL:
+            waiting += [*(value.__closure__ or ()), value.__defaults__, value.__kwdefaults__, vars(value)]
+        elif kind is MethodType:
+            waiting += [value.__func__, value.__self__]
+        elif issubclass(kind, functools.partial):
+            waiting += [value.func, value.args, value.keywords]
+        elif issubclass(kind, type):
+            for base in value.__mro__:
+                yield base
+                waiting += [entry for name, entry in vars(base).items() if name in names]
+        elif kind not in (_Cached, FunctionType):
+            waiting.append(kind)
+            if isinstance(table := getattr(value, "__dict__", None), dict):
+                waiting.append(table)
 
 
 def _anew(value: Any, replaced: dict[int, Any]) -> Any:
@@ -121,10 +132,12 @@ def _anew(value: Any, replaced: dict[int, Any]) -> Any:
         return value if new is value.fget else property(new, value.fset, value.fdel, value.__doc__)
     if kind is not _Cached:
         return value
-    cached = value
-    if id(cached) in replaced:
-        return replaced[id(cached)]
+    if id(value) not in replaced:
+        replaced[id(value)] = _call_of(value)
+    return replaced[id(value)]
 
+
+def _call_of(cached: Any) -> Any:
     @functools.wraps(cached)
     def call(*args: Any, **kwargs: Any) -> Any:
         notes = NOTES.get()
@@ -136,19 +149,22 @@ def _anew(value: Any, replaced: dict[int, Any]) -> Any:
 
     for name in ("cache_info", "cache_clear"):
         setattr(call, name, getattr(cached, name))
-    replaced[id(cached)] = call
     return call
 
 
-def release(numbers: list[TracedInt], model: nn.Module) -> None:
-    """Make traced integers forget what they hold, and take those that the forward has kept out of its containers."""
+_CALL = _call_of(functools.lru_cache(plain)).__code__
+
+
+def release(numbers: list[TracedInt], model: nn.Module, spaces: Iterable[dict[str, Any]]) -> None:
+    """Make traced integers forget what they hold, and take those that the forward has kept out of its containers.
+
+    ``spaces``: global names of code that hashed them.
+    """
     for held in map(vars, numbers):
         held.clear()
     for module in model.modules() if _still_held(numbers) else ():
         _without_traced(vars(module))
     targets: list[Any] = _still_held(numbers)
-    if targets:
-        gc.unfreeze()  # the collector doesn't list frozen objects
     seen = {id(numbers), id(targets)}
     while targets:
         fixed = list[Any]()
@@ -162,6 +178,13 @@ def release(numbers: list[TracedInt], model: nn.Module) -> None:
                 _without_traced(holder)
         targets = fixed
         seen.add(id(targets))
+    if _still_held(numbers):
+        # The collector doesn't list what holds them: perhaps a module's containers that were made before gc.freeze().
+        modules = {type(module).__module__ for module in model.modules()}
+        known = [*spaces, *(vars(sys.modules[name]) for name in modules if name in sys.modules)]
+        for holder in _holders([model, *(value for space in known for value in space.values())], ()):
+            if not issubclass(type(holder), _FIXED):
+                _without_traced(holder)
 
 
 def _still_held(numbers: list[TracedInt]) -> list[Any]:

@@ -140,7 +140,7 @@ def _recorded(model: nn.Module, named: dict[str, Any], notes: Notes, *, again: b
         with nullcontext() if again else attributes_put_back(model):
             first = _Recorder(model, followed, leaves, named, notes, unclear)
         unclear.note_unwritten()
-        release(notes.sizes(), model)
+        release(notes.sizes(), model, notes.spaces)
         second = _recorder_of_twice(model, followed, leaves, doubled, notes, unclear)
         if second is not None:
             _follow_samples(first, second, samples)

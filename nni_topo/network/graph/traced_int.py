@@ -9,11 +9,13 @@ if channels are removed: the graph holds its `Place`, so that the dense model's 
 from __future__ import annotations
 
 import operator
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partialmethod
+from types import CodeType, FrameType
 from typing import Any
 
 import numpy as np
@@ -26,28 +28,47 @@ from nni_topo.network.layers.integer_attributes import Place, layer_widths, numb
 
 
 class Hashed(BaseException):
-    """A traced integer was hashed, perhaps by the cache of a function; no forward's ``except Exception`` catches it."""
+    """A traced integer was hashed near cached functions; no forward's ``except Exception`` catches it."""
 
 
 class Notes:
-    """What is noted of traced integers while a model is recorded."""
+    """What is noted of traced integers while a model is recorded.
 
-    def __init__(self, may_hash: bool) -> None:
+    ``replace_caches`` replaces cached functions that code in a frame may call, and tells whether there were any.
+    ``settled``: code whose cached functions are replaced.
+    """
+
+    def __init__(self, replace_caches: Callable[[FrameType], bool], settled: set[CodeType]) -> None:
         self.numbers = list[TracedInt]()  # all that were made
         self.hashes = 0
-        self.may_hash = may_hash  # else the first hash ends the run
         self.is_running = False  # whether the model runs
+        self.spaces = list[dict[str, Any]]()  # global names of the code that hashed numbers
+        self._replace_caches, self._settled = replace_caches, settled
+        self._is_stale = False  # whether the run used a cached function that is replaced now
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Note what is hashed within the block; `Hashed` if nothing may be."""
+        """Note what is hashed within the block; `Hashed` if it was by a cached function that is replaced now."""
         self.is_running = True
         try:
             yield
         finally:
             self.is_running = False
-            if self.hashes and not self.may_hash:  # even if the forward has caught the exception
+            if self._is_stale:  # even if the forward has caught the exception
                 raise Hashed
+
+    def note_hash(self, frame: FrameType) -> None:
+        """Note that code in a frame hashes a number; `Hashed` if a cached function was replaced for that."""
+        self.hashes += 1
+        while frame.f_code.co_name == "__hash__" and frame.f_back is not None:  # of an object that holds the number
+            frame = frame.f_back
+        if frame.f_code in self._settled:
+            return
+        self._settled.add(frame.f_code)
+        self.spaces.append(frame.f_globals)
+        if self._replace_caches(frame):
+            self._is_stale = True
+            raise Hashed
 
     def sizes(self) -> list[TracedInt]:
         """Return the numbers that belong to no attribute, and note them no longer."""
@@ -203,9 +224,7 @@ class TracedInt(int):
         """Return the hash of the plain integer, as keys of dicts need it."""
         notes = NOTES.get()
         if notes is not None and notes.is_running:
-            notes.hashes += 1
-            if not notes.may_hash:
-                raise Hashed
+            notes.note_hash(sys._getframe(1))
         return int.__hash__(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
