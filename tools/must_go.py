@@ -5,6 +5,7 @@ A layer that is kept by a poor rule computes nothing wrong, so only a table of w
 
     network | channels that go / channels of its layers | layers that may stay | requests that may change nothing
 
+A network's name begins with the list that holds it: ``operators/relu``, ``networks/VGG``, ``torchvision/resnet18``.
 Layers and requests are written ``names: reason``, separated by semicolons; names are separated by commas, and ``*`` in
 a name stands for any characters. Rows were made once by a run and read by a person: a layer that may stay needs a
 reason that is true of the network, not only of the rules of this package.

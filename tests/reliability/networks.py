@@ -578,7 +578,7 @@ def rows(batch: int, size: int) -> Tensor:
 
 
 def _net(name: str, make: Callable[[], nn.Module], inputs: Any = images, **options: Any) -> Case:
-    return Case(name, make, inputs, **options)
+    return Case(f"networks/{name}", make, inputs, **options)
 
 
 def _pooled(name: str, width: int, *features: Callable[[], nn.Module], **options: Any) -> Case:

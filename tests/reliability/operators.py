@@ -39,7 +39,7 @@ def operator(
             setattr(net, part, build())
         return net
 
-    return Case(name, make, images, sizes, whole, noisy)
+    return Case(f"operators/{name}", make, images, sizes, whole, noisy)
 
 
 def without_b(name: str, forward: Forward, **options: Any) -> Case:
