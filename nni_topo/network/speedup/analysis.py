@@ -283,7 +283,8 @@ def _traced_with(original: nn.Module, call: Call, own_widths: dict[str, int]) ->
     graph_module = recording.graph_module
     # New copies, because the traced one may hold objects of the tracer.
     unused, kept = unused_tensors(model, graph_module.graph), list[tuple[str, np.ndarray, Reason]]()
-    if unused or (readers and hands_over_more_in_training(copied(), call)):
+    is_turned = TURNED.get() is not None  # of another branch only the couplings are needed
+    if not is_turned and (unused or (readers and hands_over_more_in_training(copied(), call))):
         kept = _kept_for_training(copied(), unused, call)
     try:
         flow = ChannelFlow(graph_module, recording.args, kept)
