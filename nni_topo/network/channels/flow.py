@@ -747,6 +747,21 @@ class ChannelFlow(Propagation):
         """Return the new values of attributes that count channels; ``is_kept``: bool, by group id."""
         return {place: parts * int(is_kept[each[0]].sum()) for place, (parts, each) in self._attribute_sizes.items()}
 
+    def factors(self, is_kept: np.ndarray) -> Iterator[tuple[str, int, float]]:
+        """Yield layers, their input channels that are means over channels, and the share of these that is kept.
+
+        ``is_kept``: bool, by group id.
+        """
+        for average in self._given.averages.values():
+            share = float(is_kept[self.group_ids(average.ids)].mean())
+            for layer, column in average.columns:
+                yield layer, column, share
+
+    @property
+    def averaged(self) -> set[str]:
+        """The nodes whose values are larger in the dense model, until a layer's weights make up for it."""
+        return set[str]().union(*(average.nodes for average in self._given.averages.values()))
+
     def counted_in(self, place: Place) -> list[int]:
         """List the channels that an attribute counts: group ids; none if it isn't known to count any."""
         _, counted = self._attribute_sizes.get(place, (1, []))

@@ -32,6 +32,7 @@ from scipy.sparse.csgraph import connected_components
 from torch.fx.passes.shape_prop import TensorMetadata
 from torch.utils._pytree import tree_map
 
+from nni_topo.network.channels.averages import Average
 from nni_topo.network.channels.reasons import Reason
 
 FIXED = 0  # the id of all channels that can't be pruned; other ids start at 1
@@ -132,6 +133,7 @@ class ChannelIds:
         self.reorders = False  # whether the dense model may put channels into another order: see `DenseOrder`
         self.chunks = False  # whether a chunk splits channels
         self.summed = set[str]()  # nodes that sum over channels: removed channels must arrive as zeros
+        self.averages: dict[str, Average] = {}  # by node, means over channels whose readers' weights make up for them
         self.guessed = set[str]()  # nodes that are only assumed to treat each channel by itself
         self.widths: list[TakenWidth] = []
         self.by_node: dict[str, Any] = {}  # ids of each node's output: int64, of length 1 where none differ

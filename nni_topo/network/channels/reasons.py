@@ -108,8 +108,8 @@ _ADVICE: dict[str, str] = {
     "shared_by_heads": "prune heads: each pruned head loses its queries",
     "fixed_sizes": "read the sizes from the tensor (x.shape), or give -1 for the dimension of the channels",
     "result_depends": (
-        "use an operation that treats every channel by itself, or write a mean or maximum over channels as a module of "
-        "its own, or {leave_out}"
+        "use an operation that treats every channel by itself, let a convolution alone read a mean over channels, take "
+        "a maximum over channels after a ReLU, or write it as a module of its own, or {leave_out}"
     ),
     "nonzero_values": (
         "use operations that leave channels of zeros at zero (ReLU, GELU, SiLU) between the layer and the one that "

@@ -9,9 +9,10 @@ in the same entry, `OperatorRule`.
 A dry run checks the rules for every operation of a model. An operator without a rule is assumed to be elementwise.
 
 A channel of zeros doesn't change a sum or a norm, but it does change a mean, maximum, softmax or sort: if such an
-operation works along channels within a forward, all of them are kept. In a module of its own that treats all channels
-alike, as norms do, it works along the remaining channels (`layers/norms.py`). Rules depend on what an operation does,
-never on the values that it gets.
+operation works along channels within a forward, all of them are kept, except for a mean that a convolution reads and a
+maximum over what is never negative (`averages.py`). In a module of its own that treats all channels alike, as norms do,
+it works along the remaining channels (`layers/norms.py`). Rules depend on what an operation does, never on the values
+that it gets.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from torch.utils._pytree import tree_map_only
 from nni_topo.errors import ConfigError, hint_of, raised, shown
 from nni_topo.network.attention.unfused.own_width import FIRST, LAST
 from nni_topo.network.channels import reasons
+from nni_topo.network.channels.averages import average_of, is_not_negative
 from nni_topo.network.channels.ids import (
     FIXED,
     Blocks,
@@ -90,6 +92,7 @@ class Operation:
         self.args, self.kwargs = map_arg((node.args, _input_first(node.kwargs)), values.__getitem__)
         self.ids: list[Tensor] = tensors_of((self.args, self.kwargs))
         self.shape = tensor_shape(node)
+        self.modules = modules
         self.module: Any = modules(str(node.target)) if node.op == "call_module" else None
         self.rule = rule_of(node) if self.module is None else module_rule(self.module)
 
@@ -1160,7 +1163,28 @@ def _works_along(op: Operation) -> Any:
         # Zeros don't change a norm of such an order.
         order = op.argument(1, "p", "ord")
         adds = order is None or order in ("fro", "nuc") or (isinstance(order, (int, float)) and order >= 0)
+    held = [d for d in dims if varies(op.ids[0], d)]
+    if held and held == _varying(op.ids[0]) and len(op.ids) == 1:
+        adds = adds or _makes_up(op, held)
     return op.along(dims, adds=adds, reduces=where.reduces)
+
+
+def _makes_up(op: Operation, held: list[int]) -> bool:
+    """Tell whether removed channels of zeros don't change what a maximum or mean over channels leads to."""
+    name, node = operation_name(op.node), op.node
+    if name == "max":
+        # The place of the largest channel would be another one.
+        values = [plain_name(user) == "getitem" and user.args[1] == 0 for user in node.users]
+        return all(values) and is_not_negative(node.all_input_nodes[0], op.modules)
+    if name == "amax":
+        return is_not_negative(node.all_input_nodes[0], op.modules)
+    if name != "mean" or len(held) != 1:
+        return False
+    average = average_of(node, held[0], op.channels.per_channel(op.ids[0], held[0]), op.modules)
+    if average is None:
+        return False
+    op.channels.averages[node.name] = average
+    return True
 
 
 @rule("scatter", "scatter_add", "scatter_reduce", dims=Dims(1, None))

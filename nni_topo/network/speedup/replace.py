@@ -43,6 +43,13 @@ class Cutter:
             if (len(ins) < len(entering) or len(outs) < len(leaving)) and name not in flow.channel_wise:
                 cut(name, module, ins.to(device_of(module)), outs.to(device_of(module)))
         self.at = ""
+        for name, column, share in flow.factors(self.is_kept):
+            if share < 1:
+                reader: Any = model.get_submodule(name)
+                place = int((self.kept(name)[0] == column).nonzero())  # a mean isn't removed
+                weight = reader.weight.detach().clone()
+                weight[:, place] *= share
+                keep(reader, "weight", weight)
         for name, free in flow.free_parameters.items():
             kept = self._indices(free.ids)
             if len(kept) < free.channels:
