@@ -202,7 +202,7 @@ def _copied_value(value: Any, memo: dict[int, Any]) -> Any:
 def _check_own(copied: nn.Module, own: set[int], light: bool) -> None:
     """Raise ConfigError if a copy holds a module or tensor of the model, because of a class's ``__deepcopy__``."""
     for name, module in copied.named_modules():
-        tensors = [*module.buffers(recurse=False), *(() if light else module.parameters(recurse=False))]
+        tensors = [*module._buffers.values(), *(() if light else module._parameters.values())]
         if id(module) in own or any(id(each) in own for each in tensors):
             raise ConfigError(
                 "a copy of a model must have modules, buffers and parameters of its own, got one of the model's; check "

@@ -40,6 +40,7 @@ from nni_topo.network.layers.kinds import (
 from nni_topo.network.layers.norms import is_over_channels, scales_channels
 from nni_topo.network.runtime.arguments import INPUTS, MODEL, UNGROUPED, check_unwrapped
 from nni_topo.network.runtime.public import public
+from nni_topo.network.runtime.switches import as_written
 from nni_topo.network.speedup.analysis import Analysis, Facts
 from nni_topo.rules import NONE, Rule, checked
 
@@ -146,6 +147,7 @@ class DependencyGroups(list[dict[str, Any]]):
 
 
 @public(model=MODEL, example_inputs=INPUTS, config_list=UNGROUPED)
+@as_written()
 def dependency_groups(
     model: torch.nn.Module, example_inputs: Any, config_list: list[dict[str, Any]], *, strict: bool = False
 ) -> DependencyGroups:
