@@ -77,7 +77,7 @@ def size_of(model: Any) -> int:
     return size if isinstance(size, int) else size[0]
 
 
-@pytest.mark.parametrize("share", [0.9, 0.7])
+@pytest.mark.parametrize("share", [pytest.param(0.9, marks=pytest.mark.slow), 0.7])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_network_of_any_share_loads_by_its_config(name: str, share: float, tmp_path: Path) -> None:
     model = MODELS[name]()
@@ -147,7 +147,7 @@ def segformer() -> Any:
     return transformers.SegformerForSemanticSegmentation(config).eval()
 
 
-@pytest.mark.parametrize("make", [resnet, convnext, segformer])
+@pytest.mark.parametrize("make", [resnet, convnext, pytest.param(segformer, marks=pytest.mark.slow)])
 def test_free_widths_are_the_default_where_a_config_describes_none(
     make: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

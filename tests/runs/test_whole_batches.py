@@ -147,16 +147,30 @@ def test_of_two_batches_one_is_held_out_and_one_batch_is_too_few():
     assert "two batches" in str(alone.report)
 
 
-def test_searches_and_removed_blocks_take_whole_batches():
-    model, batches = Encoder().eval(), utterances(24)
+@pytest.mark.slow
+def test_a_frontier_takes_whole_batches():
+    model, batches = Encoder().eval(), utterances(8)
     found = nni_topo.frontier(model, batches, (0.7, 0.5), budget="params", distill={"steps": 5}, progress=False)
     assert list(found) == [0.7, 0.5]
+
+
+@pytest.mark.slow
+def test_a_tolerance_takes_whole_batches():
     small = nni_topo.shrink(
-        model, batches, budget="params", tolerance=0.9, measure="distance", distill=False, progress=False
-    )
+        Encoder().eval(), utterances(8), budget="params", tolerance=0.9, measure="distance", distill=False,
+        progress=False,
+    )  # fmt: skip
     assert small.report.tolerance.is_met
+
+
+def test_removed_blocks_take_whole_batches():
+    model, batches = Encoder().eval(), utterances(8)
     short = nni_topo.shrink(model, batches, {"params": 0.4}, depth=True, distill={"steps": 5}, progress=False)
     assert short.report.budget.left < 0.45
+
+
+def test_a_choice_of_allocations_takes_whole_batches():
+    model, batches = Encoder().eval(), utterances(8)
     best = nni_topo.shrink(model, batches, {"params": 0.6, "allocation": "auto"}, distill=False, progress=False)
     assert len(best.report.tried) > 1
 

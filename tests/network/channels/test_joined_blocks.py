@@ -154,8 +154,11 @@ def test_a_layer_keeps_its_channels_if_the_layers_beside_it_are_not_selected() -
     assert skipped["enter"] == skipped["outer"] == "shared with down, inner, which aren't among the layers to prune"
 
 
-@pytest.mark.parametrize("pruner", ["reconstruction", "random", "l2"])
-@pytest.mark.parametrize(("sizes", "left"), [((8, 32, 64), 0.5), ((32, 64, 128), 0.526), ((8, 32, 32), 0.5)])
+@pytest.mark.parametrize("pruner", ["reconstruction", pytest.param("random", marks=pytest.mark.slow), "l2"])
+@pytest.mark.parametrize(
+    ("sizes", "left"),
+    [((8, 32, 64), 0.5), pytest.param((32, 64, 128), 0.526, marks=pytest.mark.slow), ((8, 32, 32), 0.5)],
+)
 def test_a_budget_is_met_as_nearly_as_whole_positions_allow(sizes: tuple[int, ...], left: float, pruner: str) -> None:
     model = made(UNet, *sizes).float()
     batches = images(32, 16).float().split(8)
