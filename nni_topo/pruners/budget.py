@@ -49,8 +49,8 @@ _MISSED = 0.01  # tolerance, of the unpruned network's cost
 _MISSED_SMALL = 0.1  # tolerance, of the budget, if that is less
 _MISSED_TIME = 0.05  # least tolerance for latency, of the budget
 _ROUNDING = 1e-12  # 0.51 - 0.5 is more than 0.01 in double precision
-NO_NEARER = "the next possible numbers of channels come no nearer"
-"""The reason for a missed budget if no bound prevents meeting it."""
+NO_NEARER = "the numbers of channels that were tried come no nearer"
+"""The reason for a missed budget if no bound prevents meeting it: a search tries few of all possible numbers."""
 _SECONDS = 10.0  # to time one network and the unpruned one
 _FEWEST = 1.0 / 8.0  # least share of a layer's channels that a budget keeps
 _NEVER_ONE = 16  # layers of at least this many channels keep at least two

@@ -55,7 +55,7 @@ _LABELLED_AT_ONCE = 512
 _VALIDATION_FILES = 1024
 STILL = 1e-30
 """Learning rate at which an evaluator measures gradients without changing weights."""
-WHOLE_CHANNELS = "whole channels come no nearer, or the pruner keeps other channels than requested"
+WHOLE_CHANNELS = "the numbers that were tried come no nearer, or the pruner keeps other channels than requested"
 """Why a pruner that gets ratios of layers misses a budget."""
 
 

@@ -31,16 +31,17 @@ RECORDS = [
 
 
 class Page(HTMLParser):
-    """Rows of tables, and how often each element and each address was met."""
+    """Rows of tables, elements, addresses, and the texts that stand for pictures."""
 
     def __init__(self, text):
         super().__init__()
-        self.rows, self.tags, self.addresses, self._cell = [], [], [], False
+        self.rows, self.tags, self.addresses, self.pictures, self._cell = [], [], [], [], False
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.addresses += [value for name, value in attrs if name in ("src", "href", "xlink:href", "srcset")]
+        self.pictures += [value for name, value in attrs if name == "alt"]
         if tag == "tr":
             self.rows.append([])
         if tag in ("td", "th"):
@@ -117,6 +118,15 @@ def test_a_study_has_its_pictures_and_its_numbers(tmp_path):
     assert page.tags.count("img") == len(list(tmp_path.glob("*.png"))) > 1
     for layer in document["layers"]:
         assert any({str(layer["points"]), str(layer["kept"])} <= set(row) for row in page.rows)
+
+
+def test_a_picture_of_any_file_name_shows_that_name(tmp_path):
+    name = '<b>&"x" onerror="y'
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    (tmp_path / f"{name}.png").write_bytes(b"")
+    page = page_of(write_report(tmp_path).parent)
+    assert name in page.pictures
+    assert "b" not in page.tags
 
 
 def test_no_absolute_folder_is_shown(tmp_path):

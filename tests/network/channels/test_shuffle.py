@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from nni.compression.pruning import L1NormPruner
-from speedup_nets import masks_of, shuffled
+from speedup_nets import filter_mask, masks_of, same_output, shuffled
 from torch import nn
 
 import nni_topo
@@ -136,6 +136,42 @@ def test_kept_channels_of_a_shuffle_are_in_the_half_that_they_were_in(way):
         assert stays_in_place(flow, left) is expected, kept
         assert stays_in_place(flow, left, ["first"]) is expected, kept
         assert stays_in_place(flow, left, ["two"]), kept  # of which none is shuffled
+
+
+@pytest.mark.parametrize(
+    ("kept", "round_to", "expected"),
+    [
+        ([1, 2, 5, 6], None, 4),  # 1 5 | 2 6, in place
+        ([4, 5, 6, 7], None, 8),  # a row of the view can't go as a whole: 4 6 | 5 7 would be chunked
+        ([1, 2, 5, 6], 3, 8),  # 1 2 3 5 6 7 would be rounded: 1 5 2 | 6 3 7, of which 2 was in the second half
+    ],
+)
+def test_channels_come_back_until_a_dense_shuffle_moves_them_to_the_halves_they_were_in(kept, round_to, expected):
+    torch.manual_seed(0)
+    model = Turned("chunk").eval()
+    with torch.no_grad():
+        model.first.weight[[3, 7]] += 10  # rounding restores these
+    masks = {"first": filter_mask(model.first, set(range(8)) - set(kept))}
+    dense = nni_topo.to_dense(model, IMAGES.float(), masks, round_to=round_to)
+    assert dense.first.out_channels == expected
+    left = masks if expected == 4 else {}
+    same_output(dense, masked_model(model, IMAGES.float(), left), IMAGES.float() - 3)
+
+
+def test_uneven_pieces_keep_few_channels_where_these_are_in_place():
+    # Of seven channels of each half a shuffle puts four into one piece of the chunk and three into the other.
+    model = shuffled(7, 2).eval()
+    generator = torch.Generator().manual_seed(3)
+    masks = {}
+    for name in list(Analysis.on(model, IMAGES).flow.layers)[:-1]:
+        layer = model.get_submodule(name)
+        if isinstance(layer, nn.Conv2d) and layer.groups == 1:
+            order = torch.randperm(layer.out_channels, generator=generator).tolist()
+            masks[name] = filter_mask(layer, order[: layer.out_channels // 2])
+    dense = nni_topo.to_dense(model, IMAGES, masks)
+    # Masks keep four of seven; a fifth comes back in the layers whose channels are shuffled.
+    assert widths(dense) == [4, 4, 4, 5, 5, 4, 4, 5, 6]
+    same_output(dense, masked_model(model, IMAGES, masks, reconcile=True), IMAGES[:1])
 
 
 def test_shuffled_channels_that_a_grouped_convolution_reads_stay():

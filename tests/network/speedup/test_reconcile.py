@@ -117,6 +117,25 @@ def test_rounding_goes_by_the_output_channels_of_a_transposed_convolution():
     assert torch.equal(dense[0].weight, model[0].weight[:, [0, 3]])
 
 
+def test_coupled_channels_of_one_layer_come_back_by_the_sum_of_their_weights():
+    model = Chunked()  # channels 0 and 4 meet in a product, 1 and 5 do, ...
+    with torch.no_grad():
+        model.first.weight[0] += 10
+        model.first.weight[5] += 1
+    dense = to_dense(model, IMAGES, {"first": filter_mask(model.first, [0, 1, 2, 4, 5, 6])}, round_to=4)
+    assert torch.equal(dense.first.weight, model.first.weight[[0, 3, 4, 7]])
+
+
+def test_a_channel_that_comes_back_for_equal_groups_has_its_weights_and_its_bias():
+    model = Grouped()
+    with torch.no_grad():
+        model.first.weight[4] += 10
+    dense = to_dense(model, IMAGES, {"first": filter_mask(model.first, [0, 4, 5])})
+    kept = [1, 2, 3, 4, 6, 7]
+    assert torch.equal(dense.first.weight, model.first.weight[kept])
+    assert torch.equal(dense.first.bias, model.first.bias[kept])
+
+
 @pytest.mark.parametrize("round_to", [0, 2.0, True, "8"])
 def test_round_to_must_be_a_positive_integer(round_to):
     with pytest.raises(ConfigError, match="round_to must be an integer of at least 1"):
@@ -323,7 +342,7 @@ def test_a_warning_names_three_layers_and_counts_the_others(caplog):
     assert "and 2 more layers" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["apart", "fused", "multihead", "one key fused"])
+@pytest.mark.parametrize("name", ["apart", "fused", "multihead", "one key", "one key fused"])
 def test_channels_that_masks_remove_within_heads_stay_with_zero_weights(name, caplog):
     model, inputs = make(name), _states(2, 7, 5)
     (before,) = find_attention(model).values()
@@ -338,3 +357,32 @@ def test_channels_that_masks_remove_within_heads_stay_with_zero_weights(name, ca
     torch.testing.assert_close(dense(inputs), masked_model(model, inputs, masks)(inputs), rtol=1e-4, atol=1e-5)
     assert {row.name for row in dense.report.kept} == masks.keys()
     assert before.parts[0][0] in caplog.text
+
+
+class Following(nn.Module):
+    """A depth-wise convolution of what isn't zero in a masked channel."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.depthwise = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1, groups=4)
+        self.last = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        return self.last(self.depthwise(self.stem(x).sigmoid()))
+
+
+def test_a_depthwise_convolution_without_a_mask_gets_the_mask_of_the_layer_before():
+    model = Following().eval()
+    masks = resolved(model, {"stem": filter_mask(model.stem, [1])}).masks["depthwise"]
+    assert masks["weight"].flatten().tolist() == masks["bias"].tolist() == [1, 0, 1, 1]
+    dense = to_dense(model, IMAGES, {"stem": filter_mask(model.stem, [1])})
+    kept = [0, 2, 3]
+    assert torch.equal(dense.depthwise.weight, model.depthwise.weight[kept])
+    with torch.no_grad():
+        x = nn.functional.conv2d(IMAGES, model.stem.weight, model.stem.bias).sigmoid()
+        x = nn.functional.conv2d(x, model.depthwise.weight, model.depthwise.bias, groups=4)[:, kept]
+        expected = nn.functional.conv2d(x, model.last.weight[:, kept], model.last.bias)
+        torch.testing.assert_close(dense(IMAGES), expected)
+        masked = masked_model(model, IMAGES, {"stem": filter_mask(model.stem, [1])}, reconcile=True)
+        torch.testing.assert_close(masked(IMAGES), expected)

@@ -55,6 +55,14 @@ def test_a_trial_is_run_again_with_its_parameters_by_this_python(tmp_path, capfd
     assert capfd.readouterr().out == ""
 
 
+@pytest.mark.parametrize("name", ['it\'s "out"', "two words; exit 3", "$HOME of `id`"])
+def test_a_folder_of_any_name_takes_what_is_run_again(name, tmp_path):
+    # A shell would take quotes apart, split words and put in the variable.
+    out = tmp_path / name
+    assert export_trial(trial(0), out, command=AGAIN)["asked"] == trial(0).parameters
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 @pytest.mark.parametrize(
     ("command", "said"),
     [
