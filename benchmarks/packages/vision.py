@@ -108,7 +108,7 @@ def video(kind: str) -> tuple[nn.Module, Inputs]:
     if kind == "SwinTransformer3d":
         return SwinTransformer3d([2, 4, 4], 16, [1, 1], [2, 4], [4, 4, 4], num_classes=5), films
     if kind == "S3D":
-        return networks.S3D(5), torch.randn(1, 3, 16, 64, 64)
+        return networks.S3D(5), torch.randn(1, 3, 13, 212, 212)  # its last pooling is as large
     return getattr(networks, kind)(weights=None, num_classes=5), films[:, :, :4]
 
 

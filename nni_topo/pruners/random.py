@@ -14,8 +14,15 @@ from torch import nn
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import Budget
 from nni_topo.pruners.checks import pruner_arguments
-from nni_topo.pruners.clouds.weight import WeightCollector
-from nni_topo.pruners.hooks import Data, MetricCalculator, Metrics, PruningContext
+from nni_topo.pruners.hooks import Data, DataCollector, MetricCalculator, Metrics, PruningContext
+
+
+class NoData(DataCollector):
+    """Collects nothing."""
+
+    def collect(self, context: PruningContext) -> Data:
+        """Return no rows for any target."""
+        return {}
 
 
 @dataclass
@@ -63,5 +70,5 @@ class RandomPruner(StructuredPruner):
         round_to: int | None = None,
     ) -> None:
         super().__init__(
-            model, config_list, evaluator, existed_wrappers, collector=WeightCollector(), calculator=RandomMetric(seed)
+            model, config_list, evaluator, existed_wrappers, collector=NoData(), calculator=RandomMetric(seed)
         )
