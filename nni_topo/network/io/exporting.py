@@ -207,7 +207,16 @@ def export(
         names = [name.replace("[", ".").replace("]", "") for name, _ in returned_by_name(returned)]
     _return_tensors_alone(net, returned, and_numbers=format != "onnx")
     with quietly():
-        program = _program(net, call, dynamic_dims)
+        try:
+            program = _program(net, call, dynamic_dims)
+        except ExportError:
+            if not dynamic_dims or not (kept := _kept_by_runs(net, calls_to_check)):
+                raise
+            # The forward compares sizes with those of the last run (YOLO's anchors): export a network that hasn't run.
+            fresh = detached_copy(net)
+            for name, key in kept:
+                vars(fresh.get_submodule(name)).pop(key)
+            program = _program(fresh, call, dynamic_dims)
     output_folder(path.parent)
     # The file gets its name only after all checks, so that no wrong file is left behind.
     with whole_file(path) as part:
@@ -315,6 +324,21 @@ def _other_sizes(net: nn.Module, call: Call, dims: Sequence[int]) -> Call:
     )
 
 
+def _kept_by_runs(net: nn.Module, calls: Sequence[Call]) -> list[tuple[str, str]]:
+    """Run a network, and list the attributes that its forward sets anew and that have an initial value in their class.
+
+    Each is listed with its module's name.
+    """
+    before = dict[tuple[str, str], Any]()
+    for call in calls:
+        before = {(name, key): value for name, module in net.named_modules() for key, value in vars(module).items()}
+        with torch.no_grad():
+            net(*call[0], **call[1])
+    modules = dict(net.named_modules())
+    changed = [(name, key) for (name, key), value in before.items() if vars(modules[name]).get(key) is not value]
+    return [(name, key) for name, key in changed if hasattr(type(modules[name]), key)]
+
+
 def _return_tensors_alone(net: nn.Module, returned: Any, *, and_numbers: bool) -> None:
     """Let ``net`` return a list of its output's tensors if the output holds values that a file can't.
 
@@ -368,15 +392,17 @@ def _program(net: nn.Module, call: Call, dims: Sequence[int]) -> Any:
     dynamic_shapes = tree_map(free_dimensions, inspect.signature(net.forward).bind(*args, **kwargs).arguments)
     sizes = "any batch size" if tuple(dims) == (0,) else f"any size in the dimensions {tuple(dims)}"
     rule = f"that torch.export can follow at {sizes if dims else 'the sizes of the inputs'}"
-    with _export_errors(rule, net), torch.no_grad():
+    advice = "; dynamic_dims=() makes a file for the sizes of the inputs alone" if dims else ""
+    with _export_errors(rule, net, advice), torch.no_grad():
         return torch.export.export(net, *call, dynamic_shapes=dynamic_shapes)
 
 
 @contextmanager
-def _export_errors(rule: str, net: nn.Module) -> Iterator[None]:
-    """Turn any error of PyTorch's exporters within the block into an ExportError. ``rule``: what a network must be.
+def _export_errors(rule: str, net: nn.Module, advice: str = "") -> Iterator[None]:
+    """Turn any error of PyTorch's exporters within the block into an ExportError.
 
-    Disk errors are raised unchanged.
+    ``rule``: what a network must be; ``advice``: what else can be done, after a semicolon. Disk errors are raised
+    unchanged.
     """
     try:
         yield
@@ -389,7 +415,7 @@ def _export_errors(rule: str, net: nn.Module) -> Iterator[None]:
         paragraph = _COLOURS.sub("", str(cause)).strip().partition("\n\n")[0]
         reason = shorten(paragraph, _MOST_OF_A_REASON, placeholder=" ...")
         raise ExportError(
-            f"a network must be one {rule}, got {type(cause).__name__}: {reason} ({type(net).__name__}); "
+            f"a network must be one {rule}, got {type(cause).__name__}: {reason} ({type(net).__name__}){advice}; "
             "see docs/export.md"
         ) from error
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from speedup_nets import masks_of
+from speedup_nets import l1_masks, masks_of
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -370,6 +370,62 @@ def test_one_network_of_each_family(name, tmp_path):
             nni_topo.export(model, program, inputs, format="torch.export")
     else:
         assert nni_topo.export(model, program, inputs, format="torch.export").error < 1e-4
+
+
+class Anchored(nn.Module):
+    """A detector's head that makes its anchors anew if the sizes of the images differ from those of the last run."""
+
+    shape = None
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.anchors = torch.empty(0)
+
+    def forward(self, images):
+        x = self.last(self.first(images).relu())
+        if self.shape != x.shape:
+            self.anchors = torch.arange(x.shape[2] * x.shape[3], dtype=x.dtype, device=x.device)
+            self.shape = x.shape
+        return x.flatten(2) + self.anchors
+
+
+@pytest.mark.parametrize("ending", ["onnx", "pt2"])
+def test_a_head_that_keeps_anchors_of_the_last_run_is_exported_at_any_batch_size(ending, tmp_path):
+    model, images = Anchored().eval(), torch.randn(2, 3, 6, 6)
+    dense = nni_topo.to_dense(model, images, l1_masks(model, [{"op_names": ["first"], "sparse_ratio": 0.5}]))
+    dense(images)
+    assert dense.first.out_channels == 4
+    shape = dense.shape
+    file = nni_topo.export(dense, tmp_path / f"small.{ending}", images)
+    assert file.error < 1e-5
+    assert dense.shape is shape
+    more = torch.randn(5, 3, 6, 6)
+    if ending == "onnx":
+        (found,) = outputs(file.path, **fed(file.path, more))
+    else:
+        found = torch.export.load(file.path).module()(more).detach().numpy()
+    np.testing.assert_allclose(found, dense(more).detach().numpy(), atol=1e-5)
+
+
+class EachApart(nn.Module):
+    """Treats its samples one by one."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, rows):
+        return torch.stack([self.layer(rows[at]) for at in range(len(rows))])
+
+
+def test_a_network_of_a_fixed_batch_is_exported_as_the_error_advises(tmp_path):
+    model, rows = EachApart().eval(), torch.randn(3, 4)
+    with pytest.raises(ExportError, match=r"any batch size.*dynamic_dims=\(\)"):
+        nni_topo.export(model, tmp_path / "rows.onnx", rows)
+    file = nni_topo.export(model, tmp_path / "rows.onnx", rows, dynamic_dims=())
+    np.testing.assert_allclose(outputs(file.path, **fed(file.path, rows))[0], model(rows).detach().numpy(), atol=1e-6)
 
 
 class FixedBatch(nn.Module):
