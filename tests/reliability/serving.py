@@ -334,7 +334,7 @@ def compensated(case: Case, model: nn.Module) -> None:
     batches = [wrapped(case.example(4, seed=seed)) for seed in range(3)]
     with unchanged(model, "compensate"):
         full = nni_topo.compensate(model, masks, batches, progress=False)
-    made_dense(case, full, masks)
+    require_gone(case, model, made_dense(case, full, masks))
 
 
 def wrapped(inputs: Any) -> Any:
