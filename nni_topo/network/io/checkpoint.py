@@ -233,6 +233,7 @@ def load(path: _PathLike, model: nn.Module | Callable[[], nn.Module]) -> nn.Modu
                     f"({name}, {file})"
                 )
             tensor.data = value.to(tensor.device, copy=True)
+    unpruned = _sizes(built)
     for name, each in attention.items():
         queries, size, width = recipe["attention"].get(name, (each.query_heads, each.head_size, each.width))
         if size != each.head_size:
@@ -241,12 +242,13 @@ def load(path: _PathLike, model: nn.Module | Callable[[], nn.Module]) -> nn.Modu
                 f"{each.head_size} in the model ({name}, {file})"
             )
         resize(built.get_submodule(name), each, each.heads * queries // each.query_heads, width)
-    known, smaller = _sizes(built), {}
+    current, sizes = _sizes(built), {}  # of attention a width may be the input's or the heads'
     for name, key, path_in, number in recipe["sizes"]:
         at = name, key, tuple(path_in)
-        if 0 < number < known.get(at, 0):  # other numbers don't count channels
-            smaller[at] = number
-    put_sizes(built, smaller)
+        # Larger numbers don't count channels.
+        if 0 < number <= unpruned.get(at, 0) and number != current.get(at):
+            sizes[at] = number
+    put_sizes(built, sizes)
     for name, dim in recipe["own_widths"].items():
         module = modules.get(name)
         if module is None or (own_width_of(module) != dim and not take_own_width(module, dim)):

@@ -141,8 +141,8 @@ class Encoder(nn.Module):
         return self.last(self.attention(self.first(x)))
 
 
-@pytest.mark.parametrize(("ratio", "width", "heads"), [(0.5, 16, 2), (0.25, 24, 2)])
-def test_attention_that_checks_its_width_loses_heads_and_inputs(ratio, width, heads):
+@pytest.mark.parametrize(("ratio", "width", "heads"), [(0.5, 16, 2), (0.25, 24, 2), (0.01, 32, 2)])
+def test_attention_that_checks_its_width_loses_heads_and_inputs(ratio, width, heads, tmp_path):
     model, tokens = Encoder().eval(), torch.randn(2, 7, 12)
     config_list = [
         {"op_names": ["first"], "sparse_ratio": ratio},
@@ -154,6 +154,8 @@ def test_attention_that_checks_its_width_loses_heads_and_inputs(ratio, width, he
     assert (dense.attention.embed_dim, dense.attention.num_heads) == (width, heads)
     assert dense.attention.q_proj.weight.shape == (8 * heads, width)
     same_output(dense, nni_topo.masked_model(model, tokens, masks), torch.randn(5, 9, 12))
+    nni_topo.save(dense, tmp_path / "small.safetensors")
+    same_output(nni_topo.load(tmp_path / "small.safetensors", Encoder().eval()), dense, torch.randn(5, 9, 12))
 
 
 class Tower(nn.Module):
