@@ -158,10 +158,17 @@ def test_channels_come_back_until_a_dense_shuffle_moves_them_to_the_halves_they_
     same_output(dense, masked_model(model, IMAGES.float(), left), IMAGES.float() - 3)
 
 
-def test_uneven_pieces_keep_few_channels_where_these_are_in_place():
+@pytest.mark.parametrize(
+    ("seed", "expected"),
+    [
+        (3, [4, 4, 4, 5, 5, 4, 4, 5, 6]),  # masks keep four of seven; a fifth comes back where channels are shuffled
+        (1, [4, 4, 4, 7, 7, 4, 4, 7, 6]),  # no smaller number is in place
+    ],
+)
+def test_uneven_pieces_keep_few_channels_where_these_are_in_place(seed, expected):
     # Of seven channels of each half a shuffle puts four into one piece of the chunk and three into the other.
     model = shuffled(7, 2).eval()
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(seed)
     masks = {}
     for name in list(Analysis.on(model, IMAGES).flow.layers)[:-1]:
         layer = model.get_submodule(name)
@@ -169,8 +176,7 @@ def test_uneven_pieces_keep_few_channels_where_these_are_in_place():
             order = torch.randperm(layer.out_channels, generator=generator).tolist()
             masks[name] = filter_mask(layer, order[: layer.out_channels // 2])
     dense = nni_topo.to_dense(model, IMAGES, masks)
-    # Masks keep four of seven; a fifth comes back in the layers whose channels are shuffled.
-    assert widths(dense) == [4, 4, 4, 5, 5, 4, 4, 5, 6]
+    assert widths(dense) == expected
     same_output(dense, masked_model(model, IMAGES, masks, reconcile=True), IMAGES[:1])
 
 
