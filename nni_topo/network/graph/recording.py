@@ -89,6 +89,78 @@ _EXTREME = 1e30  # on either side of any threshold
 TURNED: ContextVar[Decision | None] = ContextVar("turned", default=None)  # so that the forward takes another branch
 
 
+class _Decisions:
+    """The values that a forward reads, with which it may decide on a branch; one of them may be replaced."""
+
+    def __init__(self) -> None:
+        self.others = dict[Decision, None]()
+        self._turned = TURNED.get()
+        self._turned_reading: tuple[Any, ...] | None = None  # the reading to which it belongs
+        self._readings = set[tuple[Any, ...]]()
+
+    def decided(self, reading: tuple[Any, ...], value: bool | float) -> bool | float:
+        """Note that the forward reads a value; return it, or what stands for it.
+
+        ``reading``: the function and the ids of its tensors.
+        """
+        line = forward_line()
+        if reading not in self._readings:
+            self._readings.add(reading)
+            others: tuple[bool | float, ...] = (not value,) if isinstance(value, bool) else (_EXTREME, -_EXTREME)
+            self.others.update(dict.fromkeys((line, other) for other in others))
+        if self._turned is None or line != self._turned[0]:
+            # The same value may decide elsewhere, too. A loop would never end.
+            return self._turned[1] if self._turned is not None and reading == self._turned_reading else value
+        if self._turned_reading is not None:
+            return value
+        self._turned_reading = reading
+        return self._turned[1]
+
+
+Noted = tuple[str, list[tuple[int, ...]]]
+"""The name of a function, and the shapes of its tensors: those that parameters have a part in, and its results."""
+
+
+class _Calls(TorchFunctionMode):
+    """Notes which functions a model calls on its parameters, and on what is computed from them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.noted: list[Noted] = []
+        self._decisions = _Decisions()
+        self._weighted: dict[int, Tensor] = {
+            id(parameter): parameter for parameter in model.parameters()
+        }  # kept, so that ids stay
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function, and note the call."""
+        out = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        tensors = [each for each in leaves_of((args, kwargs)) if isinstance(each, Tensor)]
+        if isinstance(out, (bool, float)) and name not in _ABOUT_TENSORS:
+            return self._decisions.decided((name, *map(id, tensors)), out)
+        weighted, results = [tensor for tensor in tensors if id(tensor) in self._weighted], tensors_of(out)
+        if weighted and results:
+            self._weighted |= {id(tensor): tensor for tensor in results}
+            self.noted.append((name, [tuple(tensor.shape) for tensor in (*weighted, *results)]))
+        return out
+
+
+def calls_on_weights(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Noted] | None:
+    """Return the functions that a model calls, in its present mode, on parameters and what is computed from them.
+
+    None if it fails.
+    """
+    calls = _Calls(model)
+    try:
+        with torch.no_grad(), torch_random_kept(), calls:
+            model(*call[0], **call[1])
+    except Exception as error:  # a forward may raise anything
+        let_go(error)
+        return None
+    return calls.noted
+
+
 @dataclass(frozen=True)
 class Recorded:
     """A recorded graph, and what two runs of the model showed."""
@@ -168,7 +240,9 @@ def _recorded(model: nn.Module, named: dict[str, Any], notes: Notes, *, again: b
             model.register_buffer(name, tensor, persistent=False)
     graph_module = with_heads(on_modules(model, first.graph, type(model).__name__))
     reads_values = first.reads_values or (second is not None and second.reads_values)
-    return Recorded(graph_module, first.outputs, reads_values, first.compared, tuple(first.decisions), first.of_samples)
+    return Recorded(
+        graph_module, first.outputs, reads_values, first.compared, tuple(first._decisions.others), first.of_samples
+    )
 
 
 def _recorder_of_twice(
@@ -246,10 +320,7 @@ class _Recorder(TorchFunctionMode):
         self.graph = Graph()
         self.constants: dict[str, Tensor] = {}
         self.reads_values = False
-        self.decisions = dict[Decision, None]()
-        self._turned = TURNED.get()
-        self._turned_reading: tuple[Any, ...] | None = None  # the reading to which it belongs: see `_decided`
-        self._readings = set[tuple[Any, ...]]()
+        self._decisions = _Decisions()
         self.read = set[Node]()  # nodes that stay in the graph because Python code read or stored their values
         self.numbers = set[Node]()  # nodes of tensors' sizes, and of numbers computed from them
         self.checks = set[Node]()  # nodes of comparisons and remainders, and of the numbers that only they read
@@ -336,27 +407,11 @@ class _Recorder(TorchFunctionMode):
                     for node in read:
                         node.meta[AS_NUMBERS] = True
                 elif isinstance(out, (bool, float)):
-                    out = self._decided((name, *(id(each) for each in leaves if isinstance(each, Tensor))), out)
+                    out = self._decisions.decided(
+                        (name, *(id(each) for each in leaves if isinstance(each, Tensor))), out
+                    )
         self._write(*_operation(func, args), kwargs, out)
         return self._measured(func, args, kwargs, out)
-
-    def _decided(self, reading: tuple[Any, ...], value: bool | float) -> bool | float:
-        """Note that the forward reads a value, which may decide on a branch; return it, or what stands for it.
-
-        ``reading``: the function and the ids of its tensors.
-        """
-        line = forward_line()
-        if reading not in self._readings:
-            self._readings.add(reading)
-            others: tuple[bool | float, ...] = (not value,) if isinstance(value, bool) else (_EXTREME, -_EXTREME)
-            self.decisions.update(dict.fromkeys((line, other) for other in others))
-        if self._turned is None or line != self._turned[0]:
-            # The same value may decide elsewhere, too. A loop would never end.
-            return self._turned[1] if self._turned is not None and reading == self._turned_reading else value
-        if self._turned_reading is not None:
-            return value
-        self._turned_reading = reading
-        return self._turned[1]
 
     def _keep_written(self, func: Any, args: tuple[Any, ...]) -> None:
         """Record a constant before a recorded tensor is written into it, as by ``keep &= mask``."""

@@ -23,7 +23,7 @@ from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.channels.ids import FIXED
 from nni_topo.network.channels.reasons import Reason
 from nni_topo.network.graph.nodes import RANDOM, ShapeNoting, on_modules
-from nni_topo.network.graph.recording import TURNED, Decision
+from nni_topo.network.graph.recording import TURNED, Decision, calls_on_weights
 from nni_topo.network.graph.traced_int import Check
 from nni_topo.network.graph.tracing import arguments, is_in_parts, layer_sizes, trace
 from nni_topo.network.layers.derived import LayerSizes, Size, adopt, spatial, with_heads
@@ -205,10 +205,14 @@ class Analysis:
         known, few = self.facts, first_samples(self.call)
         if known.by_values is None:
             known.by_values = {}
-            for decision in self.trace.decisions[:_DECISIONS]:
+            decisions = self.trace.decisions[:_DECISIONS]
+            copied: nn.Module = evaluating(unwrapped_copy(self.model, light=True)) if decisions else self.model
+            usual = calls_on_weights(copied, few) if decisions else None
+            for decision in decisions:
                 token = TURNED.set(decision)
                 try:
-                    facts = self._facts_on(few)
+                    # A branch that only warns, or makes a mask, calls the same functions.
+                    facts = None if usual and calls_on_weights(copied, few) == usual else self._facts_on(few)
                 finally:
                     TURNED.reset(token)
                 if facts is not None:
