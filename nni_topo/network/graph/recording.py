@@ -60,6 +60,7 @@ from nni_topo.network.runtime.fits import LISTS
 from nni_topo.network.runtime.inputs import (
     batch_size,
     call_by_name,
+    check_inputs_last,
     first_of_samples,
     let_go,
     returned_tensors,
@@ -349,6 +350,7 @@ class _Recorder(TorchFunctionMode):
         with made_tensors_dropped(model):
             with self._calls_seen(model), notes.running(), self:
                 self.outputs = tree_map_only(TracedInt, plain, model(*args, **kwargs))
+            check_inputs_last(named, model)
             self._note_stored(stored_tensors(model, buffers), partial(model, *args, **kwargs))
         self._check_choice(model)
         if self._picked and any(tensors_of(each) and not isinstance(each, Tensor) for each in named.values()):

@@ -173,7 +173,7 @@ def _trace_on(shown: dict[str, Any], named: dict[str, Any], model: nn.Module, ca
             graph_module, args, recorded.reads_values, recorded.compared, recorded.decisions, recorded.of_samples
         )
     except Exception as error:  # a forward may raise anything
-        if out_of_memory(error):
+        if out_of_memory(error) or isinstance(error, ConfigError):
             raise
         _logger.debug("%s can't be recorded", type(model).__name__, exc_info=True)
         raise SpeedupError(

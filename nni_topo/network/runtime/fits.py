@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from nni_topo.errors import ConfigError, DataError, out_of_memory, raised
 from nni_topo.network.runtime.calibration import Calibration
@@ -20,6 +21,7 @@ from nni_topo.network.runtime.inputs import (
     arguments_of,
     batch_size,
     calls,
+    check_inputs_last,
     copied_for,
     described,
     first_of_samples,
@@ -120,10 +122,11 @@ def call_arguments(example_inputs: Any, model: nn.Module) -> Call:
 
 def failure_on(model: nn.Module, call: Call) -> Exception | None:
     """Run a model on a call in evaluation mode and return its error; None if it runs."""
-    args, kwargs = on_device(call, device_of(model))
+    args, kwargs = tree_map_only(Tensor, Tensor.clone, on_device(call, device_of(model)))
     try:
         with left_alone(model), evaluation_mode(model), torch.no_grad():
             model(*args, **kwargs)
+            check_inputs_last((args, kwargs), model)
     except MODEL_ERRORS as error:
         if out_of_memory(error):
             raise
@@ -177,7 +180,9 @@ def check_fits(model: nn.Module, call: Call, name: str = "calibration") -> set[s
                 entering.append((module, partial(look, f"{type(module).__name__} {layer!r}", dimensions)))
     entering += [(module, partial(note, each)) for each, module in _listed_modules(model).items()]
     with fitting(0, name, call), left_alone(model), evaluation_mode(model), torch.no_grad(), watched(entering):
-        model(*call[0], **call[1])
+        args, kwargs = tree_map_only(Tensor, Tensor.clone, call)
+        model(*args, **kwargs)
+        check_inputs_last((args, kwargs), model)
     if unbatched:
         raise DataError(
             f"{name} must have samples along the first dimension, got {described(call)}, which {unbatched[0]} takes "

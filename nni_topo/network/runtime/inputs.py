@@ -363,6 +363,20 @@ def fitting(batch: int, knob: str = "calibration", call: Call | None = None) -> 
         raise DataError(f"{knob} must fit the model, got {raised(error)}{given} (batch {batch})") from error
 
 
+def check_inputs_last(call: Any, model: nn.Module) -> None:
+    """Raise ConfigError if a model has freed the memory of its inputs, which are used again: reading them would crash.
+
+    Invertible networks free it, because they can compute their inputs from their outputs.
+    """
+    for tensor in tensors_of(call):
+        if tensor.layout == torch.strided and tensor.numel() and not tensor.untyped_storage().nbytes():
+            raise ConfigError(
+                "a model must leave its inputs as they are, because they are used again, got one that frees the memory "
+                f"of {described(tensor)} in its forward: switch that off, in torch_geometric by disable=True "
+                f"({type(model).__name__})"
+            )
+
+
 def first_of_samples(call: Any) -> Tensor:
     """Return the first tensor of a call that has a dimension (of samples); the first tensor if none has."""
     tensors = tensors_of(call)

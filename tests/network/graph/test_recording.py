@@ -11,8 +11,8 @@ import torch
 from speedup_nets import masks_of
 from torch import nn
 
-from nni_topo import RandomPruner, create_pruner, dependency_groups, masked_model, to_dense
-from nni_topo.errors import LayerError, SpeedupError
+from nni_topo import RandomPruner, create_pruner, dependency_groups, masked_model, shrink, to_dense
+from nni_topo.errors import ConfigError, LayerError, SpeedupError
 from nni_topo.network.graph.recording import record
 
 
@@ -45,6 +45,32 @@ def test_a_recorded_model_takes_other_numbers_of_samples():
     for samples in (1, 2, 7):
         inputs = torch.randn(samples, 5, 4)
         torch.testing.assert_close(graph(inputs)[0], model(inputs, 0.5)["out"])
+
+
+class Freeing(nn.Module):
+    """Frees its input's memory, as invertible networks do to save it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(5, 12), nn.Linear(12, 2)
+
+    def forward(self, x):
+        out = self.head(self.first(x).relu())
+        x.untyped_storage().resize_(0)
+        return out
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_forward_that_frees_its_inputs_is_refused_and_they_stay(wrapped):
+    model, x = Freeing().eval(), torch.randn(4, 5)
+    before, batch = x.clone(), (x,) if wrapped else x
+    for run in (
+        lambda: dependency_groups(model, batch, [{"op_types": ["Linear"], "sparse_ratio": 0.5}]),
+        lambda: shrink(model, [batch], {"params": 0.5}),
+    ):
+        with pytest.raises(ConfigError, match=r"must leave its inputs as they are.*Freeing"):
+            run()
+        torch.testing.assert_close(x, before)
 
 
 class Measured(nn.Module):
