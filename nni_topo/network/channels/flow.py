@@ -14,7 +14,7 @@ import logging
 import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import pairwise, zip_longest
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -55,6 +55,7 @@ from nni_topo.network.channels.rules import (
 from nni_topo.network.graph.nodes import (
     AS_NUMBERS,
     RANDOM,
+    UNSHOWN,
     UNUSED,
     described,
     is_of_forward,
@@ -64,6 +65,8 @@ from nni_topo.network.graph.nodes import (
 )
 from nni_topo.network.graph.traced_int import (
     CHECKS,
+    ON_NUMBERS,
+    Check,
     TracedInt,
     attribute_channels,
     attribute_sizes_in,
@@ -787,6 +790,50 @@ class ChannelFlow(Propagation):
                 if leaving.numel() > entering.numel() > 1:
                     return True
         return False
+
+    def compared_sizes(self) -> tuple[Check, ...]:
+        """List the forward's tests whether a size, such as an image's height, equals a number.
+
+        The numbers of channels and samples are no such sizes; that of a parameter is a number.
+        """
+        found = dict[Check, None]()
+        for node in self.traced.graph.nodes:
+            if node.target not in (operator.eq, operator.ne) or UNSHOWN not in node.meta:
+                continue
+            numbers, sizes = list[int](), list[int]()
+            for side in node.args:
+                value, changes = self._number(side)
+                if value is not None:
+                    (sizes if changes else numbers).append(value)
+            if len(sizes) == len(numbers) == 1:
+                found[node.target, sizes[0], numbers[0]] = None
+        return tuple(found)
+
+    def _number(self, value: Any) -> tuple[int | None, bool]:
+        """Return a number in the graph, and whether it changes with the sizes of the inputs.
+
+        None if it changes with the number of samples, or counts channels.
+        """
+        if not isinstance(value, Node):
+            return (plain(value), False) if isinstance(value, int) else (None, False)
+        if value.target in ON_NUMBERS:
+            compute: Any = value.target
+            operands = [self._number(each) for each in value.args]
+            numbers = [number for number, _ in operands if number is not None]
+            result = compute(*numbers) if len(numbers) == len(operands) else None
+            return result, any(changes for _, changes in operands)
+        if value.target != "size" or len(value.args) != 2:
+            return None, False
+        tensor, dim = cast("tuple[Node, int]", value.args)
+        shape, ids = tensor_shape(tensor), self.ids.get(tensor.name)
+        if shape is None or not isinstance(dim, int) or not isinstance(ids, Tensor):
+            return None, False
+        dim %= len(shape)
+        is_of_model = tensor.op == "get_attr"
+        holds_channels = ids.shape[dim] > 1 or (tensor.op == "placeholder" and dim == 1 and len(shape) > 3)
+        if holds_channels or not (dim or is_of_model):
+            return None, False
+        return shape[dim], not is_of_model
 
     @property
     def shuffles(self) -> bool:

@@ -169,7 +169,7 @@ class Recorded:
     graph_module: GraphModule
     outputs: Any  # of the first run
     reads_values: bool  # whether Python code read values of tensors, so that other weights may give another graph
-    compared: tuple[tuple[int, int], ...]  # sizes that the forward compared with numbers, and these numbers
+    compared: tuple[Check, ...]  # comparisons of sizes with numbers by ``<`` or ``>``
     decisions: tuple[Decision, ...]  # values with which the forward may take another branch
     of_samples: tuple[Check, ...]  # checks of a multiple of the number of samples: function, factor, other number
 

@@ -121,15 +121,15 @@ class UnclearPlaces(set[Place]):
 class UnshownSizes(list["TracedInt"]):
     """Sizes of tensors from which the forward computed numbers that the graph doesn't show.
 
-    ``compared``: pairs of a size, not the number of samples, and the number that the forward compared it with by ``<``
-    or ``>``. With inputs of another size it may take another branch. ``of_samples``: checks that compare the number of
-    samples, or what is computed from it, with a number. ``write_check``: as in `UnclearPlaces`. ``held``: ids of the
+    ``compared``: checks that compare a size, not the number of samples, with a number by ``<`` or ``>``. With inputs of
+    another size the forward may take another branch. ``of_samples``: checks that compare the number of samples, or what
+    is computed from it, with a number. ``write_check``: as in `UnclearPlaces`. ``held``: ids of the
     model's parameters and buffers, whose first dimension holds no samples.
     """
 
     def __init__(self, write_check: Callable[[Check], bool], held: Collection[int]) -> None:
         super().__init__()
-        self.compared: list[tuple[int, int]] = []
+        self.compared: list[Check] = []
         self.of_samples: list[Check] = []
         self.write_check, self.held = write_check, held
 
@@ -295,7 +295,7 @@ def _noted(name: str, *operands: Any) -> Any:
         if not isinstance(other, int) or (isinstance(other, TracedInt) and other.place is None):
             continue
         if name in _ORDERS and _is_behind_the_samples(size):
-            size.unshown.compared.append((plain(size), plain(other)))
+            size.unshown.compared.append((_CHECKING[name], plain(size), plain(other)))
         elif name in _CHECKING and name != "__rmod__" and _is_of_samples(size, size.unshown.held):
             size.unshown.of_samples.append((_CHECKING[name], plain(size), plain(other)))
     return value

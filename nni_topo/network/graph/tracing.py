@@ -80,8 +80,8 @@ class Recording:
     """the values of its placeholders"""
     reads_values: bool
     """whether Python code read values of tensors, so that other weights may give another graph"""
-    compared: tuple[tuple[int, int], ...] = ()
-    """sizes of inputs or later tensors that the forward compared with numbers, and these numbers"""
+    compared: tuple[Check, ...] = ()
+    """comparisons by ``<`` or ``>`` of sizes of inputs or later tensors with numbers"""
     decisions: tuple[Decision, ...] = ()
     """values that stand for ones that the forward reads, with which it may take another branch"""
     of_samples: tuple[Check, ...] = ()

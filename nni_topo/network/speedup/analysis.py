@@ -42,9 +42,6 @@ _SMALL = 64  # positions, allowed for any input
 _DECISIONS = 16  # at most so many other values of tensors are tried
 _MULTIPLES = (8, 16, 32)  # divisors that networks require of image sides
 
-Compared = tuple[tuple[int, int], ...]
-"""Pairs of a size and the number with which a forward compared it."""
-
 
 @dataclass(frozen=True)
 class Trace:
@@ -53,7 +50,7 @@ class Trace:
     assembled: Callable[..., GraphModule]  # puts the graph on the modules of a model
     flow: ChannelFlow  # its modules hold no values
     reads_values: bool  # whether the forward depends on values of tensors, as in a branch
-    compared: Compared
+    compared: tuple[Check, ...]  # comparisons of a size, such as an image's height, with a number
     decisions: tuple[Decision, ...]  # values with which the forward may take another branch
     of_samples: tuple[Check, ...]  # checks of a multiple of the number of samples: function, factor, other number
     reads_mode: bool  # whether the forward reads a module's mode, so that it may do something else in training mode
@@ -311,11 +308,12 @@ def _traced_with(original: nn.Module, call: Call, own_widths: dict[str, int]) ->
     put_parameters(graph_module, lambda parameter: parameter.to("meta"))
     graph_module.to("meta")
     assembled = partial(_assembled, graph, constants)
+    compared = recording.compared + flow.compared_sizes()
     return Trace(
         assembled,
         flow,
         recording.reads_values,
-        recording.compared,
+        compared,
         recording.decisions,
         recording.of_samples,
         reads_mode=bool(readers),
@@ -337,12 +335,12 @@ def _described(call: Call) -> list[Any]:
     return [structure, *shapes]
 
 
-def _second_call(model: nn.Module, call: Call, compared: Compared) -> Call | None:
+def _second_call(model: nn.Module, call: Call, compared: tuple[Check, ...]) -> Call | None:
     """Return inputs of another size that a model runs on, with two samples if it takes these; None if none is found.
 
     Dimensions of equal size, such as height and width, or the lengths of tokens and their mask, change together. First,
-    sizes on the other side of numbers that the forward compares sizes with are tried, then the size plus one, then the
-    next multiples of 8, 16 and 32. ``model`` is a copy in evaluation mode.
+    sizes with which the forward's comparisons of sizes with numbers give something else are tried, then the size plus
+    one, then the next multiples of 8, 16 and 32. ``model`` is a copy in evaluation mode.
     """
     few = first_samples(call)
     for start in (few, call) if few is not call else (call,):
@@ -388,20 +386,22 @@ def _runs_on(model: nn.Module, call: Call) -> bool:
     return True
 
 
-def _other_sizes(size: int, compared: Compared) -> Iterator[int]:
+def _other_sizes(size: int, compared: tuple[Check, ...]) -> Iterator[int]:
     """Yield the sizes to try instead of ``size``, each once."""
     found = list[int]()
-    for known, number in compared:
+    for function, known, number in compared:
         # The compared size may be a feature map's, which grows with the input.
         threshold = size * number / known if known > 0 else 0
+        candidates = [int(threshold)]
         for multiple in (32, 16, 8, 1):
-            below = int(threshold - 1e-9) // multiple * multiple
-            above = (int(threshold) // multiple + 1) * multiple
-            if known >= number and below > 0:
-                found.append(below)
+            candidates.append(int(threshold - 1e-9) // multiple * multiple)
+            candidates.append((int(threshold) // multiple + 1) * multiple)
+        for other in candidates:
             # Much larger inputs might not fit into memory.
-            if known <= number and above <= max(3 * size, _SMALL):
-                found.append(above)
+            if not 0 < other <= max(3 * size, _SMALL):
+                continue
+            if bool(function(known * other // size, number)) != bool(function(known, number)):
+                found.append(other)
     found += [size + 1, *((size // multiple + 1) * multiple for multiple in _MULTIPLES)]
     for each in dict.fromkeys(found):
         if each != size:

@@ -143,3 +143,36 @@ def test_a_branch_that_raises_keeps_no_channels():
 
     model, images = Branching(check, is_early=False).eval(), torch.randn(2, 3, 6, 6)
     assert [entry["op_names"] for entry in _groups(model, images)] == [["a"], ["b"], ["c"]]
+
+
+class Tabled(nn.Module):
+    """Adds a table to its features: a buffer at the size it was made for, else one made anew for their width."""
+
+    def __init__(self, places):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.o = nn.Linear(3, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+        self.places = places
+        self.register_buffer("table", self.made(places, 16))
+
+    @staticmethod
+    def made(places, width):
+        return torch.outer(torch.arange(places), 1.0 / (1 + torch.arange(width))).sin()
+
+    def forward(self, x):
+        y = self.a(x)
+        is_same = x.shape[1] == self.places if self.places < 8 else self.table.shape[0] == x.shape[1]
+        y = y + (self.table if is_same else self.made(x.shape[1], self.table.shape[1]))
+        return self.o(self.b(y.relu()).relu())
+
+
+@pytest.mark.parametrize("places", [6, 8])  # compared with an attribute, or with the size of the table
+def test_a_table_that_is_made_from_a_width_at_another_size_keeps_its_channels(places):
+    model, x = Tabled(places).eval(), torch.randn(2, places, 3)
+    groups = _groups(model, x)
+    assert {reason.kind for reason in groups.reasons["a"]} == {"depends_on_size"}
+    masks = l1_masks(model, groups)
+    dense = nni_topo.to_dense(model, x, masks)
+    assert (dense.a.out_features, dense.b.out_features) == (16, 8)
+    for other in (x, torch.randn(3, 2 * places + 1, 3)):
+        same_output(dense, nni_topo.masked_model(model, x, masks), other)
