@@ -147,7 +147,7 @@ def explain(model: nn.Module, example_inputs: Any, layer: str) -> Explanation:
     >>> print(explain(model, torch.ones(1, 1, 8, 8), "0"))  # doctest: +ELLIPSIS
     0: all 8 channels are kept
     kept: the result of an operation depends on removed channels (1: Softmax)
-    what to change: use an operation that treats every channel by itself, or write ...
+    what to change: use an operation that treats every channel by itself, let a convolution alone read ...
     """
     check_unwrapped(model)
     model = with_known_layers(model)
