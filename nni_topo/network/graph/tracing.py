@@ -463,6 +463,8 @@ class _Joined:
             copied.meta[STORED] = f"{name}.{copied.meta[STORED]}"
         within = copied.meta.get(STORED_WITHIN, {})
         copied.meta[STORED_WITHIN] = {f"{name}.{attribute}": sizes for attribute, sizes in within.items()}
+        if "reads" in copied.meta:  # by the names of attention's layers
+            copied.meta["reads"] = {f"{name}.{layer}": places for layer, places in copied.meta["reads"].items()}
         stack = [f"{name}.{each}".strip(".") for each in ("", *(node.meta.get("nn_module_stack") or {}))]
         copied.meta["nn_module_stack"] = {each: (each, nn.Module) for each in stack if each}
         if node.op in ("call_module", "get_attr"):

@@ -160,3 +160,29 @@ def test_a_detector_that_finds_nothing_in_the_example_says_so_and_its_other_laye
     found, wanted = dense([*others]), masked([*others])
     assert len(found[0]) == 5 * 12 * 9
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+class Sequences(nn.Module):
+    """An encoder with attention, and a list whose length values decide, which is followed part by part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, sequences: Tensor) -> list[Tensor]:
+        rows = self.head(self.encoder(sequences).mean(1))
+        return [torch.stack([row for row in rows if float(row.sum()) > 0] or [rows[0]])]
+
+
+def test_attention_within_a_part_loses_heads():
+    torch.manual_seed(0)
+    model, inputs = Sequences().eval(), torch.randn(2, 5, 16)
+    groups = nni_topo.dependency_groups(model, inputs, [{"op_types": ["MultiheadAttention"], "sparse_ratio": 0.5}])
+    masks = masks_of(nni_topo.RandomPruner(model, groups, seed=0))
+    dense = nni_topo.to_dense(model, inputs, masks)
+    assert dense.encoder.layers[0].self_attn.num_heads == 2
+    other = torch.randn(3, 7, 16)
+    expected = nni_topo.masked_model(model, inputs, masks)(other)
+    torch.testing.assert_close(dense(other), expected, rtol=1e-4, atol=1e-5)
