@@ -131,7 +131,10 @@ _ADVICE: dict[str, str] = {
     "training_reader": "delete the layer from the model if it isn't trained any more",
     "training_output": "delete the layer from the model if nothing is trained with what it returns",
     "stored": "if no code reads the attribute after the forward, don't leave a tensor in it",
-    "nothing_found": "pass inputs in which the network finds an object, or lower the score that an object must have",
+    "nothing_found": (
+        "pass inputs for which the layer's input isn't empty: an image with an object, or a lower score that an object "
+        "must have; a graph with nodes of every degree"
+    ),
     "dry_run_failed": "change the forward so that it runs on random weights and inputs",
     "head_by_head": (
         "select every layer that adds to the same residual stream: its channels are then pruned instead of heads"
@@ -215,7 +218,11 @@ shared_by_heads = Sentence(
 uncut_module = Sentence("uncut_module", "they enter {layer} ({of}), which can't be cut")
 no_batch = Sentence("no_batch", "the input of {layer} has no batch dimension")
 complex_reader = Sentence("complex_weight", "they enter {layer}, whose weights are complex numbers")
-nothing_found = Sentence("nothing_found", "no object was found in the example inputs: pass an image with one")
+nothing_found = Sentence(
+    "nothing_found",
+    "its input is empty for the example inputs, as if a detector found no object: pass an image with one, or other "
+    "inputs",
+)
 several_widths = Sentence("several_widths", "{layer} is called on different numbers of channels")
 recurrent_input = Sentence("recurrent_state", "they are the initial state of {layer} ({of}), which keeps its size")
 convolved_elsewhere = Sentence(
