@@ -597,6 +597,10 @@ class _Recorder(TorchFunctionMode):
                 number = self.graph.call_function(first, tuple(map(self._argument, given)))
             self.numbers.add(number)
             return number
+        if isinstance(value, np.generic):
+            value = value.item()  # such as a size that a converter has read from a file
+        if isinstance(value, np.ndarray) and value.dtype.kind in "bi":  # an index
+            return self._node(torch.tensor(value.tolist(), device="cpu"))
         if not isinstance(value, _PLAIN):
             raise SpeedupError(f"arguments of recorded operations must be tensors or plain, got {type(value).__name__}")
         return value

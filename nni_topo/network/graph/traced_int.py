@@ -148,6 +148,7 @@ class TracedInt(int):
     # For a number computed from numbers that attributes hold, and from no sizes of tensors: these numbers.
     factors: tuple[TracedInt, ...] = ()
     written: bool = False  # whether a graph holds or computes it
+    __array_priority__ = 1.0  # a numpy integer leaves a sum or product with this number to this class
 
     def __new__(cls, value: int) -> TracedInt:
         """Make a traced integer, which the recording notes."""
@@ -247,6 +248,7 @@ def _note_other_uses(operands: Iterable[Any]) -> None:
 
 def _arithmetic(function: Callable[..., int], first: Any, second: Any) -> Any:
     """Compute with two numbers; at least one is traced."""
+    first, second = (number.item() if isinstance(number, np.integer) else number for number in (first, second))
     traced = [each for each in (first, second) if isinstance(each, TracedInt)]
     if not (isinstance(first, int) and isinstance(second, int)):
         for each in traced:

@@ -66,6 +66,7 @@ _logger = logging.getLogger(__name__)
 
 _FEW = 2  # samples on which a model is recorded; some forwards squeeze away a dimension of length 1
 _PART = "nni_topo_part"  # in a placeholder's meta: a module's name, the index of a call, argument, index of a tensor
+_WHY = "nni_topo_why_in_parts"  # in the same meta: the error for which the whole model isn't recorded
 _Place = tuple[str, int]  # a module's name, and the index of one of its calls
 _Part = tuple[Graph, tuple[Any, ...], bool]  # with its placeholders' values, and whether it reads values
 
@@ -114,6 +115,9 @@ def trace(model: nn.Module, inputs: Call) -> Recording:
             raise error from None
         if not recording.args:
             raise
+        for node in recording.graph_module.graph.nodes:
+            if node.op == "placeholder":
+                node.meta[_WHY] = raised(error.__cause__ or error)
         _logger.info("%s is followed part by part: %s", type(model).__name__, error)
         return recording
 
@@ -211,6 +215,11 @@ def arguments(graph: Graph, model: nn.Module, call: Call) -> tuple[Any, ...]:
 def is_in_parts(graph: Graph) -> bool:
     """Tell whether a graph was joined from parts."""
     return any(_PART in node.meta for node in graph.nodes)
+
+
+def why_in_parts(graph: Graph) -> str:
+    """Return the error for which a graph was joined from parts; empty if it wasn't."""
+    return next((str(node.meta[_WHY]) for node in graph.nodes if _WHY in node.meta), "")
 
 
 def _placed(graph: Graph, named: dict[str, Any]) -> tuple[Any, ...]:

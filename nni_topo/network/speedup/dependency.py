@@ -23,7 +23,7 @@ from nni_topo.network.channels.constraints import Share, asked_of, blocks_of, co
 from nni_topo.network.channels.flow import ChannelFlow, why_read_beside
 from nni_topo.network.channels.ids import FIXED
 from nni_topo.network.channels.reasons import Reason, Reasons
-from nni_topo.network.graph.tracing import is_in_parts
+from nni_topo.network.graph.tracing import is_in_parts, why_in_parts
 from nni_topo.network.layers.derived import with_known_layers
 from nni_topo.network.layers.kinds import (
     RECURRENT,
@@ -463,8 +463,10 @@ def unprunable_layers(analysis: Analysis, names: Sequence[str]) -> dict[str, Rea
         elif not is_pinned and len(set(flow.class_ids_of(name).tolist())) == 1 < len(group_ids):
             skipped[name] = (reasons.blocks_equal(flow.block_places(name)),)
         elif is_pinned or flow.reaches_output(name):
-            in_parts = is_in_parts(flow.traced.graph)
-            skipped[name] = (reasons.untraced_output() if in_parts else reasons.model_output(),)
+            graph = flow.traced.graph
+            is_untraced = is_in_parts(graph)
+            why = reasons.untraced_output(of=why_in_parts(graph)) if is_untraced else reasons.model_output()
+            skipped[name] = (why,)
     return skipped
 
 
