@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from torch.utils._pytree import tree_map, tree_map_only
 
@@ -59,6 +61,7 @@ class Calibration(Sequence[Any]):
     groups : sequence of int or str, optional
         For each sample, in order, its source, such as the photo of a crop or the speaker of a recording. Samples of one
         group aren't independent, so a group is held out as a whole. By default each sample is a group of its own.
+        Samples with equal inputs are always held out together, and so are their groups.
         Batches of lists of samples, as for detectors, can't have groups.
     hold_out : bool, default=True
         Whether :func:`nni_topo.compensate` and :func:`nni_topo.remove_blocks` leave out every eighth sample, or every
@@ -183,28 +186,44 @@ class Calibration(Sequence[Any]):
 
     @property
     def groups(self) -> Tensor | None:
-        """Group number of each sample, int64 (samples,); None if each sample is a group of its own."""
-        return None if self._labels is None else self._numbers
+        """Group number of each sample, int64 (samples,); None if each sample is a group of its own.
+
+        Equal inputs are one group.
+        """
+        return self._numbers if self._labels is not None or self._has_equal_inputs else None
+
+    @property
+    def _has_equal_inputs(self) -> bool:
+        """Whether samples without groups are held out together because their inputs are equal."""
+        return self._labels is None and not self.is_whole and len(self._numbers.unique()) < self.samples
 
     @cached_property
     def _numbers(self) -> Tensor:
-        """Number of what is held out together: of each sample, its group or its whole batch, int64 (samples,)."""
-        batches = torch.arange(len(self)).repeat_interleave(torch.tensor(self.sizes))
-        if self._labels is None:
-            return batches if self.is_whole else torch.arange(self.samples)
-        if len(self._labels) != self.samples:
+        """Number of what is held out together: of each sample, its group or its whole batch, int64 (samples,).
+
+        Equal inputs are always held out together.
+        """
+        batches = np.repeat(np.arange(len(self)), self.sizes)
+        partitions: list[Any] = [range(self.samples) if self._labels is None else self._labels]
+        if len(partitions[0]) != self.samples:
             raise DataError(
-                f"groups must have one entry for each of {self.samples} samples, got {len(self._labels)} (groups)"
+                f"groups must have one entry for each of {self.samples} samples, got {len(partitions[0])} (groups)"
             )
-        known: dict[int | str, int] = {}
-        numbers = torch.tensor([known.setdefault(label, len(known)) for label in self._labels], dtype=torch.int64)
         if self.is_whole:
             # The groups of a batch stay together, also with those of other batches.
-            for batch in range(len(self)):
-                joined = numbers[batches == batch].unique()
-                numbers[torch.isin(numbers, joined)] = joined[0]
-        in_order: Tensor = numbers.unique(return_inverse=True)[1]
-        return in_order
+            partitions.append(batches.tolist())
+        if self.is_whole and not self.holds_lists:
+            # Rows of such a batch may be parts of one sample, such as the nodes of a graph, and are often equal.
+            digest_of_batch = [tuple(row) for row in self._by_batch(self.digests)]
+            partitions.append([digest_of_batch[batch] for batch in batches])
+        else:
+            partitions.append(self.digests)
+        return _joined_parts(partitions)
+
+    def _by_batch(self, values: Sequence[Any]) -> list[Sequence[Any]]:
+        """Split values of all samples into those of each batch."""
+        ends = np.cumsum(self.sizes).tolist()
+        return [values[end - size : end] for end, size in zip(ends, self.sizes, strict=True)]
 
     def split(self) -> tuple[Calibration, Calibration | None]:
         """Split off every eighth sample, or every eighth group of samples.
@@ -229,21 +248,25 @@ class Calibration(Sequence[Any]):
     @cached_property
     def digests(self) -> tuple[bytes, ...]:
         """A digest of the inputs of each sample, which identifies the sample."""
-        found: list[bytes] = []
+        digests: list[bytes] = []
         for batch, size in zip(self, self.sizes, strict=True):
             inputs = inputs_of(batch, name=self.name)
-            columns = lists_of_samples(inputs)
-            columns = columns or [each for each in tensors_of(inputs) if each.dim() and len(each) == size]
+            columns: list[Any] = lists_of_samples(inputs)
+            # Moved as a whole: one transfer from the device.
+            columns = columns or [each.cpu() for each in tensors_of(inputs) if each.dim() and len(each) == size]
             for sample in zip(range(size), *columns, strict=True):
                 digest = hashlib.blake2b(digest_size=8)
                 for tensor in tensors_of(sample):
+                    digest.update(repr(tuple(tensor.shape)).encode())
+                    if tensor.is_floating_point():
+                        tensor = tensor + 0.0  # -0.0 equals 0.0, but has other bytes
                     digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-                found.append(digest.digest())
-        return tuple(found)
+                digests.append(digest.digest())
+        return tuple(digests)
 
     def held_out(self, every: int) -> Tensor:
         """Mark every ``every``-th sample, or all of every ``every``-th group, also within batches: bool (samples,)."""
-        if self._labels is None:
+        if self.is_whole and self._labels is None:
             return torch.arange(self.samples) % every == every - 1
         return self._marks(self._every(every)) == 1
 
@@ -267,6 +290,8 @@ class Calibration(Sequence[Any]):
     @property
     def counted(self) -> str:
         """How much data there is, in the unit of `least_to_hold_out`."""
+        if self._has_equal_inputs:
+            return f"{self.samples} with {len(self._numbers.unique())} different inputs"
         return str(len(self) if self.is_whole else self.samples)
 
     def as_whole_batches(self, why: str) -> Calibration:
@@ -359,7 +384,14 @@ class Calibration(Sequence[Any]):
             return batches[index] if own is None else taken(batches[index], own)
 
         sizes = [self._sizes[index] if own is None else len(own) for index, own in rows]
-        return self._of_read(_Views(len(rows), make), sizes, labels)
+        subset = self._of_read(_Views(len(rows), make), sizes, labels)
+        digests = self._by_batch(self.digests)
+        subset.digests = tuple(
+            digest
+            for index, own in rows
+            for digest in (digests[index] if own is None else [digests[index][at] for at in own.tolist()])
+        )
+        return subset
 
     def _of_read(self, batches: Sequence[Any], sizes: Sequence[int], labels: Any) -> Calibration:
         """Return batches that were read and checked as calibration data with the name and settings of this one."""
@@ -421,6 +453,24 @@ class Calibration(Sequence[Any]):
             )
         self._kept = batches if in_memory else store
         self._sizes = tuple(sizes)
+
+
+def _joined_parts(partitions: Sequence[Sequence[Any]]) -> Tensor:
+    """Return the finest partition whose parts hold parts of all partitions whole: int64 (samples,).
+
+    Each partition is a label for each sample. The parts are numbered in the order of their first samples.
+    """
+    rows: list[np.ndarray] = []
+    count = 0
+    for labels in partitions:
+        numbers: dict[Any, int] = {}
+        rows.append(count + np.array([numbers.setdefault(label, len(numbers)) for label in labels], dtype=np.int64))
+        count += len(numbers)
+    ends = np.concatenate([np.stack([rows[0], row]) for row in rows[1:]], axis=1)
+    edges = coo_array((np.ones(ends.shape[1], dtype=bool), (ends[0], ends[1])), shape=(count, count))
+    parts = connected_components(edges, directed=False)[1][rows[0]]
+    _, first, inverse = np.unique(parts, return_index=True, return_inverse=True)
+    return torch.from_numpy(np.argsort(np.argsort(first))[inverse].astype(np.int64))
 
 
 def _check_iterable(batches: Any, name: str) -> None:

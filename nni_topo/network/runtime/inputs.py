@@ -24,18 +24,24 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 MODEL_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
 """Errors of a model that doesn't run on its inputs."""
 
+_IMAGE_CHANNELS = (1, 3)
+
 PADDING = {"attention_mask": True, "key_padding_mask": False, "src_key_padding_mask": False}
 """Names of padding masks; True if their nonzero positions are real, False if these are padding."""
 
 
 def arguments_of(example_inputs: Any, model: torch.nn.Module | None = None) -> Call:
-    """Split inputs, batch first, into positional and keyword arguments; a mapping may be the only argument itself."""
+    """Split inputs, batch first, into positional and keyword arguments.
+
+    A mapping may be the only argument itself, and so may several tensors, as in ``x, lengths = inputs``.
+    """
     call: Call
     if isinstance(example_inputs, Mapping):
         given = dict(example_inputs)
         call = ((given,), {}) if model is not None and is_argument(given, model) else ((), given)
     elif isinstance(example_inputs, (tuple, list)):
-        call = (tuple(example_inputs), {})
+        is_one = model is not None and len(example_inputs) > 1 and takes_one_argument(model)
+        call = ((example_inputs,) if is_one and share_samples(example_inputs) else tuple(example_inputs), {})
     else:
         call = ((example_inputs,), {})
     if not tensors_of(call):
@@ -55,6 +61,33 @@ def is_argument(mapping: Mapping[Any, Any], model: torch.nn.Module) -> bool:
         return False
     required = [each for each in parameters if each.default is each.empty and each.kind is not each.VAR_POSITIONAL]
     return len(required) == 1 and required[0].kind is not required[0].KEYWORD_ONLY
+
+
+def takes_one_argument(model: torch.nn.Module) -> bool:
+    """Tell whether a model's forward takes one positional argument, and no more."""
+    parameters = _parameters_of(model)
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    has_more = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
+    return not has_more and sum(parameter.kind in by_position for parameter in parameters) == 1
+
+
+def share_samples(value: Any) -> bool:
+    """Tell whether a tuple or list holds tensors of the same samples, as in ``(x, lengths)``, not one for each sample.
+
+    The first dimensions of tensors of the same samples are equal. Those of images, as detectors take them, are too, but
+    images have three dimensions, and few channels first. In a list the tensors must differ in type or number of
+    dimensions, which samples don't, such as recordings of equal length.
+    """
+    tensors = tensors_of(value)
+    if not isinstance(value, (tuple, list)) or not tensors or not all(tensor.dim() for tensor in tensors):
+        return False
+    if len({len(tensor) for tensor in tensors}) > 1:
+        return False
+    if len({(tensor.dim(), tensor.dtype) for tensor in tensors}) > 1:
+        return True
+    first = tensors[0]
+    are_images = first.dim() == 3 and len(first) in _IMAGE_CHANNELS
+    return isinstance(value, tuple) and not are_images
 
 
 def required_arguments(model: torch.nn.Module) -> int:
@@ -392,13 +425,13 @@ def lists_of_samples(inputs: Any) -> list[Any]:
     """Return the arguments of a batch that hold one tensor per sample, such as a detector's list of images.
 
     If another argument is a tensor of n samples, only lists of n tensors count, and not if each tensor has length n:
-    the others hold states or levels of all samples.
+    the others hold states or levels of all samples. Nor do tensors of the same samples count, see `share_samples`.
     """
     values = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (tuple, list)) else ()
     count = next((len(value) for value in values if isinstance(value, Tensor) and value.dim()), None)
     found = []
     for value in values:
-        if not isinstance(value, (tuple, list)) or not tensors_of(value):
+        if not isinstance(value, (tuple, list)) or not tensors_of(value) or share_samples(value):
             continue
         is_of_all = isinstance(value, tuple) or len(value) != count
         if count is None or not (is_of_all or all(each.dim() and len(each) == count for each in tensors_of(value))):

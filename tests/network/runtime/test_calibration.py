@@ -110,7 +110,7 @@ def test_every_eighth_sample_is_held_out_with_its_labels():
     assert all(torch.equal(batch[0][:, 0].long(), batch[1]) for part in (learned, held_out) for batch in part)
     assert (learned.sizes, held_out.sizes) == ((5, 18), (3,))
     assert Calibration([images[:7]]).split()[1] is None
-    lists = Calibration([([[image, image]],) for image in torch.zeros(9, 3, 4, 4)])
+    lists = Calibration([([[image, image]],) for image in torch.randn(9, 3, 4, 4)])
     assert list(map(len, lists.split())) == [8, 1]
 
 
@@ -140,7 +140,7 @@ def test_samples_and_groups_are_split_into_parts_by_a_pattern(batches):
     assert len(first.groups.unique()) == 8
     few = Calibration([rows[:1]]).in_parts((0, 1))
     assert (few[0].samples, few[1]) == (1, None)
-    lists = Calibration([([[image, image]],) for image in torch.zeros(9, 3, 4, 4)])
+    lists = Calibration([([[image, image]],) for image in torch.randn(9, 3, 4, 4)])
     assert list(map(len, lists.in_parts((0, 1, 1)))) == [3, 6]
 
 
@@ -222,7 +222,7 @@ def test_groups_that_are_none_are_refused(batches):
             Calibration(batches, groups=groups)
     with pytest.raises(DataError, match="groups must have one entry for each of 120 samples, got 119"):
         Calibration(batches, groups=[0] * 119).split()
-    lists = [([[image, image]],) for image in torch.zeros(9, 3, 4, 4)]
+    lists = [([[image, image]],) for image in torch.randn(9, 3, 4, 4)]
     with pytest.raises(ConfigError, match="whose samples have groups must be tensors of samples, got lists"):
         Calibration(lists, groups=[0] * 18).split()
 
@@ -230,7 +230,7 @@ def test_groups_that_are_none_are_refused(batches):
 def test_the_ridge_is_chosen_on_groups_that_were_not_seen(model):
     """Ten samples in twelve copies each: a copy says nothing of what the layer does elsewhere."""
     few = torch.randn(10, 6, generator=torch.Generator().manual_seed(1))
-    rows = few.repeat_interleave(12, 0)
+    rows = few.repeat_interleave(12, 0) + 1e-5 * torch.randn(120, 6, generator=torch.Generator().manual_seed(2))
     masks = {
         "hidden": {"weight": (torch.arange(12) % 2).float()[:, None].expand(12, 6), "bias": torch.arange(12) % 2.0}
     }
@@ -410,3 +410,56 @@ def test_what_tokenizers_give_is_split_copied_and_measured_as_dicts_are():
             yield UserDict(input_ids=buffer.fill_(value))
 
     assert [int(batch["input_ids"].max()) for batch in Calibration(refilled())] == [1, 2]
+
+
+@pytest.mark.parametrize("groups", [None, [*range(40), *range(100, 115)]], ids=["no groups", "groups"])
+def test_equal_inputs_are_on_one_side_of_each_split(groups):
+    """Of 55 samples 40 differ, the others are copies of the first 15; -0.0 equals 0.0; batches don't matter."""
+    rows = torch.randn(40, 3, generator=torch.Generator().manual_seed(0)).round()
+    rows[:, 0] = torch.arange(40) - 3.0
+    copies = torch.where(rows[:15] == 0, -rows[:15], rows[:15])
+    data = Calibration(torch.cat([rows, copies]).split(20), groups=groups)
+    learned, held_out = data.split()
+    keys = [{int(row) for row in torch.cat(list(part))[:, 0]} for part in (learned, held_out)]
+    assert keys[1] == {4, 12, 20, 28, 36}  # every eighth of the 40
+    assert keys[0] == set(range(-3, 37)) - keys[1]
+    assert (learned.samples, held_out.samples) == (49, 6)
+    assert data.held_out(8).sum() == 6
+
+
+def test_copies_join_the_groups_that_hold_them():
+    rows = torch.arange(20.0)[:, None]
+    rows[19] = rows[0]  # the last group holds a copy of the first one's first sample
+    numbers = Calibration([rows], groups=torch.arange(20) // 2).groups
+    assert numbers.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 8, 0, 0]
+
+
+def test_equal_inputs_alone_are_never_held_out():
+    data = Calibration([torch.ones(16, 3)])
+    assert data.split()[1] is None
+
+
+class TakesOne(nn.Module):
+    """A model of one argument, which holds two tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.last = nn.Linear(6, 12), nn.Linear(12, 3)
+
+    def forward(self, inputs):
+        rows, lengths = inputs
+        return self.last(self.hidden(rows).relu() / lengths[:, None])
+
+
+@pytest.mark.parametrize(
+    "form",
+    [lambda x, n: ((x, n), n), lambda x, n: ([x, n], n), lambda x, n: (((x, n),),), lambda x, n: {"inputs": (x, n)}],
+    ids=["and labels", "of a DataLoader", "alone", "by name"],
+)
+def test_tuples_of_tensors_are_samples(form):
+    torch.manual_seed(0)
+    batches = [form(torch.randn(40, 6), torch.full((40,), 3.0)) for _ in range(2)]
+    small = nni_topo.shrink(TakesOne().eval(), batches, {"flops": 0.5}, distill={"steps": 3}, progress=False)
+    assert small.hidden.out_features == 6
+    assert Calibration(batches).split()[1].samples == 10
+    assert small.report.held_out == 10
