@@ -465,8 +465,8 @@ def unprunable_layers(analysis: Analysis, names: Sequence[str]) -> dict[str, Rea
         elif is_pinned or flow.reaches_output(name):
             graph = flow.traced.graph
             is_untraced = is_in_parts(graph)
-            why = reasons.untraced_output(of=why_in_parts(graph)) if is_untraced else reasons.model_output()
-            skipped[name] = (why,)
+            kept_for = reasons.untraced_output(of=why_in_parts(graph)) if is_untraced else reasons.model_output()
+            skipped[name] = (kept_for,)
     return skipped
 
 
