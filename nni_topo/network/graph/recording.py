@@ -326,6 +326,7 @@ class _Recorder(TorchFunctionMode):
         self.numbers = set[Node]()  # nodes of tensors' sizes, and of numbers computed from them
         self.checks = set[Node]()  # nodes of comparisons and remainders, and of the numbers that only they read
         unclear.write_check = self._write_check
+        self._recurrent = {name for name, module in model.named_modules() if isinstance(module, nn.RNNBase)}
         self._followed = followed  # by id, modules that are one node up to the function that they call
         self._leaves = leaves  # by id, modules that are one node
         self._own = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
@@ -572,6 +573,8 @@ class _Recorder(TorchFunctionMode):
         function, *operands = check
         if self._inside and not _is_width_checked(check):
             return False  # the dry run runs the module, and with it this check
+        if self._stack and self._stack[-1] in self._recurrent:
+            return False  # PyTorch's own check of a width that the dense layer has, too
         node = self.graph.call_function(function, tuple(map(self._argument, operands)))
         node.meta |= {"nn_module_stack": {name: (name, nn.Module) for name in self._stack}, LINE: forward_line()}
         if not self._inside:

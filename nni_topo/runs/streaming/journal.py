@@ -65,7 +65,8 @@ class Journal:
         with disk_errors(self.folder):
             patterns = (f"*{_PART}",) if self.rows else (f"*{_PART}", _WEIGHTS, "*config.json")
             for path in [path for pattern in patterns for path in self.folder.glob(pattern)]:
-                path.unlink()
+                if path.is_file():  # folders of killed saves go with the next save
+                    path.unlink()
         if not self.rows:
             self._write()  # at once, so that a run that is killed early can be restarted
 
