@@ -56,14 +56,15 @@ def test_half_of_the_images_are_blended_with_others_in_all_passes_but_the_first(
     dense, original = pair()
     seen = []
     original.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    images = [torch.eye(6).repeat(160, 1)]  # 840 of them are learned from, in 14 batches
+    # All are different, because equal ones stay together; 840 of them are learned from, in 14 batches.
+    images = [torch.eye(6).repeat(160, 1) * torch.linspace(0.9, 1.0, 960)[:, None]]
     distill(dense, original, images, steps=14, lr=0.01)
     plain = torch.cat(seen)
-    assert bool((plain.amax(1) == 1).all())
+    assert bool(((plain > 0).sum(1) == 1).all())
     distill(dense, original, images, steps=28, lr=0.01)
     view = torch.cat(seen)[2 * len(plain) :]
     assert view.shape == (840, 6)
-    torch.testing.assert_close(view.sum(1), torch.ones(840))
+    assert 0.9 - 1e-6 <= float(view.sum(1).min()) <= float(view.sum(1).max()) <= 1.0 + 1e-6
     parts = (view > 0).sum(1)
     assert set(parts.tolist()) == {1, 2}
     # Half of the images, but for the sixth of these that meet their like.

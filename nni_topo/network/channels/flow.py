@@ -794,7 +794,8 @@ class ChannelFlow(Propagation):
     def compared_sizes(self) -> tuple[Check, ...]:
         """List the forward's tests whether a size, such as an image's height, equals a number.
 
-        The numbers of channels and samples are no such sizes; that of a parameter is a number.
+        The numbers of channels and samples are no such sizes; that of a parameter is a number. A comparison with 1 is
+        left out: it sets a single step of a sequence apart, and channels can't be told from a single place.
         """
         found = dict[Check, None]()
         for node in self.traced.graph.nodes:
@@ -805,7 +806,7 @@ class ChannelFlow(Propagation):
                 value, changes = self._number(side)
                 if value is not None:
                     (sizes if changes else numbers).append(value)
-            if len(sizes) == len(numbers) == 1:
+            if len(sizes) == len(numbers) == 1 and numbers[0] > 1:
                 found[node.target, sizes[0], numbers[0]] = None
         return tuple(found)
 

@@ -363,6 +363,8 @@ def attributes_traced(model: nn.Module) -> Iterator[UnclearPlaces]:
     """Turn integers in attributes into `TracedInt` within the block; yield the places with uses that no graph shows."""
     before, unclear = [], UnclearPlaces()
     for module, name, key, value in (*numbers_read(model), *layer_widths(model)):
+        if _copies_by_own_rule(module):
+            continue  # a copy would get its old numbers back
         owner, _, last = key.rpartition(".")
         before.append((getattr(module, owner) if owner else module, last, module, name, key, value))
     try:
@@ -376,6 +378,11 @@ def attributes_traced(model: nn.Module) -> Iterator[UnclearPlaces]:
     finally:
         for holder, last, _, _, _, value in before:
             vars(holder)[last] = value
+
+
+def _copies_by_own_rule(module: nn.Module) -> bool:
+    """Tell whether copies and files of a module are made from other values than its attributes, as einops' layers."""
+    return any("__getstate__" in vars(kind) for kind in type(module).__mro__ if kind not in (object, nn.Module))
 
 
 def is_computed_of_attributes(size: Any) -> bool:

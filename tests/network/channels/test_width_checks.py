@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from einops import rearrange
+from einops.layers.torch import Rearrange
 from speedup_nets import l1_masks, same_output
 from torch import nn
 
@@ -205,3 +206,28 @@ def test_heads_written_with_einops_go_as_those_written_with_views():
         dense, _ = halved(Heads(uses_einops).eval(), torch.randn(2, 7, 12), torch.randn(5, 9, 12), "Linear")
         twins.append((dense.heads, dense.to_all.weight.shape))
     assert twins == [(2, (48, 16))] * 2
+
+
+class AttentionOfLayers(nn.Module):
+    """Attention whose heads are told apart by a layer of einops, which is copied with its first numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.heads = Rearrange("b n (three h d) -> three b h n d", three=3, h=4)
+        self.joined = Rearrange("b h n d -> b n (h d)")
+
+    def forward(self, rows):
+        queries, keys, values = self.heads(self.qkv(rows))
+        return self.out(self.joined((queries @ keys.mT * 0.5).softmax(-1) @ values))
+
+
+def test_heads_of_a_layer_that_is_copied_with_its_first_numbers_stay():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), AttentionOfLayers(), nn.Linear(16, 3)).eval()
+    inputs = torch.randn(2, 5, 8)
+    groups = nni_topo.dependency_groups(model, inputs, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    masks = l1_masks(model, groups)
+    dense = nni_topo.to_dense(model, inputs, masks)
+    assert (dense[0].out_features, dense[1].qkv.out_features, dense[1].out.out_features) == (8, 48, 8)
+    same_output(dense, nni_topo.masked_model(model, inputs, masks), torch.randn(3, 7, 8))
