@@ -1,11 +1,11 @@
 """The plan of README.md beside this file: when the selection may stop, and where refining helps.
 
-    python -m benchmarks.selection.when_to_stop --images runs/fresh/images.npz --out runs/selection.jsonl
+    python -m benchmarks.selection.when_to_stop --images runs/fresh/images.npz --out benchmarks/records/selection.jsonl
 
 trains the networks, makes them smaller in every way, and appends a line of JSON for each way; the same command goes on
 where it was stopped. ``images.npz`` is made by ``benchmarks/fresh_networks/split.py``.
 
-    python -m benchmarks.selection.when_to_stop --out runs/selection.jsonl --into PAGE
+    python -m benchmarks.selection.when_to_stop --out benchmarks/records/selection.jsonl --into PAGE
 
 writes the tables of the records into a page, between the two comments that name this file.
 """
