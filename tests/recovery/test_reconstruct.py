@@ -227,8 +227,10 @@ def test_long_kernels_are_summed_over_all_positions_as_rows_are(choose, monkeypa
     ).eval()  # fmt: skip
     batches = torch.randn(60, 3, 32).split(16)
 
+    asked = []  # for each convolution with stride 1: whether its windows are summed
+
     def solved(pays):
-        monkeypatch.setattr("nni_topo.recovery.samples.windows_pay", lambda *_: pays)
+        monkeypatch.setattr("nni_topo.recovery.samples.windows_pay", lambda *_: asked.append(pays) or pays)
         config = nni_topo.dependency_groups(model, batches[0], [{"op_types": ["Conv1d"], "sparse_ratio": 0.5}])
         kind = nni_topo.ReconstructionPruner if choose else nni_topo.MatrixPruner
         pruner = kind(copy.deepcopy(model), config, **({"calibration": batches} if choose else {}))
@@ -237,6 +239,7 @@ def test_long_kernels_are_summed_over_all_positions_as_rows_are(choose, monkeypa
 
     masks, by_rows = solved(False)
     same_masks, by_windows = solved(True)
+    assert set(asked) == {False, True}
     for layer, targets in masks.items():
         assert torch.equal(same_masks[layer]["weight"], targets["weight"])
     weights = dict(model.named_parameters())

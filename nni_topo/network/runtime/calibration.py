@@ -260,7 +260,7 @@ class Calibration(Sequence[Any]):
                     digest.update(repr(tuple(tensor.shape)).encode())
                     if tensor.is_floating_point():
                         tensor = tensor + 0.0  # -0.0 equals 0.0, but has other bytes
-                    digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+                    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
                 digests.append(digest.digest())
         return tuple(digests)
 
