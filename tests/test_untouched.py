@@ -143,7 +143,11 @@ CALLS = {
         m, BATCHES, {"flops": 0.7}, evaluate=accuracy, distill={"steps": 2, "batch_size": 4}
     ),
     "shrink within a tolerance": lambda m, _, __: nni_topo.shrink(
-        m, [*BATCHES, *BATCHES], tolerance=0.5, measure="distance", distill={"steps": 2, "batch_size": 4}
+        m,
+        [*BATCHES, *(-batch for batch in BATCHES)],
+        tolerance=0.5,
+        measure="distance",
+        distill={"steps": 2, "batch_size": 4},
     ),
     "frontier": lambda m, _, __: nni_topo.frontier(
         m, BATCHES, (0.8, 0.6), evaluate=accuracy, distill={"steps": 2, "batch_size": 4}

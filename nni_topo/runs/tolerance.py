@@ -197,7 +197,7 @@ def checked_tolerance(
         return "evaluate", None
     measure = "answers" if measure != "distance" and are_classes(model, images, settings.outputs) else "distance"
     parts: Any = images.in_parts(PARTS)
-    unit = "samples" if images.groups is None else "groups of samples"
+    unit = images.unit
     counts, total = [0 if part is None else _units(part) for part in parts], _units(images)
     whole = f"; the model runs on whole batches only, of which there are {len(images)}" if images.why_whole else ""
     if measure == "distance":

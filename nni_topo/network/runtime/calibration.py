@@ -288,6 +288,13 @@ class Calibration(Sequence[Any]):
         return f"{HELD_OUT} samples"
 
     @property
+    def unit(self) -> str:
+        """What is held out together, in words: samples, different samples if some are equal, or groups of samples."""
+        if self._has_equal_inputs:
+            return "different samples"
+        return "samples" if self._labels is None else "groups of samples"
+
+    @property
     def counted(self) -> str:
         """How much data there is, in the unit of `least_to_hold_out`."""
         if self._has_equal_inputs:
