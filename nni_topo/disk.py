@@ -192,13 +192,13 @@ def write_json(path: Path, content: Any, *, sort: bool = True, default: Callable
     write_text(path, json.dumps(content, indent=1, sort_keys=sort, default=default) + "\n")
 
 
-def write_figure(path: Path, figure: Any, dpi: int) -> None:
-    """Write a matplotlib figure atomically, in the format of the file's suffix."""
+def write_figure(path: Path, figure: Any, dpi: int, metadata: dict[str, str] | None = None) -> None:
+    """Write a matplotlib figure atomically, in the format of the file's suffix, with ``metadata`` that it can hold."""
     kind, kinds = path.suffix[1:].lower() or "png", figure.canvas.get_supported_filetypes()
     if kind not in kinds:
         raise ConfigError(f"a picture must be one of {', '.join(sorted(kinds))}, got {kind} ({path})")
     with whole_file(path) as part:
-        figure.savefig(part, dpi=dpi, format=kind)
+        figure.savefig(part, dpi=dpi, format=kind, metadata=metadata)
 
 
 def write_tensors(path: Path, content: Any) -> None:
