@@ -1,4 +1,4 @@
-"""Small networks of three more kinds for 28x28 images: depth-wise, densely connected and grouped convolutions."""
+"""Small networks of four more kinds for 28x28 images: depth-wise, densely connected, grouped and 1-D convolutions."""
 
 from __future__ import annotations
 
@@ -33,3 +33,11 @@ def regnet_like(num_classes: int, in_channels: int) -> nn.Module:
     model = RegNet(params, num_classes, stem_width=24, stem_type=SimpleStemIN)
     model.stem[0] = nn.Conv2d(in_channels, 24, 3, 2, 1, bias=False)
     return model
+
+
+def sequence_like(num_classes: int, in_channels: int) -> nn.Module:
+    """Build four 1-D convolutions over an image's pixels, row after row, from (n, in_channels, h, w) to logits."""
+    layers: list[nn.Module] = [nn.Flatten(2)]
+    for before, after in zip((in_channels, 16, 32, 64), (16, 32, 64, 64), strict=True):
+        layers += [nn.Conv1d(before, after, 7, 2, 3, bias=False), nn.BatchNorm1d(after), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool1d(7), nn.Flatten(), nn.Linear(7 * 64, num_classes))

@@ -1,4 +1,4 @@
-"""Write the tables of benchmarks/results/ and benchmarks/archive/ from the records.
+"""Write the tables of benchmarks/results/ and benchmarks/archive/ from the records, and draw the forest plot.
 
     python benchmarks/tables.py          # or: make tables
     python benchmarks/tables.py --check  # write nothing; exit code 1 if a page isn't what its records make
@@ -40,6 +40,7 @@ HYPOTHESES = (
     "which_ratio_scenes",
     "which_loss",
     "which_clouds",
+    "which_estimate",
 )
 
 
@@ -57,6 +58,12 @@ def main() -> int:
             print(f"{'differs' if options.check else 'written'}: {path.relative_to(BENCHMARKS.parent)}")
             if not options.check:
                 path.write_text(made, encoding="utf-8")
+    forest = module_of("selection/forest.py")
+    if not forest.is_current():
+        differ += 1
+        print(f"{'differs' if options.check else 'drawn'}: {forest.PICTURE.relative_to(BENCHMARKS.parent)}")
+        if not options.check:
+            forest.draw()
     return int(options.check and differ > 0)
 
 
@@ -140,6 +147,11 @@ def _clustering() -> Iterator[Callable[[str], str]]:
     yield lambda page: bounds.with_bounds(page, records("bounds"))
 
 
+def _criteria() -> Iterator[Callable[[str], str]]:
+    module = module_of("selection/forest.py")
+    yield lambda page: with_tables(page, module.SOURCE, module.tables())
+
+
 def _export() -> Iterator[Callable[[str], str]]:
     module = module_of("export/bench_runtimes.py")
     yield lambda page: with_tables(page, module.SOURCE, module.tables(RECORDS / "runtimes"))
@@ -196,6 +208,7 @@ _MAKERS: dict[str, Callable[[], Iterator[Callable[[str], str]]]] = {
         ]
     ),
     "clustering": _clustering,
+    "criteria": _criteria,
     "export": _export,
     "fresh_networks": _fresh_networks,
     "gpu": _gpu,

@@ -135,6 +135,17 @@ class Segmenter(nn.Module):
         return logits
 
 
+class PlaceLabeller(Segmenter):
+    """The segmenter with the classes last, (n, h, w, CLASSES + 1), as the zoo's training takes labels of places."""
+
+    def __init__(self) -> None:
+        super().__init__(WIDTHS[-1])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Compute the logits of each place."""
+        return super().forward(images).permute(0, 2, 3, 1)
+
+
 class Detector(nn.Module):
     """Five convolutions, pooled three times, and a head that puts out an object and its box and class per cell."""
 
@@ -229,11 +240,14 @@ def outputs_for(model: nn.Module, images: Tensor) -> Tensor:
         return torch.cat([model(batch) for batch in images.split(250)])
 
 
-def mean_intersection_over_union(logits: Tensor, scenes: Scenes) -> float:
-    """Return the intersection over union of found and true pixels of a class, over all scenes; mean over classes."""
-    found = interpolate(logits, scenes.pixels.shape[1:], mode="bilinear").argmax(1)
+def mean_intersection_over_union(logits: Tensor, pixels: Tensor) -> float:
+    """Return the intersection over union of found and true pixels (n, h, w) of a class, over all scenes; mean of all.
+
+    Logits (n, classes, h, w) may have another resolution.
+    """
+    found = interpolate(logits, pixels.shape[1:], mode="bilinear").argmax(1)
     classes = logits.shape[1]
-    counts = torch.bincount((classes * scenes.pixels + found).flatten(), minlength=classes**2).view(classes, classes)
+    counts = torch.bincount((classes * pixels + found).flatten(), minlength=classes**2).view(classes, classes)
     shared = counts.diagonal().double()
     either = counts.sum(0) + counts.sum(1) - shared
     return float((shared / either)[either > 0].mean())
@@ -291,5 +305,5 @@ def mean_average_precision(found: list[Detections], boxes: Tensor, labels: Tenso
 def quality(kind: str, outputs: Tensor, scenes: Scenes) -> float:
     """Return the mean intersection over union of a segmenter, the mean average precision of a detector."""
     if kind == SEGMENTER:
-        return mean_intersection_over_union(outputs, scenes)
+        return mean_intersection_over_union(outputs, scenes.pixels)
     return mean_average_precision(detections(outputs), scenes.boxes, scenes.labels)

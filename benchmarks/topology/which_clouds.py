@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from registered import benchmark
 from scipy import stats
 from sklearn.datasets import load_digits
 
 from benchmarks.tables import holm
+from benchmarks.topology.registered import benchmark
 from nni_topo import zoo
 from nni_topo.runs.choices import CompensationChoice, DataChoice, ModelChoice, PrunerChoice, Target
 from nni_topo.runs.pipeline import Pipeline
@@ -64,7 +64,7 @@ KINDS = {
     DIGITS: Kind(ModelChoice("small_cnn"), zoo.default_recipe("small_cnn", "digits"), 512, True, 2),
     "ResNet-20": Kind(ModelChoice("resnet20"), _RESNET20, is_primary=True),
     "LeNet-5-like": Kind(ModelChoice("lenet5_like"), zoo.Recipe(epochs=6)),
-    "MobileNetV2, small": Kind(ModelChoice("recovery_nets:mobilenet_like"), zoo.Recipe(epochs=10, lr=0.1)),
+    "MobileNetV2, small": Kind(ModelChoice("benchmarks.recovery_nets:mobilenet_like"), zoo.Recipe(epochs=10, lr=0.1)),
 }
 BASELINES = ("random", "l1", "l2", "fpgm", "torch-pruning")
 OURS, SQUARES = "functional cloud", "least squares"

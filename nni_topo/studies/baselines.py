@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -43,10 +43,13 @@ def is_baseline(name: str) -> bool:
     return True
 
 
-def baseline_masks(name: str, analysis: Analysis, ratios: dict[str, float]) -> tuple[Masks, float]:
+def baseline_masks(
+    name: str, analysis: Analysis, ratios: dict[str, float], importance_of: Callable[[nn.Module], Any] | None = None
+) -> tuple[Masks, float]:
     """Prune a copy by Torch-Pruning with a ``sparse_ratio`` per layer, attention by heads.
 
-    Return the pruning as NNI's masks, and its seconds.
+    Return the pruning as NNI's masks, and its seconds. ``importance_of`` returns an importance of Torch-Pruning for
+    the copy, in place of the one that the name stands for.
     """
     model = analysis.model
     heads = dict[str, int]()
@@ -54,7 +57,7 @@ def baseline_masks(name: str, analysis: Analysis, ratios: dict[str, float]) -> t
         if layer in ratios and not attention.recurrent:  # the heads of a recurrent layer are its units
             heads[layer] = len(attention.channels[layer])
     began = time.perf_counter()
-    _, kept = cut(name, model, analysis.call[0], ratios, heads)
+    _, kept = cut(name, model, analysis.call[0], ratios, heads, importance_of)
     seconds = time.perf_counter() - began
     masks: Masks = {}
     for layer, channels in kept.items():
@@ -71,17 +74,19 @@ def cut(
     example_inputs: Any,
     ratios: dict[str, float],
     heads: Mapping[str, int] = MappingProxyType({}),
+    importance_of: Callable[[nn.Module], Any] | None = None,
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """Return the network pruned by Torch-Pruning and, by layer, a mask (channels,): 1 for each kept output channel."""
     # `heads`: the number of heads of query, key and value layers, from which whole heads are removed.
     package = _package()
     dense: nn.Module = detached_copy(model)
     layers = {n: m for n, m in dense.named_modules() if isinstance(m, KINDS)}
-    importance, knobs = _IMPORTANCES[name]
+    kind, knobs = _IMPORTANCES[name]
+    importance = getattr(package.importance, kind)(**knobs) if importance_of is None else importance_of(dense)
     pruner = package.pruner.BasePruner(
         dense,
         example_inputs,
-        importance=getattr(package.importance, importance)(**knobs),
+        importance=importance,
         pruning_ratio=0.0,
         pruning_ratio_dict={
             layers[layer]: _exact(output_channels(layers[layer]) or 1, ratio) for layer, ratio in ratios.items()
