@@ -171,6 +171,8 @@ class DenseOrder(torch.fx.Interpreter):
         arrived, expected = compressed(found), compressed(ascending)
         if torch.equal(arrived.flatten().unique(), expected.flatten().unique()):
             return found
+        if not bool((arrived != FIXED).any()):
+            return ascending  # a constant that is repeated over channels, which only the rule gave their ids
         groups_arrived, groups_expected = self.flow.group_ids(arrived.numpy()), self.flow.group_ids(expected.numpy())
         # After a concatenation along another dimension (a class token and patches), each part has ids of its own.
         fits = all(one in (1, other) for one, other in zip(expected.shape, arrived.shape, strict=True))

@@ -95,7 +95,7 @@ from nni_topo.network.layers.kinds import (
     row_names,
     weight_name,
 )
-from nni_topo.network.layers.norms import channel_dim, gives_no_channels
+from nni_topo.network.layers.norms import channel_dim, dims_together, gives_no_channels
 from nni_topo.network.runtime.inputs import tensors_of
 from nni_topo.network.runtime.results import STORED, STORED_WITHIN
 from nni_topo.sharing import find_ties
@@ -244,9 +244,20 @@ class Propagation(torch.fx.Interpreter):
         if isinstance(module, (*PER_CHANNEL, *RULES)) or is_normalizing(module):
             rule = RULES.get(type(module))
             dim = rule.dim if rule else channel_dim(module)
-            if dim is None:
+            if dim is None or (rule is None and len(op.args) + len(op.kwargs) > 1):  # another argument may be a gate
                 return op.all_kept(reason=reasons.uncut_module(op.node, type(module).__name__))
-            entering = self._given.per_channel(first, dim % first.dim())
+            dims = 1 if rule else dims_together(module)
+            if dims > 1:
+                of_channels = [d for d in range(first.dim() - dims, first.dim()) if varies(first, d)]
+                if not of_channels:
+                    self.guessed.add(op.node.name)
+                    return op.passed()  # it works over places, and treats each channel separately
+                if len(of_channels) > 1:
+                    first = op.whole_rows(first, of_channels[1:])
+                # Each entry has the id of its channel. Along the dimensions before them ids usually don't differ.
+                entering = self._given.per_channel(_with_one_place(first, first.dim() - dims).flatten(-dims), -1)
+            else:
+                entering = self._given.per_channel(first, dim % first.dim())
             before = self._entering.get(name, entering)
             if has_no_width(module):
                 # Its calls may lose different channels; its width attribute follows the first call.
@@ -414,6 +425,13 @@ class Propagation(torch.fx.Interpreter):
             # The rule may not cover the call (empty tensors, say): only the channels that enter it are kept.
             _logger.debug("the rule fails at %s", described(op.node), exc_info=True)
             return op.all_kept(reason=reasons.call_not_covered(op.node))
+
+
+def _with_one_place(ids: Tensor, dims: int) -> Tensor:
+    """Shorten each of the first dimensions along which ids don't differ to length 1."""
+    for d in range(dims):
+        ids = ids if varies(ids, d) else ids.narrow(d, 0, 1)
+    return ids
 
 
 def _is_channel_wise(module: nn.Module, ids: Tensor, shape: tuple[int, ...]) -> bool:

@@ -54,7 +54,7 @@ from nni_topo.network.channels.ids import (
 )
 from nni_topo.network.graph.nodes import described, owner_of, plain_name, tensor_shape
 from nni_topo.network.graph.recording import put
-from nni_topo.network.graph.traced_int import ON_NUMBERS, TracedInt, is_computed_of_attributes
+from nni_topo.network.graph.traced_int import ON_NUMBERS, TracedInt, is_computed_of_attributes, plain
 from nni_topo.network.runtime.inputs import tensors_of
 from nni_topo.rules import Rule, checked
 
@@ -400,6 +400,12 @@ def _repeated(op: Operation) -> Any:
         sizes = {d - moved.dim(): (other, d) for d in range(moved.dim())}
     elif name == "repeat_interleave":
         dim, times = op.argument(2, "dim"), _argument(op.node.args, op.node.kwargs, 1, ("repeats",))
+        if isinstance(dim, int) and isinstance(times, TracedInt) and times.place is not None and not _varying(source):
+            # The neighbours made of one entry, such as the heads of a sample, count the channels of an attribute.
+            dim %= moved.dim()
+            shape = (*moved.shape[:dim], plain(times), *moved.shape[dim + 1 :])
+            ids = op.channels.filled(op.node.name, [dim], shape)
+            return ids.repeat([source.shape[d] if d == dim else 1 for d in range(moved.dim())])
         if isinstance(dim, int) and isinstance(times, Node):
             sizes[dim % moved.dim() - moved.dim()] = times
     else:
@@ -930,7 +936,12 @@ def _written(op: Operation) -> Any:
         if Ellipsis in parts:
             at = parts.index(Ellipsis)
             parts[at : at + 1] = [slice(None)] * (target.dim() - len(parts) + 1)
-        if all(d >= len(parts) or parts[d] == slice(None) for d in _varying(target)):
+        varying = _varying(target)
+        partial = [d for d in varying if d < len(parts) and parts[d] != slice(None)]
+        if partial and varying[0] < partial[0]:
+            target = op.whole_rows(target, partial)  # some channels of each head, as in rotary positions
+            partial = []
+        if not partial:
             op.couple(target[place], value)
             return target
     return op.all_kept(reason=reasons.overwritten(op.node))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -26,12 +27,25 @@ class Over(NamedTuple):
 
     dim: int  # dimension of the channels: -1 or 1
     gives_channels: bool = True  # False: its output has the same size for any number of channels
+    dims: int = 1  # number of last dimensions over which it works together, such as frequencies and channels
 
 
 def channel_dim(norm: nn.Module) -> int | None:
     """Return the dimension in which a norm, or a PReLU, has its channels: -1 or 1. None for any other module."""
     found = _over(norm)
     return None if found is None else found.dim
+
+
+def dims_together(norm: nn.Module) -> int:
+    """Return over how many last dimensions a norm works together; 1 unless it is a layer norm over several."""
+    found = _over(norm)
+    return 1 if found is None else found.dims
+
+
+def entries_last(norm: nn.Module, x: Tensor) -> Tensor:
+    """Move a norm's channels to the last dimension of its input or output; flatten the dimensions of several."""
+    found = _over(norm) or Over(1)
+    return x.movedim(found.dim, -1) if found.dims == 1 else x.flatten(-found.dims)
 
 
 def gives_no_channels(module: nn.Module) -> bool:
@@ -50,12 +64,12 @@ def _over(norm: nn.Module) -> Over | None:
     if isinstance(norm, (*_BY_CHANNEL, nn.GroupNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d)):
         return Over(1)
     if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)) and type(norm).__module__.startswith("torch.nn."):
-        return Over(-1) if len(norm.normalized_shape) == 1 else None
+        return Over(-1, dims=len(norm.normalized_shape))
     # accelerate replaces a module's forward by one that runs the original module, even in a copy
     if type(norm).__module__.startswith(("torch.", "nni_topo.")) or "forward" in vars(norm):
         return None
     own, parts = [each for each in norm._parameters.values() if each is not None], list(norm.modules())
-    if len(parts) > _MOST_PARTS or len(inspect.signature(norm.forward).parameters) != 1:  # another may be a gate
+    if len(parts) > _MOST_PARTS or not _takes_one(norm):
         return None
     if own:
         has_others = any(True for part in parts[1:] for _ in part.parameters())
@@ -74,6 +88,12 @@ def _over(norm: nn.Module) -> Over | None:
     if key not in _KNOWN:
         _KNOWN[key] = _tried(norm, own)
     return _KNOWN[key]
+
+
+def _takes_one(norm: nn.Module) -> bool:
+    """Tell whether a forward runs on one argument; another that it needs may be a gate."""
+    parameters = inspect.signature(norm.forward).parameters.values()
+    return len([each for each in parameters if each.default is inspect.Parameter.empty]) == 1
 
 
 _KNOWN: dict[Any, Over | None] = {}  # cache, by class, shapes, attributes and parts of a module
@@ -161,7 +181,7 @@ def _with_parameters(norm: Any, numbers: list[Tensor]) -> Any:
 def scales_channels(norm: nn.Module) -> bool:
     """Tell whether a norm multiplies each channel by an entry of its weight, so that zeros there silence a channel."""
     weight, over = getattr(norm, "weight", None), _over(norm)
-    if over is None or not isinstance(weight, Tensor):
+    if over is None or over.dims > 1 or not isinstance(weight, Tensor):
         return False
     if isinstance(norm, (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)):
         return True
@@ -183,32 +203,53 @@ def is_over_channels(module: nn.Module) -> bool:
 
 
 def numbers_of(parameter: Tensor, kept: Tensor) -> Tensor:
-    """Return a norm's numbers for some channels, from a parameter with one number a channel."""
-    return parameter.index_select(parameter.shape.index(max(parameter.shape)), kept)
+    """Return a norm's numbers for some channels, from a parameter with one number a channel.
+
+    Of a norm over several dimensions, ``kept`` lists entries of these, flattened: all combinations of some indices.
+    """
+    sizes = [len(indices) for indices in _indices_of(tuple(parameter.shape), kept)]
+    return parameter.flatten().index_select(0, kept).view(sizes)
+
+
+def _indices_of(shape: tuple[int, ...], kept: Tensor) -> list[list[int]]:
+    """Return the indices in each dimension of entries of a flattened tensor, each once, in their order."""
+    return [list(dict.fromkeys(indices.tolist())) for indices in torch.unravel_index(kept, shape)]
 
 
 def cut_norm(norm: Any, kept: Tensor) -> None:
-    """Keep some channels of a norm over channels, in place."""
-    width = _width_held(norm)
-    if width is None:
+    """Keep some channels of a norm over channels, or entries of one over several dimensions, in place."""
+    shape = _shape_held(norm)
+    if shape is None:
         return
+    sizes = tuple(len(indices) for indices in _indices_of(shape, kept))
     names = list[str]()  # of the attributes that hold the width, as a number or in a tuple
     for name, each in vars(norm).items():
-        is_width = type(each) is int and each == width and any(word in name.lower() for word in _WIDTHS)
-        if is_width or (isinstance(each, tuple) and each == (width,)):
+        is_width = type(each) is int and (each,) == shape and any(word in name.lower() for word in _WIDTHS)
+        if is_width or (isinstance(each, tuple) and each == shape):
             names.append(name)
     for name, parameter in list(norm._parameters.items()):
         if parameter is not None:
             numbers = numbers_of(parameter, kept).detach()
             put_attribute(norm, name, nn.Parameter(numbers, requires_grad=parameter.requires_grad))
     for name in names:
-        put_attribute(norm, name, (len(kept),) if isinstance(getattr(norm, name), tuple) else len(kept))
+        put_attribute(norm, name, sizes if isinstance(getattr(norm, name), tuple) else sizes[0])
+
+
+def _shape_held(norm: nn.Module) -> tuple[int, ...] | None:
+    """Return the sizes that a norm is made for, of several dimensions or of the channels; None if it takes any."""
+    if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
+        return tuple(norm.normalized_shape)
+    own = [each for each in norm._parameters.values() if each is not None]
+    if own:
+        return (own[0].numel(),)
+    for name, each in vars(norm).items():
+        is_width = isinstance(each, tuple) and len(each) == 1 and type(each[0]) is int and each[0] > 1
+        if is_width and any(word in name.lower() for word in _WIDTHS):
+            return tuple(each)
+    return None
 
 
 def _width_held(norm: nn.Module) -> int | None:
     """Return the number of channels that a norm is made for; None if it takes any number."""
-    own = [each for each in norm._parameters.values() if each is not None]
-    shape = getattr(norm, "normalized_shape", ())
-    if own:
-        return own[0].numel()
-    return shape[0] if isinstance(shape, (tuple, list)) and len(shape) == 1 else None
+    shape = _shape_held(norm)
+    return None if shape is None else math.prod(shape)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nni_topo.network.channels.flow import ChannelFlow, only_norm_after
 from nni_topo.network.layers.derived import inner_of, is_followed, kind_of
 from nni_topo.network.layers.kinds import CONVOLUTIONS, WEIGHTED, by_channel, is_depthwise
-from nni_topo.network.layers.norms import channel_dim, is_over_channels
+from nni_topo.network.layers.norms import channel_dim, dims_together, entries_last, is_over_channels
 from nni_topo.network.layers.slicing import keep
 from nni_topo.network.runtime.copies import left_alone
 from nni_topo.network.runtime.hooks import watched
@@ -140,17 +140,18 @@ def fit_norms(wrapped: nn.Module, dense: nn.Module, flow: ChannelFlow, is_kept: 
     noting, fitting_them = list[Any](), list[Any]()
 
     def note(name: str, kept: Tensor, _: Any, output: Tensor) -> None:
-        dim = channel_dim(wrapped.get_submodule(name)) or 1
-        outputs.setdefault(name, output.index_select(dim, kept.to(output.device)).movedim(dim, -1))
+        entries = entries_last(wrapped.get_submodule(name), output)
+        outputs.setdefault(name, entries.index_select(-1, kept.to(output.device)))
 
     def fit(name: str, entered: Tensor, output: Tensor) -> Tensor:
         norm: Any = dense.get_submodule(name)
         wanted = outputs.pop(name, None)
         if wanted is None:  # a later call
             return output
-        weight, bias, dim = norm.weight, getattr(norm, "bias", None), channel_dim(norm) or 1
+        weight, bias = norm.weight.view(-1), getattr(norm, "bias", None)
+        bias = None if bias is None else bias.view(-1)
         shift = torch.zeros_like(weight) if bias is None else bias
-        scaled = output.movedim(dim, -1) - shift
+        scaled = entries_last(norm, output) - shift
         groups = getattr(norm, "num_groups", 1)
         for rows in torch.arange(len(weight), device=weight.device).chunk(groups):
             x, y = scaled[..., rows].double(), (wanted[..., rows] - shift[rows]).double()
@@ -189,5 +190,8 @@ def _is_scaled_by_weight(norm: Any) -> bool:
     for parameter in doubled.parameters():
         parameter.mul_(2)
     x = torch.linspace(-1, 2, 8 * norm.weight.numel(), device=norm.weight.device, dtype=norm.weight.dtype)
-    x = x.view(2, 2, 2, -1).movedim(-1, channel_dim(norm) or 1)
+    if dims_together(norm) > 1:
+        x = x.view(2, 2, 2, *norm.weight.shape)
+    else:
+        x = x.view(2, 2, 2, -1).movedim(-1, channel_dim(norm) or 1)
     return torch.allclose(2 * norm.forward(x), doubled.forward(x), rtol=1e-2, atol=1e-2)

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.layers.kinds import CONVOLUTIONS, TRANSPOSED, is_depthwise, is_normalizing, per_channel_names
-from nni_topo.network.layers.norms import channel_dim, gives_no_channels, is_over_channels, numbers_of
+from nni_topo.network.layers.norms import channel_dim, dims_together, gives_no_channels, is_over_channels, numbers_of
 from nni_topo.network.layers.slicing import cut, keep
 
 
@@ -82,17 +82,18 @@ class OverKept(nn.Module):
     whole: type[nn.Module]  # the module's own class
     kept: Tensor  # int64, (kept channels,)
     kept_dim: int  # the dimension of the channels
+    kept_dims: int  # number of last dimensions whose entries are kept or removed, 1 for channels
     gives_none: bool  # whether its output has no channels, such as a spatial gate's
 
     def __reduce__(self) -> Any:
         return _made, (self.whole,), dict(vars(self))  # made at run time, so pickle can't find the class by name
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        """Run on the kept channels of the only argument, ``(batch, channels, ...)`` or ``(..., channels)``."""
+        """Run on the kept channels of the argument, ``(batch, channels, ...)`` or ``(..., channels)``."""
         (x,) = (*args, *kwargs.values())
         small: Any = copy.copy(self)
         small.__class__ = self.whole
-        del small.whole, small.kept, small.kept_dim, small.gives_none
+        del small.whole, small.kept, small.kept_dim, small.kept_dims, small.gives_none
         small._parameters = dict(self._parameters)
         kept, dim = self.kept.to(x.device), self.kept_dim
         if self.whole is not nn.Conv1d:
@@ -101,11 +102,17 @@ class OverKept(nn.Module):
             for name, parameter in self._parameters.items():
                 if parameter is not None:
                     small._parameters[name] = numbers_of(parameter, kept)
-        found: Tensor = small.forward(x.index_select(dim, kept))
+        entries = x.flatten(-self.kept_dims)
+        entering = entries.index_select(dim, kept)
+        if self.kept_dims > 1:
+            entering = entering.unflatten(-1, small.normalized_shape)
+        found: Tensor = small.forward(entering)
         if self.gives_none:
             return found
-        shape = [*found.shape[:dim], x.shape[dim], *found.shape[dim % x.dim() + 1 :]]
-        return found.new_zeros(shape).index_copy(dim, kept, found)
+        found = found.flatten(-self.kept_dims)
+        shape = [*found.shape[:dim], entries.shape[dim], *found.shape[dim % entries.dim() + 1 :]]
+        filled = found.new_zeros(shape).index_copy(dim, kept, found)
+        return filled.unflatten(-1, x.shape[-self.kept_dims :]) if self.kept_dims > 1 else filled
 
 
 def run_over_kept(module: Any, kept: Tensor) -> None:
@@ -113,6 +120,7 @@ def run_over_kept(module: Any, kept: Tensor) -> None:
     whole = module.whole if isinstance(module, OverKept) else type(module)
     if not isinstance(module, OverKept):
         module.kept_dim = 2 if whole is nn.Conv1d else channel_dim(module)
+        module.kept_dims = dims_together(module)
         module.gives_none = whole is not nn.Conv1d and gives_no_channels(module)
     module.__class__ = _over_kept(whole)
     module.whole, module.kept = whole, kept

@@ -331,6 +331,10 @@ CALLS = {
             lambda n: written(n.a.clone(), (slice(None), slice(None), 0), n.b[:, :, 0]),
             "1x4x1: a*; b: a*",
         ),
+        "some channels of each head": (
+            lambda n: written(heads(n.c).clone(), (..., slice(0, 1)), heads(n.c)[..., 1:]),
+            "1x4x1x1: c0 c2 c4 c6; c: c0 c0 c2 c2 c4 c4 c6 c6",
+        ),
         "some channels": (
             lambda n: written(n.a.clone(), (slice(None), slice(0, 2)), n.b[:, :2]),
             "1x1x1: 0; a: 0* overwritten; b: 0 0 b2 b3 overwritten",

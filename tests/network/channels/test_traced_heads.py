@@ -16,6 +16,15 @@ WIDTH, HEADS, SIZE = 16, 4, 3
 ASKED = [{"op_types": ["Linear", "Conv2d"], "sparse_ratio": 0.5}]
 
 
+def turned(x: Tensor) -> Tensor:
+    """Write the channels of each head in two parts, as rotary positions do."""
+    angle = torch.arange(x.shape[-2])[:, None]
+    out = torch.empty_like(x)
+    out[..., :1] = x[..., :1] * angle.cos() - x[..., 1:2] * angle.sin()
+    out[..., 1:] = x[..., 1:] * angle.cos() + x[..., :1] * angle.sin()
+    return out
+
+
 class Attending(nn.Module):
     """Attention whose layers have names of their own; ``kind`` says how it multiplies and counts."""
 
@@ -36,14 +45,19 @@ class Attending(nn.Module):
         return x.reshape(x.shape[0] * self.count, -1, SIZE) if self.kind == "added" else x
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.enter(x)
+        first, x = x[:, None, :, 0], self.enter(x)
         q, k, v = self.heads(self.ask(x)), self.heads(self.match(x)), self.heads(self.give(x))
         if self.kind == "added":
             scores = torch.zeros(1, 1, x.shape[1]).baddbmm(q, k.transpose(1, 2), alpha=SIZE**-0.5)
             found = scores.softmax(-1) @ v
             found = found.view(found.shape[0] // self.count, self.count, -1, SIZE).transpose(1, 2)
             return self.leave(found.reshape(*x.shape[:2], self.count * self.size))
-        if self.kind == "fused":
+        if self.kind == "turned":
+            q, k = turned(q), turned(k)
+        if self.kind == "masked":  # one mask for all heads of a sample
+            mask = first.repeat_interleave(self.count, dim=0).view(x.shape[0], self.count, -1, x.shape[1])
+            found = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        elif self.kind in ("fused", "turned"):
             found = functional.scaled_dot_product_attention(q, k, v)
         else:
             scores = q @ k.transpose(-1, -2) / math.sqrt(SIZE)
@@ -63,7 +77,7 @@ def silenced(model: nn.Module, masks: dict[str, dict[str, Tensor]]) -> nn.Module
     return copied
 
 
-@pytest.mark.parametrize("kind", ["by count", "by length", "by quotient", "fused", "added"])
+@pytest.mark.parametrize("kind", ["by count", "by length", "by quotient", "fused", "added", "turned", "masked"])
 @pytest.mark.quick_every(2)
 def test_heads_go_as_a_whole_with_queries_keys_and_values(kind: str) -> None:
     model, x = Attending(kind).eval(), torch.randn(2, 6, 5)
@@ -78,7 +92,9 @@ def test_heads_go_as_a_whole_with_queries_keys_and_values(kind: str) -> None:
     dense = nni_topo.to_dense(model, x, masks)
     assert (dense.ask.out_features, dense.leave.in_features, dense.enter.out_features) == (2 * SIZE, 2 * SIZE, 8)
     assert dense.count == (HEADS if kind == "by length" else 2)
-    torch.testing.assert_close(dense(x), silenced(model, masks)(x))
+    masked, other = silenced(model, masks), torch.randn(3, 9, 5)
+    torch.testing.assert_close(dense(x), masked(x))
+    torch.testing.assert_close(dense(other), masked(other))
 
 
 def test_heads_that_a_constant_tells_apart_stay() -> None:

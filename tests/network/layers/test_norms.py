@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -85,18 +86,34 @@ class WithoutParameters(nn.Module):
         return functional.layer_norm(x.float(), self.normalized_shape, None, None, 1e-5).to(x.dtype)
 
 
+class RootAlone(nn.Module):
+    """The RMS norm of diffusers without a weight: a tuple holds the width, or nothing does."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.dim, self.weight = torch.Size((width,)), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+
+class RootOfChannels(nn.Module):
+    def forward(self, x: Tensor, dim: int | None = None) -> Tensor:
+        return x / (x.square().mean(dim or 1, keepdim=True) + 1e-6).sqrt()
+
+
 DIMS = {
     -1: [
         nn.LayerNorm(4), nn.LayerNorm(4, elementwise_affine=False), nn.RMSNorm(4), Root(), Root(shift=1.0), Written(),
         ResponseNorm(4), InSingle(4), InSingle(4).bfloat16(), Root().double(), WithChild(),
-        WithoutParameters(4), WithBuffer(),
+        WithoutParameters(4), WithBuffer(), RootAlone(4), nn.LayerNorm((2, 4)), nn.RMSNorm((2, 4)),
     ],
     1: [
         nn.BatchNorm2d(4), nn.InstanceNorm1d(4), nn.GroupNorm(2, 4), ChannelsFirst(4), ResponseNorm(4, dim=1),
-        nn.PReLU(4),
+        nn.PReLU(4), RootOfChannels(),
     ],
     None: [
-        nn.LayerNorm((2, 4)), nn.RMSNorm((2, 4)), ChannelsFirst((2, 4)), nn.Linear(4, 4), nn.PReLU(),
+        ChannelsFirst((2, 4)), nn.Linear(4, 4), nn.PReLU(),
         LayerScale(), OverGroups(4), OverPlaces(), Refusing(), WithBuffer(4), Root(1),
     ],
 }  # fmt: skip
@@ -131,6 +148,7 @@ MAKERS = {
     "own root": Root,
     "own layer": Written,
     "own, no parameters": WithoutParameters,
+    "own root, no parameters": RootAlone,
     "response": ResponseNorm,
     "response, channels first": partial(ResponseNorm, dim=1),
 }
@@ -224,3 +242,61 @@ def test_what_treats_each_channel_by_itself_or_places_alike_is_none() -> None:
     assert channel_dim(OfPlaces()) is None
     assert gives_no_channels(Pool())
     assert channel_dim(nn.Sequential(nn.Conv2d(6, 6, 1), nn.ReLU())) is None
+
+
+class Spectrogram(nn.Module):
+    """A layer norm over (frequencies, channels) as SpeechBrain's, over whole images, or over pixels or heads."""
+
+    def __init__(self, shape: tuple[int, ...], *, affine: bool = True, last: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter, self.leave, self.last = nn.Conv2d(2, 8, 3, padding=1), nn.Conv2d(8, 4, 1), last
+        self.norm = nn.LayerNorm(shape, elementwise_affine=affine)
+        with torch.no_grad():
+            for parameter in self.norm.parameters():
+                parameter.normal_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x).movedim(1, -1) if self.last else self.enter(x)
+        x = self.norm(x)
+        return self.leave((x.movedim(-1, 1) if self.last else x).relu())
+
+
+class ByHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter, self.norm, self.leave = nn.Linear(2, 8), nn.LayerNorm((4, 2)), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(self.norm(self.enter(x).unflatten(-1, (-1, 2))).flatten(-2))
+
+
+OVER_SEVERAL = {  # the network, an input, one of another size and batch, the shape of the norm that is left
+    "frequencies and channels": (partial(Spectrogram, (5, 8), last=True), (2, 2, 6, 5), (3, 2, 9, 5), (5, 4)),
+    "images": (partial(Spectrogram, (8, 6, 5)), (2, 2, 6, 5), (3, 2, 6, 5), (4, 6, 5)),
+    "as many pixels as channels": (partial(Spectrogram, (8, 8, 8)), (2, 2, 8, 8), (3, 2, 8, 8), (4, 8, 8)),
+    "no weights": (partial(Spectrogram, (5, 8), affine=False, last=True), (2, 2, 6, 5), (3, 2, 9, 5), (5, 4)),
+    "pixels": (partial(Spectrogram, (6, 5)), (2, 2, 6, 5), (3, 2, 6, 5), (6, 5)),
+    "heads": (ByHead, (2, 3, 2), (3, 7, 2), (2, 2)),
+}
+
+
+@pytest.mark.parametrize("name", OVER_SEVERAL)
+@torch.no_grad()
+def test_a_norm_over_several_dimensions_runs_over_the_channels_that_are_left(name: str) -> None:
+    make, size, other_size, left = OVER_SEVERAL[name]
+    model, x, other = make().eval(), torch.randn(size), torch.randn(other_size)
+    groups = nni_topo.dependency_groups(model, x, [{"op_names": ["enter"], "sparse_ratio": 0.5}])
+    masks = nni_topo.create_pruner("random", copy.deepcopy(model), groups).compress()[1]
+    dense, masked = nni_topo.to_dense(model, x, masks), nni_topo.masked_model(model, x, masks)
+    assert dense.norm.normalized_shape == left
+    assert [tuple(each.shape) for each in dense.norm.parameters()] == [left] * len(list(model.norm.parameters()))
+    assert dense.enter.weight.shape[0] == dense.leave.weight.shape[1] == 4
+    for inputs in (x, other):
+        torch.testing.assert_close(dense(inputs), masked(inputs))
+    if name == "no weights":  # by hand
+        kept = masks["enter"]["bias"].nonzero().flatten()
+        normed = functional.layer_norm(model.enter(x)[:, kept].movedim(1, -1), (5, 4)).movedim(-1, 1)
+        wanted = functional.conv2d(normed.relu(), model.leave.weight[:, kept], model.leave.bias)
+        torch.testing.assert_close(dense(x), wanted)
