@@ -256,6 +256,15 @@ class Propagation(torch.fx.Interpreter):
                     first = op.whole_rows(first, of_channels[1:])
                 # Each entry has the id of its channel. Along the dimensions before them ids usually don't differ.
                 entering = self._given.per_channel(_with_one_place(first, first.dim() - dims).flatten(-dims), -1)
+            elif (
+                rule is None
+                and dim == -1
+                and varies(first, -1)
+                and any(varies(first, d) for d in range(first.dim() - 1))
+            ):
+                rows = compressed(first).flatten(0, -2).numpy()
+                self._given.tie_columns(name, rows)
+                entering = rows[0]
             else:
                 entering = self._given.per_channel(first, dim % first.dim())
             before = self._entering.get(name, entering)
@@ -491,6 +500,8 @@ class ChannelFlow(Propagation):
         self._keep_fixed_places(attribute_sizes.keys())
         self._keep_shuffled_into_groups()
         self._before, self._group_ids, self._reasons = self._given.settled()
+        for name in self._given.heads_only(self._before):
+            self._entering.pop(name, None)
         self._leaving = np.setdiff1d(self._before[arriving], FIXED)
         remaining = []
         for blocks in self.blocks:

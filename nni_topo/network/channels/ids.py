@@ -144,6 +144,7 @@ class ChannelIds:
         self._pins: list[tuple[np.ndarray, Reason]] = []
         self._columns: list[tuple[np.ndarray, Reason]] = []
         self._rows: list[tuple[np.ndarray, np.ndarray]] = []
+        self._by_head: list[tuple[str, np.ndarray]] = []
 
     def new(self, count: int) -> int:
         """Reserve ``count`` new ids, and return the first."""
@@ -182,6 +183,18 @@ class ChannelIds:
         """Couple each id with its row, (ids, columns), if the row's channels (of a head, say) are all coupled."""
         free = (ids != FIXED) & (rows != FIXED).all(1)
         self._rows.append((ids[free], rows[free]))
+
+    def tie_columns(self, name: str, rows: np.ndarray) -> None:
+        """Couple the channels in each column of ids, (rows, columns), unless each row is a head, which goes as a whole.
+
+        ``name``: the module that reads the rows, such as a norm of queries, with a number for each column.
+        """
+        self._by_head.append((name, rows))
+
+    def heads_only(self, group_ids: np.ndarray) -> set[str]:
+        """Return the modules that read nothing but heads which go as a whole, and so keep their size."""
+        apart = {name for name, rows in self._by_head if (group_ids[rows] != group_ids[rows[:, :1]]).any()}
+        return {name for name, _ in self._by_head} - apart
 
     def ties(self) -> list[tuple[torch.fx.Node, np.ndarray]]:
         """List the operations that couple channels, in network order, each with the pairs of ids: int, (pairs, 2)."""
@@ -224,6 +237,11 @@ class ChannelIds:
                 first = rows[:, 0]
                 is_new = (found[rows] == found[first][:, None]).all(1) & (found[ids] != found[first])
                 more.append(np.stack([ids[is_new], first[is_new]], -1))
+            if not sum(map(len, more)):
+                for _, rows in self._by_head:
+                    if (found[rows] != found[rows[:, :1]]).any():
+                        columns = np.stack(np.broadcast_arrays(rows[:1], rows), -1).reshape(-1, 2)
+                        more.append(columns[found[columns[:, 0]] != found[columns[:, 1]]])
             if not sum(map(len, more)):
                 return found
             pairs = np.concatenate([pairs, *more])

@@ -587,7 +587,9 @@ def _uses(node: Node, ids: dict[str, Any], groups: np.ndarray) -> Iterator[tuple
                 for end in (cut.start, cut.stop):
                     if isinstance(end, TracedInt):
                         row = _ids_in(entering, d)
-                        yield end, None if row is None else row[:end]
+                        # Where no channel can go, such as along the words of a text, ids are stored as one.
+                        is_along = row is not None and shape is not None and len(row) == shape[d]
+                        yield end, row[:end] if row is not None and is_along else None
             return
         dim = node.kwargs.get("dim", args[2] if len(args) > 2 else 0)
         row = _ids_in(entering, dim)

@@ -33,6 +33,8 @@ class Attending(nn.Module):
         torch.manual_seed(0)
         self.kind, self.count, self.size = kind, HEADS, SIZE
         self.enter, self.leave = nn.Linear(5, WIDTH), nn.Linear(HEADS * SIZE, 2)
+        self.norm = nn.LayerNorm(SIZE)
+        nn.init.normal_(self.norm.weight)
         self.ask, self.match, self.give = (nn.Linear(WIDTH, HEADS * SIZE) for _ in range(3))
 
     def heads(self, x: Tensor) -> Tensor:
@@ -52,12 +54,14 @@ class Attending(nn.Module):
             found = scores.softmax(-1) @ v
             found = found.view(found.shape[0] // self.count, self.count, -1, SIZE).transpose(1, 2)
             return self.leave(found.reshape(*x.shape[:2], self.count * self.size))
+        if self.kind == "normed":
+            q, k = self.norm(q), self.norm(k)
         if self.kind == "turned":
             q, k = turned(q), turned(k)
         if self.kind == "masked":  # one mask for all heads of a sample
             mask = first.repeat_interleave(self.count, dim=0).view(x.shape[0], self.count, -1, x.shape[1])
             found = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        elif self.kind in ("fused", "turned"):
+        elif self.kind in ("fused", "turned", "normed"):
             found = functional.scaled_dot_product_attention(q, k, v)
         else:
             scores = q @ k.transpose(-1, -2) / math.sqrt(SIZE)
@@ -77,7 +81,9 @@ def silenced(model: nn.Module, masks: dict[str, dict[str, Tensor]]) -> nn.Module
     return copied
 
 
-@pytest.mark.parametrize("kind", ["by count", "by length", "by quotient", "fused", "added", "turned", "masked"])
+@pytest.mark.parametrize(
+    "kind", ["by count", "by length", "by quotient", "fused", "added", "turned", "masked", "normed"]
+)
 @pytest.mark.quick_every(2)
 def test_heads_go_as_a_whole_with_queries_keys_and_values(kind: str) -> None:
     model, x = Attending(kind).eval(), torch.randn(2, 6, 5)

@@ -130,3 +130,27 @@ def test_a_width_in_a_list_of_a_shared_config_gets_smaller_in_the_dense_models_o
     images = torch.randn(2, 3, 4, 4)
     assert torch.equal(loaded(images), dense(images))
     assert config.sizes == [6, 8]
+
+
+class TextAndImage(nn.Module):
+    """Words come first, up to the longest text, whose length an attribute holds; then the places of an image."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.longest, self.words, self.places, self.head = 4, nn.Linear(3, 8), nn.Linear(3, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        words, places = x[:, : self.longest], x[:, self.longest :]
+        return self.head(torch.cat([self.words(words), self.places(places)], 1).relu())
+
+
+def test_a_length_along_which_no_channel_goes_is_no_number_of_channels():
+    model, x, other = TextAndImage().eval(), torch.randn(2, 9, 3), torch.randn(3, 11, 3)
+    groups = nni_topo.dependency_groups(model, x, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    assert [entry["op_names"] for entry in groups] == [["words"], ["places"]]
+    masks = masks_of(nni_topo.RandomPruner(model, groups, seed=0))
+    dense, masked = nni_topo.to_dense(model, x, masks), nni_topo.masked_model(model, x, masks)
+    assert (dense.longest, dense.words.out_features, dense.head.in_features) == (4, 4, 4)
+    for inputs in (x, other):
+        torch.testing.assert_close(dense(inputs), masked(inputs))
