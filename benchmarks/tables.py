@@ -23,10 +23,13 @@ from pathlib import Path
 from types import ModuleType
 
 from nni_topo.studies.records import Record, read_records
+from nni_topo.studies.tables import Interval
 
 BENCHMARKS = Path(__file__).parent
 RESULTS, ARCHIVE, RECORDS = (BENCHMARKS / name for name in ("results", "archive", "records"))
 PRINTED = re.compile(r"<!-- benchmarks/records/(printed/[\w/]+\.csv): begin -->")
+LEVEL = 0.05  # of p-values
+WIDE = 1.0  # points: half of an interval that leaves a question open and is longer than this is called wide
 _NUMBER = re.compile(r"[*+<-]*\d|$")
 HYPOTHESES = (
     "which_filters",
@@ -96,6 +99,13 @@ def holm(values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(values) - rank) * values[place]))
         corrected[place] = largest
     return corrected
+
+
+def outcome(points: Interval, p: float, ahead: str = "win", behind: str = "loss") -> str:
+    """Return the outcome of a comparison from its interval in points and its corrected p-value."""
+    if p < LEVEL:
+        return ahead if points.mean > 0 else behind
+    return "open, wide" if points.half > WIDE else "open"
 
 
 def printed_table(path: Path) -> str:

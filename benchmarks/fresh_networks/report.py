@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from benchmarks.tables import holm, with_tables
+from benchmarks.tables import holm, outcome, with_tables
 from nni_topo.disk import output_file
 from nni_topo.studies.records import read_records
 from nni_topo.studies.tables import (
+    Interval,
     best_baseline,
     cells_of,
     grouped,
@@ -58,7 +59,6 @@ STEPS = {
     "accuracy_retrained": "fine-tuned",
 }
 PRIMARY_SHARE, PRIMARY_STEP = 0.1, "accuracy_compensated"
-LEVEL = 0.05
 SEEDS = 5
 DATA = "Fashion-MNIST, split anew"
 _KEPT = {"pruner", "pruner_name", "seed", "target", "flops", "flops_before", "params", "params_before", "revision"}
@@ -120,9 +120,7 @@ class Comparison:
     baseline: str
     ours: float
     theirs: float
-    difference: str
-    mean: float
-    excludes_zero: bool
+    points: Interval
     p: float
     networks: int
 
@@ -146,9 +144,7 @@ def compared(rows: Rows, criterion: str, step: str) -> Comparison | None:
         baseline,
         100 * interval(first).mean,
         100 * interval(second).mean,
-        found.show(100, sign=True),
-        found.mean,
-        abs(found.mean) > found.half,
+        Interval(100 * found.mean, 100 * found.half),
         p,
         len(seeds),
     )
@@ -187,14 +183,12 @@ def _primary(groups: dict[tuple[str, str], Rows]) -> str:
     for (network, criterion), each, p in zip(cells, found, holm(values), strict=True):
         run = _networks(groups.get((network, target), {}))
         if each is None or run < SEEDS:
-            outcome = f"open: {run} of {SEEDS} networks" if run else "not run"
-            lines.append([network, criterion, "", outcome, *[""] * 6])
+            state = f"open: {run} of {SEEDS} networks" if run else "not run"
+            lines.append([network, criterion, "", state, *[""] * 6])
             continue
-        outcome = "no significant difference"
-        if p < LEVEL:
-            outcome = "win" if each.mean > 0 else "loss"
-        numbers = [f"{each.ours:.1f}", f"{each.theirs:.1f}", each.difference, f"{each.p:.4f}", f"{p:.3f}"]
-        lines.append([network, criterion, each.baseline, outcome, str(each.networks), *numbers])
+        accuracies = [f"{each.ours:.1f}", f"{each.theirs:.1f}"]
+        numbers = [*accuracies, each.points.show(sign=True), f"{each.p:.4f}", f"{p:.3f}"]
+        lines.append([network, criterion, each.baseline, outcome(each.points, p), str(each.networks), *numbers])
     head = ["network", "criterion", "best baseline", "outcome", "networks", "criterion %", "baseline %"]
     return markdown_table([*head, "difference", "p", "p by Holm"], lines, text_columns=4)
 
@@ -214,13 +208,13 @@ def _differences(groups: dict[tuple[str, str], Rows]) -> list[str]:
                 if each is None:
                     line.append("not run")
                     continue
-                line.append(f"{each.difference} ({each.baseline})")
+                line.append(f"{each.points.show(sign=True)} ({each.baseline})")
                 is_primary_cell = target.startswith(f"{100 * PRIMARY_SHARE:g} ") and step == PRIMARY_STEP
                 if is_primary_cell and criterion in CRITERIA:
                     continue
                 cells += 1
-                above += each.excludes_zero and each.mean > 0
-                below += each.excludes_zero and each.mean < 0
+                above += each.points.mean > each.points.half
+                below += each.points.mean < -each.points.half
             by_network.setdefault(network, []).append(line)
     blocks = []
     for network, lines in by_network.items():

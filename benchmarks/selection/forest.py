@@ -31,6 +31,7 @@ from scipy import stats
 
 from benchmarks.fresh_networks import report
 from benchmarks.selection import bench_named
+from benchmarks.tables import WIDE
 from benchmarks.topology import which_clouds
 from benchmarks.topology.registered import CONFIRMATION
 from nni_topo.disk import write_figure
@@ -73,7 +74,6 @@ BASES = {
     "least squares": "least squares",
 }
 DRAWN = 25  # percent of the MACs
-WIDE = 1.0  # points: half an interval that holds zero and is larger than this is called wide
 
 Record = dict[str, Any]
 Gains = Mapping[str, Sequence[float]]

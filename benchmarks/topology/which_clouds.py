@@ -24,7 +24,7 @@ import numpy as np
 from scipy import stats
 from sklearn.datasets import load_digits
 
-from benchmarks.tables import holm
+from benchmarks.tables import holm, outcome
 from benchmarks.topology.registered import benchmark
 from nni_topo import zoo
 from nni_topo.runs.choices import CompensationChoice, DataChoice, ModelChoice, PrunerChoice, Target
@@ -34,13 +34,12 @@ from nni_topo.runs.run import Start, made_dense, prune_to_ratios, retrain, train
 from nni_topo.runs.widths import layer_ratios
 from nni_topo.studies.baselines import baseline_masks, is_baseline
 from nni_topo.studies.records import append_record, read_records
-from nni_topo.studies.tables import interval, markdown_table, show_accuracies
+from nni_topo.studies.tables import Interval, interval, markdown_table, show_accuracies
 from nni_topo.zoo.sources import class_rank, split_off_test
 
 SOURCE = "benchmarks/topology/which_clouds.py"  # as the comments around a page's tables say
 SEEDS = range(400, 415)
 RATIO = 0.75  # of every layer, removed
-LEVEL = 0.05
 CLASSES = 10
 TRAIN, VALIDATION, TEST = 5_000, 1_000, 5_000  # images of Fashion-MNIST
 
@@ -192,19 +191,12 @@ def best_baseline(records: list[Record], name: str, measure: str = "validation")
     return max(BASELINES, key=lambda row: float(np.mean(list(found[row].values()))))
 
 
-def compared(ours: Mapping[int, float], theirs: Mapping[int, float]) -> tuple[str, float, float]:
-    """Return the mean paired difference in points with its interval, the same as a number, and the p-value."""
-    gains = [ours[seed] - theirs[seed] for seed in SEEDS]
+def compared(ours: Mapping[int, float], theirs: Mapping[int, float]) -> tuple[Interval, float]:
+    """Return the mean paired difference in points with its interval, and the p-value."""
+    gains = [100.0 * (ours[seed] - theirs[seed]) for seed in SEEDS]
     # Equal networks have no spread, and no test says anything of them.
     p = float(stats.ttest_1samp(gains, 0.0).pvalue) if np.ptp(gains) > 0 else 1.0
-    return interval(gains).show(100, sign=True), float(np.mean(gains)), p
-
-
-def verdict(mean: float, p: float) -> str:
-    """Return the outcome of a cell whose p-value is corrected."""
-    if p >= LEVEL:
-        return "no significant difference"
-    return "win" if mean > 0 else "loss"
+    return interval(gains), p
 
 
 def tables(records: list[Record]) -> str:
@@ -247,12 +239,11 @@ def cells(records: list[Record], done: list[str], theirs: Mapping[str, str | Non
     for name in done:
         tested = figures(records, name, "test")
         found[name] = compared(tested[OURS], tested[str(theirs[name])])
-    corrected = dict(zip(KINDS, holm([found[name][2] if name in found else 1.0 for name in KINDS]), strict=True))
+    corrected = dict(zip(KINDS, holm([found[name][1] if name in found else 1.0 for name in KINDS]), strict=True))
     lines = []
-    for name, (shown, mean, p) in found.items():
-        outcome = verdict(mean, corrected[name])
-        is_primary = "yes" if KINDS[name].is_primary else "no"
-        lines.append([name, is_primary, str(theirs[name]), outcome, shown, f"{p:.2g}", f"{corrected[name]:.2g}"])
+    for name, (points, p) in found.items():
+        cell = [name, "yes" if KINDS[name].is_primary else "no", str(theirs[name]), outcome(points, corrected[name])]
+        lines.append([*cell, points.show(sign=True), f"{p:.2g}", f"{corrected[name]:.2g}"])
     head = ["network", "primary", "against", "outcome", "difference, points", "p", "p by Holm"]
     return markdown_table(head, lines, text_columns=4)
 
@@ -263,28 +254,25 @@ def fine_tuning(records: list[Record], name: str) -> str:
     best = str(best_baseline(records, name, "validation_fine_tuned"))
     lines = []
     for row in CRITERIA:
-        shown, _, p = compared(tested[row], tested[best])
-        accuracy = show_accuracies(list(tested[row].values()))
-        lines.append([row, best, accuracy, show_accuracies(list(tested[best].values())), shown, f"{p:.2g}"])
+        points, p = compared(tested[row], tested[best])
+        accuracies = [show_accuracies(list(tested[name].values())) for name in (row, best)]
+        lines.append([row, best, *accuracies, points.show(sign=True), f"{p:.2g}"])
     head = ["criterion", "best baseline", "criterion %", "baseline %", "difference, points", "p, not corrected"]
     return markdown_table(head, lines, text_columns=2)
 
 
 def from_baselines(tested: dict[str, dict[int, float]]) -> list[list[str]]:
     """Return the lines of a table: both criteria's differences from each baseline."""
-    return [[row, *(compared(tested[own], tested[row])[0] for own in CRITERIA)] for row in BASELINES]
+    return [[row, *(compared(tested[own], tested[row])[0].show(sign=True) for own in CRITERIA)] for row in BASELINES]
 
 
 def changed_parts(tested: dict[str, dict[int, float]]) -> str:
     """Return the table of the cloud with one part changed, against the default."""
     found = {row: compared(tested[row], tested[OURS]) for row in VARIANTS}
     lines = []
-    for (row, (shown, mean, p)), corrected in zip(
-        found.items(), holm([each[2] for each in found.values()]), strict=True
-    ):
-        outcome = "ahead" if mean > 0 else "behind"
-        outcome = outcome if corrected < LEVEL else "no significant difference"
-        lines.append([row, outcome, shown, f"{p:.2g}", f"{corrected:.2g}"])
+    for (row, (points, p)), corrected in zip(found.items(), holm([p for _, p in found.values()]), strict=True):
+        word = outcome(points, corrected, "ahead", "behind")
+        lines.append([row, word, points.show(sign=True), f"{p:.2g}", f"{corrected:.2g}"])
     return markdown_table(["row", "against the default", "difference, points", "p", "p by Holm"], lines, text_columns=2)
 
 

@@ -35,10 +35,10 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
 from benchmarks.norms.under_masks import RECIPES
-from benchmarks.tables import holm
+from benchmarks.tables import holm, outcome
 from benchmarks.topology.registered import benchmark
 from benchmarks.topology.scenes import SIDE, composed, mean_intersection_over_union, outputs_for
-from benchmarks.topology.which_clouds import DIGITS, LEVEL, TRAIN, VARIANTS, Kind, split_of
+from benchmarks.topology.which_clouds import DIGITS, TRAIN, VARIANTS, Kind, split_of
 from benchmarks.topology.which_clouds import KINDS as ASKED_BEFORE
 from nni_topo import zoo
 from nni_topo.recovery import recalibrate_batch_norm
@@ -312,9 +312,9 @@ def verdict(records: list[Record]) -> tuple[dict[str, Any], str]:
 def tables(records: list[Record]) -> str:
     """Return Markdown: how much was run, the primary comparison with its verdict, the others, and each kind."""
     blocks = ["**How much was run**", progress(records)]
-    primary, outcome = verdict(records)
+    primary, word = verdict(records)
     where = f"{100 * PRIMARY[0]:g} % of the MACs, {RECOVERIES[PRIMARY[1]]}"
-    blocks += [f"**The functional cloud's points more, {where}.** {outcome}"]
+    blocks += [f"**The functional cloud's points more, {where}.** {word}"]
     if not primary:
         return "\n\n".join(blocks)
     accuracies = accuracies_of(records)
@@ -372,12 +372,9 @@ def secondary_table(accuracies: Accuracies) -> str:
             lines.append([*where, "not run", "0", "", "", ""])
             continue
         over_kinds = interval(means)
-        outcome = "open"
-        if corrected < LEVEL:
-            outcome = "ahead" if over_kinds.mean > 0 else "behind"
-        lines.append(
-            [*where, outcome, str(len(means)), over_kinds.show(1.0, 2, sign=True), f"{p:.2g}", f"{corrected:.2g}"]
-        )
+        word = outcome(over_kinds, corrected, "ahead", "behind")
+        points_shown = over_kinds.show(digits=2, sign=True)
+        lines.append([*where, word, str(len(means)), points_shown, f"{p:.2g}", f"{corrected:.2g}"])
     head = ["MACs", "recovery", "row", "than", "outcome", "kinds", "points", "p", "p by Holm"]
     return markdown_table(head, lines, text_columns=5)
 
