@@ -71,6 +71,21 @@ def test_figures_with_intervals_on_the_other_pages_stand_in_the_tables_that_they
         assert not missing, f"{page.name}: not in the linked tables: {missing}: {block}"
 
 
+LIVE = [*quotes.FIRST, *RESULTS, *PROJECT.glob("docs/*.md")]
+
+
+@pytest.mark.parametrize("page", LIVE, ids=lambda page: f"{page.parent.name}/{page.stem}")
+def test_who_says_that_a_difference_is_not_significant_says_its_interval(page):
+    bare = [
+        block
+        for block in quotes.blocks(page)
+        if re.search(r"(\bno\b|\bnot\b|n't|\bneither\b|\bnone\b)[^.]*significan", block, re.I)
+        and " ± " not in block
+        and '"No significant difference" means' not in block
+    ]
+    assert bare == []
+
+
 def test_a_figure_that_was_altered_is_noticed():
     table = "| reconstruction | 75.5 ± 0.9 | +8.6 ± 4.7 | 3 % |"
     figures = quotes.quoted("least squares is ahead by +8.6 ± 4.7 points with 3 % of the MACs (75.5 ± 0.9 %)")
