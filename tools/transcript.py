@@ -20,10 +20,8 @@ from pathlib import Path
 from typing import Any
 
 SNIPPET = re.compile(r"```(python|console)\n(.*?)```\n(\n```text\n.*?```\n)?", re.S)
-PROGRESS = re.compile(
-    r"^\w[\w ]*: [\d.]+( of \d+)?, [\d:]+ passed|^\{'(train|eval)_\w+': |^[A-Z]+:\d{4}-\d\d-\d\d .*\.cpp:\d+\]"
-)
-"""Lines on how far a step is, which appear where a machine is slow, those of a Trainer, and those of a profiler."""
+PROGRESS = re.compile(r"^\w[\w ]*: +\d+%\||^\{'(train|eval)_\w+': |^[A-Z]+:\d{4}-\d\d-\d\d .*\.cpp:\d+\]")
+"""Progress bars, which appear where a machine is slow, lines of a Trainer and of a profiler."""
 PROJECT = Path(__file__).parents[1]
 
 
@@ -66,15 +64,14 @@ def shell(command: str) -> str:
         env={**os.environ, "COLUMNS": "178", "PYTHONPATH": str(PROJECT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
         check=True,
     )
-    return done.stdout
+    return done.stdout.decode()  # with the carriage returns of progress bars
 
 
 def tidy(said: str) -> str:
-    """Return a text without lines on progress, and without space at the ends of its lines."""
-    lines = (line.rstrip() for line in said.rstrip().splitlines())
+    """Return a text as a terminal shows it, without lines on progress and without space at the ends of its lines."""
+    lines = (line.rpartition("\r")[2].rstrip() for line in said.rstrip().split("\n"))
     return "".join(f"{line}\n" for line in lines if not PROGRESS.match(line))
 
 
