@@ -233,7 +233,7 @@ def selected(row: str, target: Target, ratios: dict[str, float], start: Start, c
 def hessian_of(labelled: TensorDataset) -> Callable[[nn.Module], Any]:
     """Return what measures Torch-Pruning's Hessian importance: weights squared times mean squared gradients by image.
 
-    Its own sum of squared gradients (version 1.6.0) keeps the last image's alone.
+    Its own sum of squared gradients (version 1.6.1) keeps the last image's alone.
     """
 
     def importance_of(model: nn.Module) -> Any:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import re
-from importlib import metadata
+import subprocess
+from importlib import metadata, util
+from pathlib import Path
 
 import torch
 
+from nni_topo.runs import provenance as module
 from nni_topo.runs.provenance import provenance
 
 
@@ -32,3 +35,20 @@ def test_a_record_names_versions_and_hardware(monkeypatch):
 def test_the_revision_is_that_of_a_checkout():
     found = provenance()["revision"]
     assert found is None or re.fullmatch(r"[0-9a-f]{12}\+?", found)
+
+
+def test_a_changed_file_anywhere_in_the_package_marks_the_revision(tmp_path):
+    """The package is ``package``, and its ``runs`` holds the module as the real one does."""
+    place, elsewhere = tmp_path / "package" / "runs" / "provenance.py", tmp_path / "package" / "maths.py"
+    place.parent.mkdir(parents=True)
+    place.write_bytes(Path(module.__file__).read_bytes())
+    elsewhere.write_text("x = 1\n", encoding="utf-8")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *command], check=True)
+    spec = util.spec_from_file_location("copied_provenance", place)
+    copied = util.module_from_spec(spec)
+    spec.loader.exec_module(copied)
+    assert re.fullmatch("[0-9a-f]{12}", copied.provenance()["revision"])
+    elsewhere.write_text("x = 2\n", encoding="utf-8")
+    assert re.fullmatch(r"[0-9a-f]{12}\+", copied.provenance()["revision"])
