@@ -164,6 +164,7 @@ KNOBS: dict[str, Any] = {
     "survivor": st.sampled_from(["auto", "weight", "bias", "center", "random", ["weight", "bias_norm"]]),
     "graph": st.sampled_from(["epsilon", "knn"]),
     "energy": st.sampled_from([0.1, 0.9, {"hidden": 0.5}]),
+    "bias": st.booleans(),
     "growth": st.sampled_from([{"statistic": name} for name in ("dispersion", "trace", "max", "mean")]),
     "cloud": st.sampled_from(["auto", "weight", "functional"]),
     "criterion": st.sampled_from(["auto", "hausdorff", "cover", "bottleneck", "bottleneck_sum", "wasserstein"]),

@@ -16,6 +16,10 @@ def _quiet():
     logging.disable(logging.NOTSET)
 
 
+def test_every_knob_of_every_pruner_is_drawn():
+    assert {knob for name in fuzzing.NAMES for knob in fuzzing.pruner_info(name).knobs()} <= fuzzing.KNOBS.keys()
+
+
 @pytest.mark.parametrize("cases", [60, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.slow
