@@ -189,13 +189,15 @@ def _attention(name: str, module: Any) -> Attention | None:
             return None
         rows = np.arange(3 * module.num_heads * module.head_dim).reshape(3, module.num_heads, -1)
         return _with_rows(name, [name] * 3, list(rows), f"{prefix}out_proj", module.embed_dim, {})
-    if not module._modules or _adds_residual(module):
+    if not module._modules:
+        return None
+    count = _first_int(module, COUNTS) or getattr(getattr(module, "config", None), "num_attention_heads", None)
+    if not count or _adds_residual(module):
         return None
     parts = {key: part for key, part in module.named_children() if next(part.parameters(), None) is not None}
-    count = _first_int(module, COUNTS) or getattr(getattr(module, "config", None), "num_attention_heads", None)
     for *names, outs in (*_APART, *_TOGETHER):
         layers: list[Any] = [parts.get(each) for each in names]
-        if not count or not all(isinstance(layer, nn.Linear) for layer in layers):
+        if not all(isinstance(layer, nn.Linear) for layer in layers):
             continue
         inner, parameters = dict(module.named_modules()), dict(module.named_parameters())
         out = next((each for each in outs if isinstance(inner.get(each), nn.Linear)), None)

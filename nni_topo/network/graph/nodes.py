@@ -128,18 +128,36 @@ class ShapeNoting(Interpreter):
         return found
 
 
-class _WithLayerCalledCode(GraphModule):
-    """A GraphModule that may have a layer called ``code``, the name of a property of PyTorch's class."""
+class _Graphed(GraphModule):
+    """A GraphModule whose forward is compiled at its first call, because most graphs are only interpreted.
+
+    It may have a layer called ``code``, the name of a property of PyTorch's class.
+    """
+
+    def recompile(self) -> None:  # type: ignore[override]
+        """Let the next call compile the graph."""
+        type(self).forward = _compile_and_run  # each GraphModule has a class of its own
 
     @property
     def code(self) -> Any:
         """The layer of that name, else the source of the forward."""
-        return self._modules["code"] if "code" in self._modules else super().code
+        if "code" in self._modules:
+            return self._modules["code"]
+        super().recompile()
+        return super().code
+
+    def __reduce__(self) -> Any:
+        return GraphModule(self, self.graph).__reduce__()
+
+
+def _compile_and_run(self: GraphModule, *args: Any, **kwargs: Any) -> Any:
+    GraphModule.recompile(self)
+    return type(self).forward(self, *args, **kwargs)
 
 
 def on_modules(root: nn.Module | dict[str, Any], graph: Graph, name: str) -> GraphModule:
     """Make a `torch.fx.GraphModule` of a graph and the modules that it calls."""
-    made = _WithLayerCalledCode(root, graph, name)
+    made = _Graphed(root, graph, name)
     if isinstance(root, nn.Module):
         # The root's non-persistent buffers stay non-persistent; before 2.14 PyTorch puts them into the state_dict.
         theirs = dict(root.named_modules())

@@ -482,8 +482,6 @@ def fold(module: Any) -> bool:
     return True
 
 
-@torch.no_grad()
-@as_written()
 def plain_layer(module: Any) -> nn.Module | None:
     """Return the linear layer or convolution of PyTorch's that computes the same as a module of another class.
 
@@ -498,6 +496,13 @@ def plain_layer(module: Any) -> nn.Module | None:
         return None
     if weight.dim() not in (2, 3, 4, 5) or not weight.is_floating_point():
         return None
+    return _plain_layer_with(module, weight)
+
+
+@torch.no_grad()
+@as_written()
+def _plain_layer_with(module: Any, weight: Tensor) -> nn.Module | None:
+    """Run a module of another class with a weight, for `plain_layer`."""
     # Large enough for any usual dilation and stride, and of several sizes, which tell kinds of padding apart.
     groups = getattr(module, "groups", 1)
     channels = weight.shape[1] * (groups if isinstance(groups, int) else 1)

@@ -52,7 +52,8 @@ _NOT_COPIED = (TypeError, ValueError, RuntimeError, PicklingError)
 _SHARED = (ModuleType, io.IOBase, type(threading.Lock()), type(threading.RLock()), Compressor, Evaluator)
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 _CONTAINERS = (list, tuple, set, frozenset, deque)
-_CHANGING = (dict, OrderedDict, list, set)
+_CHANGING = frozenset({dict, OrderedDict, list, set})
+_USUAL_CONTAINERS = _CHANGING | {tuple, frozenset}
 _NEW: Any = copyreg.__newobj__  # type: ignore[attr-defined]
 _ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device})
 
@@ -107,6 +108,8 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
     functions: list[tuple[FunctionType, list[str]]] = []
     cells: dict[int, tuple[CellType, CellType]] = {}  # with the old cell, so that its id isn't used again
     for value in _reached(map(vars, modules)):
+        if type(value) in _USUAL_CONTAINERS:
+            continue
         if issubclass(type(value), Tensor):  # isinstance is true for a tensor's proxy, too
             if not value.is_leaf:  # deepcopy refuses it
                 memo.setdefault(id(value), value.detach().clone())
@@ -180,23 +183,45 @@ def _copy_into(memo: dict[int, Any], module: nn.Module) -> None:
     attributes = reduced[2]
     memo.setdefault(id(memo), []).append(attributes)  # so that no other object gets an id that `memo` has
     memo[id(module)] = copied = _NEW(kind)
-    copied.__setstate__({name: _copied_value(value, memo) for name, value in attributes.items()})
+    copied.__setstate__(_copied_entries(attributes, memo))
 
 
-def _copied_value(value: Any, memo: dict[int, Any]) -> Any:
-    kind = type(value)
-    if kind in _ATOMS:
-        return value
-    if id(value) in memo:
-        return memo[id(value)]
-    if kind in _CHANGING and not value:
-        memo[id(value)] = kind()
-    elif kind is dict:
-        memo[id(value)] = copied = {}
-        copied.update({_copied_value(key, memo): _copied_value(entry, memo) for key, entry in value.items()})
-    else:
-        return copy.deepcopy(value, memo)
-    return memo[id(value)]
+def _copied_entries(table: dict[Any, Any], memo: dict[Any, Any]) -> dict[Any, Any]:
+    entries = dict[Any, Any]()
+    for key, value in table.items():
+        kind = type(value)
+        if kind in _ATOMS:
+            new = value
+        elif id(value) in memo:
+            new = memo[id(value)]
+        elif kind in _CHANGING and not value:
+            memo[id(value)] = new = kind()
+        elif kind is tuple and _ATOMS.issuperset(map(type, value)):
+            new = value
+        elif kind is Tensor:
+            new = _copied_tensor(value, memo)
+        elif kind is dict:
+            memo[id(value)] = new = {}
+            new.update(_copied_entries(value, memo))
+        else:
+            new = copy.deepcopy(value, memo)
+        entries[key if type(key) in _ATOMS else copy.deepcopy(key, memo)] = new
+    return entries
+
+
+def _copied_tensor(tensor: Tensor, memo: dict[Any, Any]) -> Tensor:
+    """Copy a tensor as `copy.deepcopy` does, but a usual buffer, which shares its memory with no other, quickly."""
+    is_simple = tensor.layout == torch.strided and tensor.device.type in ("cpu", "cuda") and not tensor.requires_grad
+    if not is_simple or tensor.is_quantized or tensor.is_complex() or not tensor.is_contiguous() or vars(tensor):
+        copied: Tensor = copy.deepcopy(tensor, memo)
+        return copied
+    memory, memories = tensor.untyped_storage(), memo.setdefault("torch", {})  # where deepcopy notes copied memory
+    if memory._cdata in memories or memory.nbytes() != tensor.nbytes:
+        copied = copy.deepcopy(tensor, memo)
+        return copied
+    memo[id(tensor)] = copied = tensor.clone()
+    memories[memory._cdata] = copied.untyped_storage()
+    return copied
 
 
 def _check_own(copied: nn.Module, own: set[int], light: bool) -> None:
@@ -241,7 +266,7 @@ def _reached(values: Iterable[Any]) -> Iterator[Any]:
     while waiting:
         value = waiting.pop()
         kind = type(value)
-        if kind in _ATOMS or id(value) in seen:
+        if kind in _ATOMS or (kind in _CHANGING and not value) or id(value) in seen:
             continue
         seen.add(id(value))
         yield value
@@ -430,7 +455,10 @@ def training(model: Any) -> Any:
 
 def forget_evaluated(model: nn.Module) -> None:
     """Clear values that modules cache in evaluation mode, such as LeViT's biases, by a switch to training mode."""
-    modes = [(module, module.training) for module in model.modules()]
+    modules = list(model.modules())
+    if all(map(_sets_modes_alone, modules)) and not any(map(_notes_mode, set(map(type, modules)))):
+        return  # their modes clear nothing
+    modes = [(module, module.training) for module in modules]
     _switch(model, True)
     _switch(model, False)
     _put_modes(modes)
@@ -481,6 +509,12 @@ def _sets_modes_alone(module: nn.Module) -> bool:
         if home not in ("torch.nn.modules.module", "transformers.modeling_utils"):
             return False
     return not getattr(module, "use_kernels", False)
+
+
+def _notes_mode(kind: type[nn.Module]) -> bool:
+    """Tell whether a class has code of its own that runs when a mode is set."""
+    has_property = any("training" in vars(base) for base in kind.__mro__ if base is not nn.Module)
+    return has_property or kind.__setattr__ is not nn.Module.__setattr__
 
 
 def _weights(model: nn.Module) -> list[Tensor]:

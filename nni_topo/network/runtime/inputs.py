@@ -25,6 +25,7 @@ MODEL_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError
 """Errors of a model that doesn't run on its inputs."""
 
 _IMAGE_CHANNELS = (1, 3)
+_WITHOUT_TENSORS = frozenset({bool, int, float, str, type(None)})
 
 PADDING = {"attention_mask": True, "key_padding_mask": False, "src_key_padding_mask": False}
 """Names of padding masks; True if their nonzero positions are real, False if these are padding."""
@@ -179,13 +180,26 @@ def real_positions(named: Mapping[str, Any]) -> Tensor | None:
 def tensors_of(tree: Any) -> list[torch.Tensor]:
     """List the tensors of nested tuples, lists, dicts and data classes in a fixed order."""
     found: list[torch.Tensor] = []
-    for leaf in tree_leaves(tree):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif is_dataclass(leaf) and not isinstance(leaf, type):
-            # PyTorch's trees treat a data class as a leaf.
-            found += tensors_of([getattr(leaf, field.name, None) for field in fields(leaf)])
+    _add_tensors(found, tree)
     return found
+
+
+def _add_tensors(found: list[torch.Tensor], tree: Any) -> None:
+    kind = type(tree)
+    if kind in _WITHOUT_TENSORS:
+        return
+    if isinstance(tree, Tensor):
+        found.append(tree)
+    elif kind in (tuple, list, dict):  # the usual containers, without PyTorch's long way
+        for entry in tree.values() if kind is dict else tree:
+            _add_tensors(found, entry)
+    else:
+        for leaf in tree_leaves(tree):
+            if leaf is not tree:
+                _add_tensors(found, leaf)
+            elif is_dataclass(leaf) and not isinstance(leaf, type):
+                # PyTorch's trees treat a data class as a leaf.
+                _add_tensors(found, [getattr(leaf, field.name, None) for field in fields(leaf)])
 
 
 def returned_tensors(output: Any) -> list[torch.Tensor]:

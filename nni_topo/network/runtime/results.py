@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from nni_topo.network.runtime.copies import detached_copy, has_room_for
 from nni_topo.network.runtime.inputs import Call, let_go, returned_by_name, run_few, tensors_of
+from nni_topo.network.runtime.products import ProductsReused
 from nni_topo.network.runtime.switches import DropoutOff, as_written, random_state_kept
 
 _logger = logging.getLogger(__name__)
@@ -141,15 +142,18 @@ def results_in_training(model: nn.Module, call: Call) -> tuple[Results, Results]
         return None
 
 
-def hands_over_more_in_training(model: nn.Module, call: Call) -> bool:
+def hands_over_more_in_training(model: nn.Module, call: Call, products: ProductsReused) -> bool:
     """Tell whether a forward returns or stores a tensor in training mode that it doesn't in evaluation mode.
 
-    ``model`` is in evaluation mode, and is run. False if it can't be run in training mode.
+    ``model`` is in evaluation mode, and is run; ``products``: of earlier runs with its weights. False if it can't be
+    run in training mode.
     """
     trained = results_in_training(model, call)
     if trained is None:
         return False
-    for more, fewer in zip(trained, run_for_results(model, call), strict=True):
+    with products:
+        evaluated = run_for_results(model, call)
+    for more, fewer in zip(trained, evaluated, strict=True):
         by_name: dict[str, list[Tensor]] = {}
         for name, tensor in fewer:
             by_name.setdefault(name, []).append(tensor)

@@ -32,6 +32,7 @@ from nni_topo.network.layers.norms import channel_dim
 from nni_topo.network.runtime.copies import detached_copy, evaluating, put_parameters, unwrapped_copy
 from nni_topo.network.runtime.fits import call_arguments
 from nni_topo.network.runtime.inputs import Call, batch_size, first_samples, taken, tensors_of
+from nni_topo.network.runtime.products import ProductsReused
 from nni_topo.network.runtime.results import hands_over_more_in_training, mode_readers, put_in_training
 from nni_topo.network.runtime.switches import DropoutOff, as_written, random_state_kept
 from nni_topo.network.speedup.dry_run import find_unprunable
@@ -204,12 +205,16 @@ class Analysis:
             known.by_values = {}
             decisions = self.trace.decisions[:_DECISIONS]
             copied: nn.Module = evaluating(unwrapped_copy(self.model, light=True)) if decisions else self.model
-            usual = calls_on_weights(copied, few) if decisions else None
+            products = ProductsReused()
+            with products:
+                usual = calls_on_weights(copied, few) if decisions else None
             for decision in decisions:
                 token = TURNED.set(decision)
                 try:
-                    # A branch that only warns, or makes a mask, calls the same functions.
-                    facts = None if usual and calls_on_weights(copied, few) == usual else self._facts_on(few)
+                    with products:
+                        # A branch that only warns, or makes a mask, calls the same functions.
+                        is_usual = bool(usual) and calls_on_weights(copied, few) == usual
+                    facts = None if is_usual else self._facts_on(few)
                 finally:
                     TURNED.reset(token)
                 if facts is not None:
@@ -278,14 +283,14 @@ def _traced_with(original: nn.Module, call: Call, own_widths: dict[str, int]) ->
             channel_dim(module)  # runs the module, so call it before recording
         return model
 
-    model = copied()
-    with mode_readers(model) as readers:
+    model, products = copied(), ProductsReused()
+    with mode_readers(model) as readers, products:
         recording = trace(model, call)
     graph_module = recording.graph_module
     # New copies, because the traced one may hold objects of the tracer.
     unused, kept = unused_tensors(model, graph_module.graph), list[tuple[str, np.ndarray, Reason]]()
     is_turned = TURNED.get() is not None  # of another branch only the couplings are needed
-    if not is_turned and (unused or (readers and hands_over_more_in_training(copied(), call))):
+    if not is_turned and (unused or (readers and hands_over_more_in_training(copied(), call, products))):
         kept = _kept_for_training(copied(), unused, call)
     try:
         flow = ChannelFlow(graph_module, recording.args, kept)
