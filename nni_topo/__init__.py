@@ -29,6 +29,7 @@ from nni_topo.network import (  # noqa: E402
     save,
     save_pretrained,
     to_dense,
+    trim_vocabulary,
     zeros_held,
 )
 from nni_topo.network.runtime.calibration import Calibration  # noqa: E402
@@ -158,6 +159,7 @@ __all__ = [
     "testing",
     "to_dense",
     "topology",
+    "trim_vocabulary",
     "zeros_held",
     "zoo",
 ]

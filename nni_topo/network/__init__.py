@@ -5,6 +5,7 @@ from nni_topo.network.cost.latency import LatencyTable, LayerLatency, measure_la
 from nni_topo.network.cost.measure import Profiled, profile
 from nni_topo.network.io.checkpoint import load, save, save_pretrained
 from nni_topo.network.io.exporting import Exported, export
+from nni_topo.network.io.vocabulary import TrimmedVocabulary, VocabularyReport, trim_vocabulary
 from nni_topo.network.layers.kinds import as_torch_layers, register_module, zeros_held
 from nni_topo.network.speedup.dense import to_dense
 from nni_topo.network.speedup.dense_report import DenseReport, LayerChannels
@@ -23,6 +24,8 @@ __all__ = [
     "LayerLatency",
     "Operation",
     "Profiled",
+    "TrimmedVocabulary",
+    "VocabularyReport",
     "as_torch_layers",
     "dependency_groups",
     "explain",
@@ -37,5 +40,6 @@ __all__ = [
     "save",
     "save_pretrained",
     "to_dense",
+    "trim_vocabulary",
     "zeros_held",
 ]

@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from nni_topo.network.io.vocabulary import VocabularyReport
 from nni_topo.pruners.budget import BudgetOutcome
 from nni_topo.recovery.likeness import Estimate, Likeness
 
@@ -56,6 +57,8 @@ class StreamingReport:
         Name of the recovery method; empty if no weights were reconstructed.
     warnings : tuple of str
         Reasons to doubt the figures.
+    vocabulary : VocabularyReport or None
+        Tokens and parameters before and after the vocabulary was trimmed, if it was.
     """
 
     blocks: tuple[BlockRow, ...]
@@ -69,6 +72,7 @@ class StreamingReport:
     pruner: str
     recovery: str
     warnings: tuple[str, ...] = ()
+    vocabulary: VocabularyReport | None = None
 
     def to_frame(self) -> pandas.DataFrame:
         """Return the blocks as a table, one row each."""
@@ -89,6 +93,8 @@ class StreamingReport:
         lines = [self.to_frame().to_string(index=False, float_format=lambda value: f"{value:.4g}")]
         lines.append(self._outputs())
         lines.append(f"parameters: {self.params_before:,} before, {self.params:,} after")
+        if self.vocabulary is not None:
+            lines.append(f"vocabulary: {self.vocabulary}")
         lines.append(str(self.budget))
         lines += [f"warning: {each}" for each in self.warnings]
         return "\n".join(lines)
@@ -104,5 +110,6 @@ def as_report(content: dict[str, Any]) -> StreamingReport:
             "budget": BudgetOutcome(**content["budget"]),
             "likeness": Likeness(**{name: Estimate(**each) for name, each in content["likeness"].items()}),
             "warnings": tuple(content["warnings"]),
+            "vocabulary": VocabularyReport(**content["vocabulary"]) if content.get("vocabulary") else None,
         }
     )

@@ -7,7 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from typing import Any
 
@@ -20,6 +20,7 @@ from nni_topo.network.attention.config import put_heads, put_widths
 from nni_topo.network.attention.heads import find_attention
 from nni_topo.network.cost.cost import cost_of
 from nni_topo.network.cost.measure import count_params, counting_macs
+from nni_topo.network.io.vocabulary import TEXTS, TOKENIZER, Vocabulary, VocabularyReport
 from nni_topo.network.layers.kinds import output_channels, with_transposed_weights
 from nni_topo.network.runtime.calibration import HELD_OUT, Calibration
 from nni_topo.network.runtime.copies import detached_copy, evaluating, evaluation_mode
@@ -68,6 +69,9 @@ _COMPARED = 2  # samples on which the written block is compared with the pruned 
 # Largest difference between their outputs: a share of the block's change of the states, because GPUs may multiply in
 # less than single precision, plus a share of its output for rounding.
 _ALIKE, _ROUNDED = 1e-2, 1e-5
+_IDS = "input_ids"
+_GENERATION = "generation_config.json"
+_TOKENIZER_FILES = ("tokenizer.json", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
 _CURE = "prune other layers only (layers), or use nni_topo.shrink and nni_topo.save in memory"
 _WEIGHTS = (".safetensors", ".bin", ".index.json", ".gguf", ".h5", ".msgpack", ".pt", ".pth")
 
@@ -77,6 +81,7 @@ _WEIGHTS = (".safetensors", ".bin", ".index.json", ".gguf", ".h5", ".msgpack", "
     pruner=instance(str),
     knobs=instance(Mapping) | NONE,
     layers=all_of(instance(str), Collection, 1) | NONE,
+    vocabulary=TEXTS | NONE,
     compensate=instance(str, RecoveryMethod) | NONE,
     distill=instance(bool, Mapping),
     round_to=whole(1) | NONE,  # not "auto": the widths don't depend on the device
@@ -93,6 +98,7 @@ def shrink_pretrained(
     pruner: str = "reconstruction",
     knobs: Mapping[str, Any] | None = None,
     layers: Collection[str] | None = None,
+    vocabulary: Collection[str] | None = None,
     compensate: str | RecoveryMethod | None = "reconstruct",
     distill: Mapping[str, Any] | bool = True,
     round_to: int | None = None,
@@ -126,6 +132,11 @@ def shrink_pretrained(
     layers : collection of str, optional
         Names of the layers to prune within a block, such as ``["mlp.gate_proj", "mlp.up_proj"]``. By default all layers
         that can lose channels.
+    vocabulary : collection of str, optional
+        Texts whose tokens stay, with those of the batches, as :func:`nni_topo.trim_vocabulary` chooses them with the
+        tokenizer in ``source``. Embeddings and head lose the rows of all other tokens before the blocks are pruned,
+        and ``folder`` gets the new tokenizer. The budget must be one of ``params``, which is a share of the model with
+        all tokens, so that the blocks lose less. The batches have the ids of ``source``.
     compensate : str, RecoveryMethod or None, default="reconstruct"
         Method of :func:`nni_topo.compensate`; None: the weights are not reconstructed.
     distill : mapping or bool, default=True
@@ -155,15 +166,17 @@ def shrink_pretrained(
         If the folders, the device or a knob can't be used, ``folder`` holds a run with other arguments or other files,
         the budget is smaller than the share of the embeddings and the head, the model isn't one of Transformers with
         one list of blocks, or its config can't describe the pruned blocks: ``from_pretrained`` would build blocks with
-        other shapes or, as checked on a few samples, with other outputs.
+        other shapes or, as checked on a few samples, with other outputs. Or if the vocabulary can't be trimmed.
     DataError
         If files of weights are missing or damaged, weights or states are NaN or infinite (the block is named), samples
-        differ in length, or the disk or the memory isn't enough. Finished blocks stay on the disk.
+        differ in length, the vocabulary's texts need all tokens, or the disk or the memory isn't enough. Finished
+        blocks stay on the disk.
 
     See Also
     --------
     nni_topo.shrink : A model in memory, with all its choices.
     nni_topo.save_pretrained : Writes a model that was pruned in memory.
+    nni_topo.trim_vocabulary : Removes tokens of a model in memory.
 
     Notes
     -----
@@ -198,6 +211,11 @@ def shrink_pretrained(
         raise ConfigError(
             f"all blocks keep the same widths, by the allocation 'uniform', got {wanted.allocation!r} (budget)"
         )
+    if vocabulary is not None and wanted.kind != "params":
+        raise ConfigError(
+            f"a vocabulary is trimmed under a budget of params, because embeddings multiply nothing, got {wanted.kind} "
+            "(budget)"
+        )
     settings.check_together(wanted, "shrink_pretrained")
     if target.resolve() == place.resolve():
         raise ConfigError(f"the pruned model needs a folder of its own, got that of the source ({target})")
@@ -226,14 +244,20 @@ def shrink_pretrained(
         "round_to": round_to,
         "seed": seed,
     }
+    if vocabulary is not None:
+        identity["vocabulary"] = list(vocabulary)
     found = read_json(target / JOURNAL)
     if isinstance(found, dict) and "report" in found:  # nothing is written, so a full disk doesn't matter
         journal = Journal(target, identity, len(skeleton))
         journal.delete_states()  # if a run was killed at its end
         return as_report(found["report"])
+    trimmed = None
+    if vocabulary is not None:
+        trimmed = _Trimmed.of(skeleton, given, vocabulary)
+        given = trimmed.calls
     with only_process(target, wait=False):
         journal = Journal(target, identity, len(skeleton))
-        run = _Run(skeleton, calibration, given, journal, wanted, settings)
+        run = _Run(skeleton, calibration, given, journal, wanted, settings, trimmed)
         journal.begin()
         run.begin()
         done = len(journal.rows)
@@ -244,6 +268,53 @@ def shrink_pretrained(
         run.finish()
         journal.finish(asdict(report))
     return report
+
+
+@dataclass(frozen=True)
+class _Trimmed:
+    """A vocabulary that was trimmed before the blocks are pruned."""
+
+    calls: list[Call]  # with new ids
+    tokenizer: Any
+    generation: Any  # the new config for generation; None if the source has none
+    report: VocabularyReport
+
+    @classmethod
+    def of(cls, skeleton: Skeleton, given: Sequence[Call], texts: Collection[str]) -> _Trimmed:
+        """Trim the vocabulary of a skeleton in place; the tokens of texts and of calls stay."""
+        import transformers
+
+        model, place = skeleton.model, f"{type(skeleton.model).__name__}, vocabulary"
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(skeleton.folder)
+        except Exception as error:  # each tokenizer has errors of its own
+            raise ConfigError(
+                f"a folder must hold a tokenizer whose vocabulary is trimmed, got {raised(error)} ({skeleton.folder})"
+            ) from error
+        TOKENIZER.check("tokenizer", tokenizer, place)
+        batches = [bind_arguments(model, call) for call in given]
+        if not all(isinstance(batch.get(_IDS), Tensor) for batch in batches):
+            raise ConfigError(f"batches must hold {_IDS} where a vocabulary is trimmed, got others (batches)")
+        has_generation = (skeleton.folder / _GENERATION).is_file()
+        if has_generation:
+            model.generation_config = transformers.GenerationConfig.from_pretrained(skeleton.folder)
+        needed = {number for batch in batches for number in batch[_IDS].unique().tolist()}
+        vocabulary = Vocabulary.of(model, tokenizer, texts, needed=needed)
+        params_before, states = count_params(model), states_in(skeleton.entering(given[0], 0))
+        vocabulary.put_into(model)
+        vocabulary.put_into_config(skeleton.config)
+        renumbered: list[Call] = [((), {**batch, _IDS: vocabulary.renumbered(batch[_IDS])}) for batch in batches]
+        if not torch.equal(states, states_in(skeleton.entering(renumbered[0], 0))):
+            raise ConfigError(
+                "the states before the first block must be the same on the rows that stay, got others: the model reads "
+                f"more from ids than an embedding of each ({place})"
+            )
+        return cls(
+            calls=renumbered,
+            tokenizer=vocabulary.tokenizer,
+            generation=model.generation_config if has_generation else None,
+            report=vocabulary.report(params_before, count_params(model)),
+        )
 
 
 class _Run:
@@ -257,8 +328,11 @@ class _Run:
         journal: Journal,
         budget: Budget,
         settings: Settings,  # layers by their names within a block
+        trimmed: _Trimmed | None,
     ) -> None:
         self._skeleton, self._calls, self._journal = skeleton, given, journal
+        self._trimmed = trimmed
+        self._trimmed_params = 0 if trimmed is None else trimmed.report.params_before - trimmed.report.params
         self._samples = calibration
         self._budget, self._settings = budget, settings
         self._is_held_out = calibration.split()[1] is not None
@@ -347,7 +421,7 @@ class _Run:
         images = ImageParts.of(calibration, entered)
         # Share of each block's cost to keep, so that the whole model keeps the requested share.
         cost_before, rest = cost_of(self._budget.kind, entered, images.example), self._cost_of_rest()
-        total = rest + cost_before * len(skeleton)
+        total = rest + cost_before * len(skeleton) + self._trimmed_params
         share = (self._budget.share * total - rest) / (total - rest)
         if share <= 0.0:
             raise ConfigError(
@@ -550,11 +624,11 @@ class _Run:
         # All unpruned blocks have the same cost.
         rest, costs = self._cost_of_rest(), [row["cost"] for row in journal.rows]
         cost_before = journal.rows[0]["cost_before"]
-        left = (rest + sum(costs)) / (rest + cost_before * len(skeleton))
+        left = (rest + sum(costs)) / (rest + cost_before * len(skeleton) + self._trimmed_params)
         outcome = budget_outcome(self._budget.kind, self._budget.share, left, "blocks are equally wide")
         warn_if_missed(outcome)
-        before = count_params(skeleton.model)
-        after = before - sum(row.params_before - row.params for row in rows)
+        before = count_params(skeleton.model) + self._trimmed_params
+        after = before - self._trimmed_params - sum(row.params_before - row.params for row in rows)
         last, doubts = rows[-1], []
         if math.isinf(likeness.distance.value):
             doubts.append(NO_SCALE)
@@ -580,14 +654,25 @@ class _Run:
             pruner=self._settings.pruner,
             recovery=self._settings.recovery_name,
             warnings=tuple(doubts),
+            vocabulary=None if self._trimmed is None else self._trimmed.report,
         )
 
     def finish(self) -> None:
-        """Write the index of the weights, and copy the other files of the source."""
-        folder = self._journal.folder
+        """Write the index of the weights and a trimmed tokenizer, and copy the other files of the source."""
+        folder, trimmed = self._journal.folder, self._trimmed
         self._journal.write_index()
+        replaced = set[str]()
+        if trimmed is not None:
+            # Files of the source that aren't written anew have the old ids, such as a model of sentencepiece.
+            replaced = {*trimmed.tokenizer.vocab_files_names.values(), *_TOKENIZER_FILES}
+            with disk_errors(folder):
+                trimmed.tokenizer.save_pretrained(folder)
+                if trimmed.generation is not None:
+                    replaced.add(_GENERATION)
+                    trimmed.generation.save_pretrained(folder)
         for path in sorted(self._skeleton.folder.iterdir()):
             is_own = path.name.endswith(_WEIGHTS) or path.name in (SINGLE, INDEX, CONFIG, "README.md", JOURNAL)
+            is_own = is_own or path.name in replaced
             if path.is_file() and not is_own and not path.name.startswith("."):
                 with disk_errors(folder):
                     shutil.copyfile(path, folder / path.name)
