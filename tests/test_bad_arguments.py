@@ -91,6 +91,21 @@ def cut(module: Any, kept: Tensor) -> None:
     """Do nothing."""
 
 
+def text_model() -> dict[str, Any]:
+    """A model of Transformers with its tokenizer, and a text that needs few of the tokens."""
+    import tokenizers
+    import transformers
+
+    vocab = {token: place for place, token in enumerate(["[UNK]", "a", "b", "aa", "bb"])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token="[UNK]"))
+    config = transformers.BertConfig(
+        vocab_size=5, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4
+    )
+    model = seeded(lambda: transformers.BertModel(config))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
+    return {"model": model, "tokenizer": tokenizer, "texts": ["aa"]}
+
+
 GENERATIONS = {"population_size": 2, "generations": 1}
 
 
@@ -155,6 +170,7 @@ VALID: dict[str, Callable[[], dict[str, Any]]] = {
     },
     "nni_topo.synthetic_images": lambda: {"model": net(), "example_inputs": IMAGES, "count": 2, "steps": 1},
     "nni_topo.to_dense": lambda: {"model": net(), "example_inputs": IMAGES, "masks": masks()},
+    "nni_topo.trim_vocabulary": text_model,
     "nni_topo.zeros_held": lambda: {"model": net()},
     "nni_topo.recovery.pair_coefficients": lambda: {"removed": POINTS[:, 0], "survivor": POINTS[:, 1]},
     "nni_topo.speedup.measure_latency": lambda: {"model": net(), "example_inputs": IMAGES},
@@ -222,7 +238,8 @@ FUNCTIONS = public_functions()  # before a test puts another in the place of one
 PARTS = {
     "nni_topo": "Calibration",
     "nni_topo.recovery": "Compensation CompensationReport Distillation LayerReport",
-    "nni_topo.speedup": "DenseReport Explanation Exported LatencyTable LayerChannels LayerLatency Profiled Operation",
+    "nni_topo.speedup": "DenseReport Explanation Exported LatencyTable LayerChannels LayerLatency Profiled Operation "
+    "TrimmedVocabulary VocabularyReport",
     "nni_topo.zoo": "DataBundle EpochLog TrainingLog",
 }
 SAME = {"nni_topo.compensate", "nni_topo.distill"}  # hand on what they get to compensation and distillation

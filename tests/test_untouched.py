@@ -189,6 +189,7 @@ CHANGING = {
     "zeros_held": "it holds zeros of a model that is trained",
     "create_pruner": "wraps the model, see tests/pruners/test_model_unchanged.py",
     "save_pretrained": "for models of Transformers, see there",
+    "trim_vocabulary": "for models of Transformers, see tests/network/io/test_vocabulary.py",
     "register_module": "it takes a class",
     "register_width_attribute": "it takes a class",
 }

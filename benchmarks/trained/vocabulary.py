@@ -2,7 +2,7 @@
 
     python -m benchmarks.trained.vocabulary --out runs/trained
 
-Two cells, lines of ``vocabulary.jsonl``: trimmed, and trimmed and pruned by `shrink` on 1,024 sentences, without
+Two cells, lines of ``vocabulary.jsonl``: trimmed, and trimmed and pruned by `shrink` on 512 sentences, without
 distillation. Each is written into a folder, which a fresh process reads with Transformers and, where it is installed,
 with sentence-transformers; the megabytes are those of this folder. Figures are of 2,000 test sentences, as in
 ``run.py``. The same command goes on where it was stopped. Seconds are those of the processor, on one thread.
@@ -31,7 +31,7 @@ from nni_topo.runs.provenance import provenance
 from nni_topo.studies.records import Record, append_record, read_records
 from nni_topo.studies.tables import markdown_table
 
-LEARNED, SELECTING, TESTED = 16_000, 1024, 2000
+LEARNED, SELECTING, TESTED = 16_000, 512, 2000
 TRIMMED, PRUNED = "trimmed", "trimmed, half of the MACs"
 _FRESH = 8  # sentences on which a fresh process is compared
 _TRANSFORMERS = """
@@ -71,13 +71,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     learned = sentences.read("calibration", LEARNED, cache=options.out)
     tested = sentences.read("test", TESTED, cache=options.out)
     theirs = measures.embeddings(model, _batches(tokenizer, tested))
-    example = {name: tensor[:2] for name, tensor in _batches(tokenizer, tested[:2])[0].items()}
+    ones = torch.ones(2, sentences.TOKENS, dtype=torch.int64)  # an id that all have
+    example = {"input_ids": ones, "attention_mask": ones}
     before = NetworkCost.on(model, example)({})
 
     began = time.process_time()
     trimmed = nni_topo.trim_vocabulary(model, tokenizer, learned, held_out=tested)
     seconds = time.process_time() - began
-    unpruned_megabytes = _written(model, tokenizer, tested)[0]
+    unpruned_megabytes = _written(model, tokenizer, [])[0]
     for name in (TRIMMED, PRUNED):
         if name in done:
             continue
@@ -116,22 +117,25 @@ def _embedding(output: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 def _written(net: Any, tokenizer: Any, texts: list[str]) -> tuple[float, dict[str, bool]]:
-    """Write a folder; return its megabytes, and which packages read the same embeddings from it in a fresh process."""
-    few = texts[:_FRESH]
-    inputs = tokenizer(few, padding=True, truncation=True, max_length=256, return_tensors="pt")
-    batch = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    """Write a folder; return its megabytes, and which packages read embeddings of texts in it as they are here."""
     with tempfile.TemporaryDirectory() as home:
         folder, wanted = Path(home) / "folder", Path(home) / "wanted.pt"
         nni_topo.save_pretrained(net, folder)
         tokenizer.save_pretrained(folder)
+        megabytes = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
+        loads = dict[str, bool]()
+        if not texts:
+            return megabytes, loads
+        few = texts[:_FRESH]
+        inputs = tokenizer(few, padding=True, truncation=True, max_length=256, return_tensors="pt")
+        batch = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         torch.save((few, measures.embeddings(net, [batch])), wanted)
-        loads = {}
         programs = {"transformers": _TRANSFORMERS, "sentence_transformers": _SENTENCE_TRANSFORMERS}
         for package, program in programs.items():
             if importlib.util.find_spec(package) is not None:
                 command = [sys.executable, "-c", program, str(folder), str(wanted)]
                 loads[package] = subprocess.run(command, check=False).returncode == 0
-        return sum(file.stat().st_size for file in folder.iterdir()) / 1e6, loads
+    return megabytes, loads
 
 
 def table(records: Sequence[Record]) -> str:

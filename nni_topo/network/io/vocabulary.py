@@ -296,7 +296,7 @@ class Vocabulary:
         padding = {name: module.padding_idx for name, module in model.named_modules() if hasattr(module, "padding_idx")}
         try:
             with random_state_kept():
-                model.resize_token_embeddings(len(self.ids), mean_resizing=False)
+                model.resize_token_embeddings(len(self.ids))
         except Exception as error:  # each class has errors of its own
             if out_of_memory(error):
                 raise
@@ -328,7 +328,8 @@ class Vocabulary:
 
     def renumbered(self, ids: Tensor) -> Tensor:
         """Return new ids for old ones, of any shape."""
-        return torch.tensor([self.new_ids[number] for number in ids.flatten().tolist()]).view_as(ids).to(ids)
+        new = [self.new_ids[number] for number in ids.flatten().tolist()]
+        return torch.tensor(new, device=ids.device, dtype=ids.dtype).view_as(ids)
 
     def number(self, old: int) -> int:
         """Return the new id of an old one; an id without a row, such as -1, stays."""

@@ -274,8 +274,8 @@ def test_rows_without_a_token_go_unless_a_config_names_them():
     trimmed = nni_topo.trim_vocabulary(t5(size + 28), tokenizer, FEW)
     assert trimmed.model.config.vocab_size == len(trimmed.tokenizer)
     # Also where the texts need every token.
-    trimmed = nni_topo.trim_vocabulary(t5(size + 28), tokenizer, [*CORPUS, *tokenizer.get_vocab()])
-    assert trimmed.ids.tolist() == list(range(size))
+    trimmed = nni_topo.trim_vocabulary(bert(8), letters(), ["a b aa", "ab"])
+    assert trimmed.ids.tolist() == [0, 1, 2, 3, 4]
     trimmed = nni_topo.trim_vocabulary(t5(size + 28, decoder_start_token_id=size + 9), tokenizer, FEW)
     assert trimmed.ids[-1] == size + 9
     assert trimmed.model.config.decoder_start_token_id == len(trimmed.tokenizer) == len(trimmed.ids) - 1
@@ -342,6 +342,14 @@ class Slow:
     is_fast = False
 
 
+def letters():
+    """A tokenizer of five tokens."""
+    vocab = {token: place for place, token in enumerate(["[UNK]", "a", "b", "##b", "aa"])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token="[UNK]"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
 def words():
     model = tokenizers.models.WordLevel({"a": 0, "b": 1, "[UNK]": 2}, unk_token="[UNK]")
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(model))
@@ -373,7 +381,11 @@ def of_class(kind):
         (lambda: {"texts": FEW[0]}, ConfigError, r"texts must be a collection of at least 1"),
         (lambda: {"texts": [FEW[0], 3]}, ConfigError, r"each value a str"),
         (lambda: {"texts": ["", "  ", "[PAD]"]}, DataError, r"texts must have at least one token .* in 3"),
-        (lambda: {"texts": list(word_piece().get_vocab()) + CORPUS}, DataError, r"nothing to gain .*texts"),
+        (
+            lambda: {"model": bert(5), "tokenizer": letters(), "texts": ["a b aa", "ab"]},
+            DataError,
+            r"the texts need all 5 tokens: there is nothing to gain \(BertForMaskedLM, texts\)",
+        ),
         (lambda: {"tokenizer": Slow()}, ConfigError, r"tokenizer must be a fast tokenizer .*got a Slow"),
         (lambda: {"tokenizer": words()}, ConfigError, r"of kind WordPiece, BPE, Unigram, got WordLevel"),
         (lambda: {"tokenizer": byte_pairs()}, ConfigError, r"must fit its model.*got ids up to 420 and 2\d\d rows"),
