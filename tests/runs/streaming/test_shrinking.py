@@ -631,3 +631,61 @@ def test_heads_that_are_pruned_are_noted_in_the_config(tmp_path):
     assert count > 0
     assert small.config.pruned_heads == {0: list(range(count)), 1: list(range(count))}
     assert small.bert.encoder.layer[1].attention.self.query.out_features == after
+
+
+def with_tokenizer(folder, rows):
+    """Write a model with the tokenizer of a few words, and return the tokenizer."""
+    tokenizers = pytest.importorskip("tokenizers")
+    vocab = ["<pad>", "<end>", *"abcdef", "ab", "cd", "ef", "abcd", "cdef"]
+    merges = [("a", "b"), ("c", "d"), ("e", "f"), ("ab", "cd"), ("cd", "ef")]
+    bpe = tokenizers.models.BPE({token: place for place, token in enumerate(vocab)}, merges)
+    backend = tokenizers.Tokenizer(bpe)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    ends = {"pad_token": "<pad>", "eos_token": "<end>"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **ends)
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(llama_config(vocab_size=rows, eos_token_id=1, bos_token_id=1))
+    model.generation_config.suppress_tokens = [vocab.index("ef")]
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "tokenizer.model").write_text("with the old ids")
+    return tokenizer
+
+
+def test_a_vocabulary_is_trimmed_before_the_blocks(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "small"
+    tokenizer = with_tokenizer(source, 40)
+    batches = [{"input_ids": torch.tensor([tokenizer("abcd a")["input_ids"], tokenizer("ab d")["input_ids"]] * 4)}]
+    knobs = FAST | {"vocabulary": ["abcd", "c e"]}
+    report = nni_topo.shrink_pretrained(source, batches, target, {"params": 0.7}, **knobs)
+    unpruned = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
+    small = transformers.AutoModelForCausalLM.from_pretrained(target).eval()
+    words = transformers.AutoTokenizer.from_pretrained(target)
+    # "cdef" goes, and 27 rows without a token; a config for generation names "ef".
+    assert sorted(words.get_vocab()) == sorted(["<pad>", "<end>", *"abcdef", "ab", "cd", "ef", "abcd"])
+    assert small.config.vocab_size == len(small.model.embed_tokens.weight) == len(small.lm_head.weight) == 12
+    assert (report.vocabulary.tokens_before, report.vocabulary.tokens) == (13, 12)
+    assert report.vocabulary.params == report.vocabulary.params_before - 2 * 28 * 16
+    old, new = (each.convert_tokens_to_ids(sorted(words.get_vocab())) for each in (tokenizer, words))
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(small.get_parameter(name)[new], unpruned.get_parameter(name)[old])
+    assert small.generation_config.suppress_tokens == [words.convert_tokens_to_ids("ef")]
+    assert not (target / "tokenizer.model").exists()
+    # The budget is a share of the model with all tokens.
+    counts = [sum(each.numel() for each in model.parameters()) for model in (unpruned, small)]
+    assert [report.params_before, report.params] == counts
+    assert report.budget.left == pytest.approx(counts[1] / counts[0])
+    assert small.config.intermediate_size == 24 or counts[1] / counts[0] < 0.75
+    assert repr(nni_topo.shrink_pretrained(source, batches, target, {"params": 0.7}, **knobs)) == repr(report)
+    with pytest.raises(ConfigError, match="got others: vocabulary"):
+        nni_topo.shrink_pretrained(source, batches, target, {"params": 0.7}, **knobs | {"vocabulary": ["a"]})
+
+
+def test_a_vocabulary_that_cannot_be_trimmed_is_refused(source, tmp_path):
+    knobs = FAST | {"vocabulary": ["a"]}
+    with pytest.raises(ConfigError, match=r"under a budget of params.*got flops \(budget\)"):
+        nni_topo.shrink_pretrained(source, tokens(), tmp_path / "small", {"flops": 0.7}, **knobs)
+    with pytest.raises(ConfigError, match=r"a folder must hold a tokenizer whose vocabulary is trimmed"):
+        nni_topo.shrink_pretrained(source, tokens(), tmp_path / "small", {"params": 0.7}, **knobs)
+    with pytest.raises(ConfigError, match=r"vocabulary must be .*each value a str"):
+        nni_topo.shrink_pretrained(source, tokens(), tmp_path / "small", {"params": 0.7}, **FAST, vocabulary="a")
