@@ -21,6 +21,15 @@ def graph(features: int = 16, edges: int = 60) -> dict[str, Tensor]:
     return {"x": torch.randn(NODES, features), "edge_index": torch.randint(NODES, (2, edges))}
 
 
+def graph_of_degrees(features: int = 16, most: int = 10) -> dict[str, Tensor]:
+    """Return a graph's features and edges, with a node for each number of neighbours up to ``most``."""
+    arriving = torch.arange(NODES).repeat_interleave(torch.arange(NODES) % (most + 1))
+    return {
+        "x": torch.randn(NODES, features),
+        "edge_index": torch.stack([torch.randint(NODES, arriving.shape), arriving]),
+    }
+
+
 def halves() -> Tensor:
     """Return to which of two graphs each node belongs."""
     return torch.arange(NODES) // (NODES // 2)
@@ -185,7 +194,7 @@ def classes() -> dict[str, Build]:
             models.MetaLayer(EdgeModel(), NodeModel(), GlobalModel()),
             {**graph(), "edge_attr": torch.randn(60, 4), "u": torch.randn(2, 8), "batch": halves()},
         ),
-        "NeuralFingerprint": lambda: (models.NeuralFingerprint(16, 32, 5, num_layers=3), graph()),
+        "NeuralFingerprint": lambda: (models.NeuralFingerprint(16, 32, 5, num_layers=3), graph_of_degrees()),
         "PMLP": lambda: (models.PMLP(16, 32, 4, num_layers=3), graph()),
         "PNA": basic(
             models.PNA, aggregators=["mean", "max"], scalers=["identity"], deg=torch.ones(5, dtype=torch.long)

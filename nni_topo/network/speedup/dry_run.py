@@ -87,7 +87,9 @@ def _found_with(analysis: Analysis, seed: int) -> dict[int, Reason] | None:
     with random_state_kept(), torch.no_grad():
         seed_torch(seed)
         full, entering = _randomized(analysis)
-        args = call_in_precision(random_like(entering, torch.Generator().manual_seed(seed)), torch.float32)[0]
+        # Some numbers, such as lengths, can't be drawn: the last attempt takes the model's own inputs.
+        drawn = entering if seed == _DRAWS - 1 else random_like(entering, torch.Generator().manual_seed(seed))
+        args = call_in_precision(drawn, torch.float32)[0]
         halves = shares(flow, {name: layer.channels - layer.channels // 2 for name, layer in flow.layers.items()})
         few, by_shape, clean = first_samples((args, {})), dict[str, Call](), set[bool]()
         for call in (*(_cropped(few, side) for side in _SIDES), few, (args, {})):
@@ -401,9 +403,10 @@ class _DryRun:
             reason = reasons.number_made(node)  # the dense model's forward would compute another number
         if not reason and (reads_others or (arriving and node.name in self.flow.summed)):
             reason = reasons.result_depends(node)  # even if only a little with these numbers
-        # A single selected channel may be used only for its size: its readers show that.
-        ids = self.flow.ids.get(node.name)
+        # A single selected channel may be used only for its size: its readers show that, unless the model returns it.
+        ids, is_returned = self.flow.ids.get(node.name), any(user.op == "output" for user in node.users)
         is_picked = has_property(node, "picks_one") and isinstance(ids, Tensor) and ids.numel() == 1
+        is_picked = is_picked and not is_returned
         if reason and not (reason.kind == "result_depends" and is_picked):
             self._blame(node, entering, reason)
             actual = tree_map_only(Tensor, Tensor.clone, expected)

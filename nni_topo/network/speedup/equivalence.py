@@ -102,8 +102,15 @@ def check_equal(
         if agreed is not None:
             return _told(drawn, [variation for at, variation in enumerate(variations, 1) if at in agreed])
     # Otherwise compare each input separately.
-    compared = list[_Variation]()
-    _check_one(pair, drawn, kept, advise)
+    compared, kind = list[_Variation](), "random inputs"
+    try:
+        _check_one(pair, drawn, kept, advise)
+    except SpeedupError:
+        if _runs(reference, drawn):
+            raise
+        # Numbers such as lengths can't be drawn.
+        drawn, kind = call, "the example inputs"
+        _check_one(pair, drawn, kept, advise)
     for variation in variations:
         other = _varied(drawn, variation)
         try:
@@ -113,7 +120,18 @@ def check_equal(
         if all(bool(each.isfinite().all()) for each in outputs):
             _check_one(pair, other, kept, advise, variation)
             compared.append(variation)
-    return _told(drawn, compared)
+    return _told(drawn, compared, kind)
+
+
+def _runs(model: torch.nn.Module, call: Call) -> bool:
+    """Tell whether a model runs on a call at all."""
+    try:
+        _outputs(model, call)
+    except Exception as error:  # a user's forward may raise anything
+        if out_of_memory(error):
+            raise
+        return False
+    return True
 
 
 def check_training_mode(reference: torch.nn.Module, dense: torch.nn.Module, call: Call) -> bool:
@@ -167,11 +185,11 @@ def _together(call: Call, variations: tuple[_Variation, ...]) -> Call | None:
     return batch
 
 
-def _told(compared: Call, variations: list[_Variation]) -> str:
+def _told(compared: Call, variations: list[_Variation], kind: str = "random inputs") -> str:
     """Describe the inputs on which two models were compared."""
     shapes = " and ".join(str(tuple(each.shape[1:])) for each in tensors_of(compared))
     others = "".join(f", {_named(each)}" for each in variations)
-    return f"random inputs of shape {shapes}{others}"
+    return f"{kind} of shape {shapes}{others}"
 
 
 def _named(variation: _Variation) -> str:

@@ -221,3 +221,31 @@ def test_a_tensor_without_elements_keeps_no_channels():
     masked = nni_topo.masked_model(model, ROWS, masks)
     for rows in (ROWS, ROWS[:7]):
         torch.testing.assert_close(dense(rows), masked(rows))
+
+
+class Returning(nn.Module):
+    """Attention that also returns its weights: their mean over the heads, or those of each head."""
+
+    def __init__(self, *, mean: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter, self.leave, self.mean = nn.Linear(5, 16), nn.Linear(16, 3), mean
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        x = self.enter(x)
+        y, weights = self.attention(x, x, x, average_attn_weights=self.mean)
+        return self.leave(y), [weights]
+
+
+@pytest.mark.parametrize("mean", [True, False])
+@torch.no_grad()
+def test_heads_stay_if_the_model_returns_their_weights(mean: bool) -> None:
+    model, x, other = Returning(mean=mean).eval(), torch.randn(2, 6, 5), torch.randn(3, 9, 5)
+    groups = nni_topo.dependency_groups(model, x, [{"op_types": ["Linear", "MultiheadAttention"], "sparse_ratio": 0.5}])
+    assert groups.skipped.keys() == {"attention", "leave"}
+    masks = nni_topo.create_pruner("random", copy.deepcopy(model), groups).compress()[1]
+    dense, masked = nni_topo.to_dense(model, x, masks), nni_topo.masked_model(model, x, masks)
+    assert dense.enter.out_features == dense.leave.in_features == 8
+    for inputs in (x, other):
+        torch.testing.assert_close(dense(inputs), masked(inputs))

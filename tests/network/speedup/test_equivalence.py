@@ -142,3 +142,33 @@ def test_a_masked_model_is_trained_written_and_made_dense(norm, tmp_path):
     dense = to_dense(masked, x, masks)
     assert dense[0].out_features == 3
     torch.testing.assert_close(dense(x), masked(x))
+
+
+class WithLengths(nn.Module):
+    """It takes lengths as shares of the longest sequence, which have to be larger than zero."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Linear(3, 8), nn.Linear(8, 2)
+
+    def forward(self, x, lengths):
+        if not bool((lengths > 0).all()):
+            raise ValueError("lengths")
+        places = torch.arange(x.shape[1]) < (lengths * x.shape[1]).round()[:, None]
+        return self.two((self.one(x) * places[..., None]).relu())
+
+
+def test_numbers_that_cannot_be_drawn_are_those_of_the_example():
+    model, call = WithLengths().eval(), (torch.randn(2, 6, 3), torch.tensor([1.0, 0.5]))
+    groups = dependency_groups(model, call, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    masks = create_pruner("random", copy.deepcopy(model), groups).compress()[1]
+    dense, masked = to_dense(model, call, masks), masked_model(model, call, masks)
+    assert (dense.one.out_features, dense.two.in_features) == (4, 4)
+    other = torch.randn(3, 8, 3), torch.tensor([1.0, 0.75, 0.25])
+    torch.testing.assert_close(dense(*other), masked(*other))
+    broken = copy.deepcopy(dense)
+    with torch.no_grad():
+        broken.two.bias += 1
+    with pytest.raises(SpeedupError, match="a dense model must compute what the masked one does"):
+        check_equal(masked, broken, (call, {}), {})
