@@ -1080,6 +1080,12 @@ def _ids_of_sizes(node: Node, sizes: Mapping[int, Any], shape: tuple[int, ...], 
         entries: Tensor = channels.by_node[tensor.name]
         along = [at for at in range(entries.dim()) if entries.shape[at] > 1]
         places = {at: d for d, at in dims.items() if at in along}
+        within = [at for at in along if at not in places]
+        if places and within and min(within) > max(places):
+            # A size that counts heads: the first channel stands for each, as heads go as a whole.
+            for at in within:
+                entries = entries.narrow(at, 0, 1)
+            along = sorted(places)
         if along and sorted(places) == along:  # all dimensions along which the tensor's channels differ
             ordered = sorted(along, key=places.__getitem__)
             view = [1] * len(shape)

@@ -278,6 +278,10 @@ CALLS = {
             lambda n: n.x[:, :1, :, None].expand_as(heads(n.c)),
             "1x4x1x2: c0 c0 c2 c2 c4 c4 c6 c6; c: c0 c0 c2 c2 c4 c4 c6 c6",
         ),
+        "to the number of heads": (
+            lambda n: n.x[:, :1, :, None].expand(-1, heads(n.c).shape[1], -1, -1),
+            "1x4x1x1: c0 c2 c4 c6; c: c0 c0 c2 c2 c4 c4 c6 c6",
+        ),
         "to a fixed number": (lambda n: n.a * n.x[:, :1].expand(-1, 4, -1), "1x4x1: 0*; a: 0* joins_constant"),
         "along pixels": (lambda n: n.a[:, :, :1].expand(n.a.shape), "1x4x1: a*"),
         "repeated": (lambda n: n.x[:, :1].repeat(1, n.a.shape[1], 1), "1x4x1: a*"),
@@ -486,7 +490,7 @@ CALLS = {
         "ones": (lambda n: n.a * torch.ones(1, n.a.size(1), 1), "1x4x1: a*"),
         "new": (lambda n: n.b.new_zeros(n.a.size(1), 2), "4x1: a*"),
         "of two layers": (lambda n: torch.zeros(n.a.size(1), n.b.size(1)), "4x1: a*"),
-        "of heads": (lambda n: torch.zeros(heads(n.c).size(1), 3), "1x1: 0; c: c0 c0 c2 c2 c4 c4 c6 c6"),
+        "of heads": (lambda n: torch.zeros(heads(n.c).size(1), 3), "4x1: c0 c2 c4 c6; c: c0 c0 c2 c2 c4 c4 c6 c6"),
         "as many as there are": (lambda n: n.a * torch.ones(1, 4, 1), "1x4x1: 0*; a: 0* joins_constant"),
         "values for each channel": (
             lambda n: n.a * torch.arange(n.a.size(1)).view(-1, 1),

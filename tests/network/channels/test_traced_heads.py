@@ -65,6 +65,9 @@ class Attending(nn.Module):
             found = functional.scaled_dot_product_attention(q, k, v)
         else:
             scores = q @ k.transpose(-1, -2) / math.sqrt(SIZE)
+            if self.kind == "gathered":  # as DeBERTa reads its scores of relative positions
+                place = torch.arange(q.size(2)).flip(0).expand(q.size(0), q.size(1), q.size(2), q.size(2))
+                scores = scores + scores.gather(-1, place)
             if self.kind == "constant by head":
                 scores = scores + torch.arange(HEADS).view(-1, 1, 1)
             found = scores.softmax(-1) @ v
@@ -82,7 +85,7 @@ def silenced(model: nn.Module, masks: dict[str, dict[str, Tensor]]) -> nn.Module
 
 
 @pytest.mark.parametrize(
-    "kind", ["by count", "by length", "by quotient", "fused", "added", "turned", "masked", "normed"]
+    "kind", ["by count", "by length", "by quotient", "fused", "added", "turned", "masked", "normed", "gathered"]
 )
 @pytest.mark.quick_every(2)
 def test_heads_go_as_a_whole_with_queries_keys_and_values(kind: str) -> None:
