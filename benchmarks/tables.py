@@ -203,6 +203,7 @@ def _trained() -> Iterator[Callable[[str], str]]:
     module = module_of("trained/report.py")
     yield lambda page: with_tables(page, module.SOURCE, module.tables(module.read(RECORDS / "trained")))
     yield _of_jsonl("trained/longer.py", "trained/longer.jsonl")
+    yield _of_jsonl("trained/vocabulary.py", "trained/vocabulary.jsonl")
 
 
 _MAKERS: dict[str, Callable[[], Iterator[Callable[[str], str]]]] = {

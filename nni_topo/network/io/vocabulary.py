@@ -229,10 +229,9 @@ class Vocabulary:
         used = {number for text in tokens for number in text}
         if not used - pieces.added:
             raise DataError(f"texts must have at least one token that isn't a special one, got none in {len(texts)}")
-        of_configs = set[int]()
-        _renumber_configs(model, lambda number: of_configs.add(number) or number, rows)
-        of_configs = {number for number in of_configs if 0 <= number < rows}
-        further = {int(number) for number in needed} | of_configs
+        of_configs = _Seen()
+        _renumber_configs(model, of_configs, rows)
+        further = {int(number) for number in needed} | {number for number in of_configs.ids if 0 <= number < rows}
 
         if held_out is None:
             judges = tokens[HELD_OUT - 1 :: HELD_OUT]
@@ -348,16 +347,29 @@ def _rows_of(model: Any) -> int:
     return embeddings.num_embeddings
 
 
+class _Seen:
+    """Collects the ids that a renumbering asks for, and leaves each as it is."""
+
+    def __init__(self) -> None:
+        self.ids = set[int]()
+
+    def __call__(self, number: int) -> int:
+        self.ids.add(number)
+        return number
+
+
 class _Pieces:
     """The tokens of a tokenizer's JSON form, and what each is made of."""
 
     def __init__(self, content: dict[str, Any]) -> None:
         model = content["model"]
-        self._content, self._model, self._kind = content, model, model.get("type")
-        if self._kind not in _KINDS:
-            raise ConfigError(f"a tokenizer must be of kind {', '.join(_KINDS)}, got {self._kind} (tokenizer)")
+        if model.get("type") not in _KINDS:
+            raise ConfigError(f"a tokenizer must be of kind {', '.join(_KINDS)}, got {model.get('type')} (tokenizer)")
         if model.get("dropout"):
-            raise ConfigError(f"a tokenizer must split a text the same way each time, got dropout {model['dropout']}")
+            raise ConfigError(
+                f"a tokenizer must split a text the same way each time, got dropout {model['dropout']} (tokenizer)"
+            )
+        self._content, self._model, self._is_unigram = content, model, model["type"] == "Unigram"
         of_model = {piece: number for number, (piece, _) in enumerate(model["vocab"])} if self._is_unigram else None
         vocab: dict[str, int] = model["vocab"] if of_model is None else of_model
         added = {each["content"]: each["id"] for each in content["added_tokens"]}
@@ -368,10 +380,6 @@ class _Pieces:
         self._suffix = model.get("end_of_word_suffix") or ""
         self._ranks = {(left, right): rank for rank, (left, right) in enumerate(model.get("merges", ()))}
         self._known = dict[int, list[tuple[str, str]]]()  # merges by the token that they make
-
-    @property
-    def _is_unigram(self) -> bool:
-        return self._kind == "Unigram"
 
     def always(self, special: set[int]) -> set[int]:
         """Return the ids of tokens that stay for any texts; ``special``: some of these."""
@@ -386,8 +394,9 @@ class _Pieces:
             scores = [score for _, score in self._model["vocab"]]
             kept.add(scores.index(min(scores)))
             kept |= {self._model["unk_id"]} - {None}
-        _renumber_processor(self._content.get("post_processor"), lambda number: kept.add(number) or number)
-        return kept
+        of_processor = _Seen()
+        _renumber_processor(self._content.get("post_processor"), of_processor)
+        return kept | of_processor.ids
 
     def closed(self, ids: set[int]) -> set[int]:
         """Return ids with those of all tokens that BPE makes on its way to them."""
