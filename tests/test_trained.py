@@ -75,19 +75,6 @@ def test_turned_embeddings_have_the_same_neighbours(modules):
     assert other["recall@10"].value == pytest.approx(10 / 199, abs=0.04)
 
 
-RECORDS = _PROJECT / "benchmarks" / "records" / "trained"
-
-
-def test_the_readme_says_what_the_records_hold(modules):
-    """Each figure of the sentences on these networks is that of the cell."""
-    report = modules["report"]
-    cells = {tuple(record["key"]): record.get("figures", {}) for record in report.read(RECORDS)}
-    text = " ".join((_PROJECT / "README.md").read_text(encoding="utf-8").split())
-    for key, column, said in report.QUOTED:
-        figure = report.figure(column, cells[key][column]).partition(" ")[0]
-        assert said.format(figure) in text, said
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("page", ["cnn_from_a_wheel", "embedding_model"])
 def test_the_pages_run_from_the_wheel_to_the_exported_file(modules, page, tmp_path, monkeypatch):

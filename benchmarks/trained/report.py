@@ -20,7 +20,6 @@ from matplotlib.figure import Figure
 
 from benchmarks.tables import with_tables
 from benchmarks.trained.run import (
-    BLOCKS,
     CRITERIA,
     EXTRA,
     LAYERS,
@@ -44,19 +43,6 @@ COLUMNS = ("top 1", "top 5", "KL", "cosine", "recall@10", "Spearman")
 _DIGITS = {"KL": (1.0, 2), "cosine": (1.0, 3), "Spearman": (1.0, 3)}  # others are percentages
 _CNN, _ENCODER = NETWORKS
 _LONG = "compensate, distill in bfloat16"
-QUOTED = (
-    ((_ENCODER, 0.5, SHRINK_MORE, _LONG), "cosine", "a cosine of {} with the unpruned network's"),
-    ((_ENCODER, 0.5, SHRINK_MORE, _LONG), "recall@10", "{} % of their ten nearest neighbours"),
-    ((_ENCODER, 0.5, "l1", _LONG), "cosine", "L1 with the same recovery {} and"),
-    ((_ENCODER, 0.5, "l1", _LONG), "recall@10", "and {} %, three of the six layers"),
-    ((_ENCODER, 0.5, LAYERS, "distill in bfloat16"), "cosine", "three of the six layers, distilled as long, {} and"),
-    ((_ENCODER, 0.5, LAYERS, "distill in bfloat16"), "recall@10", "and {} %"),
-    ((_CNN, 0.8, OURS, f"widths, {BLOCKS}"), "top 1", "{} % of new crops keep their class, after 40 photos"),
-    ((_CNN, 0.8, OURS, f"widths, {UNIFORM}"), "top 1", "{} % if channels alone go"),
-    ((_CNN, 0.8, "l1", "compensate"), "top 1", "{} % by L1 with our recovery"),
-    ((_CNN, 0.5, OURS, f"widths, {BLOCKS}"), "top 1", "half of the MACs of EfficientNet-Lite0 {} % of new crops"),
-)
-"""Cell, column and wording of each figure in README.md; a test holds one against the other."""
 ALLOCATED = {
     UNIFORM: '`allocation="uniform"`',
     "error": '`allocation="error"`',
