@@ -70,16 +70,6 @@ def largest(values: Sequence[Any]) -> float:
     return float(max(values))
 
 
-def oldest(values: Sequence[Any]) -> float:
-    """Return the lowest number of versions such as 2.14.1, without the patch."""
-    return float(min((tuple(map(int, value.split(".")[:2])), value) for value in values)[1].rpartition(".")[0])
-
-
-def newest(values: Sequence[Any]) -> float:
-    """Return the highest number of versions such as 2.14.1, without the patch."""
-    return float(max((tuple(map(int, value.split(".")[:2])), value) for value in values)[1].rpartition(".")[0])
-
-
 # Rows of records, and figures that they make
 
 
@@ -642,14 +632,26 @@ WITHOUT_INPUTS = [
 
 # NNI's own tests, and what commands take
 
-_UPSTREAM = rows("upstream.json", key=(ANY,))
+_UPSTREAM, _NEW, _OLD = (rows("upstream.json", key=(version,)) for version in (ANY, "2.14", "2.15"))
+
+
+def _torch(record: Record) -> float:
+    return float(record["versions"]["torch"].rpartition(".")[0])
+
+
+def _date(place: int) -> Figure:
+    return Figure(only, _OLD, lambda record: int(record["date"].split("-")[place]))
+
+
 COMMANDS = [
     Quote("We run {} of the pruning tests in its repository", Figure(only, _UPSTREAM, entry("expected"))),
     Quote(
-        "with it all {} pass on PyTorch {} and {}",
-        Figure(only, _UPSTREAM, entry("passed")),
-        Figure(oldest, _UPSTREAM, entry("versions", "torch")),
-        Figure(newest, _UPSTREAM, entry("versions", "torch")),
+        "with it all {} pass on PyTorch {}; on {} all {} did in the run of {}-{}-{}",
+        Figure(only, _NEW, entry("passed")),
+        Figure(only, _NEW, _torch),
+        Figure(only, _OLD, _torch),
+        Figure(only, _OLD, entry("passed")),
+        *map(_date, range(3)),
     ),
     Quote(
         "runs the tests: {} minutes", Figure(only, rows("checks.json", key=("tests",)), entry("seconds", times=1 / 60))
