@@ -24,6 +24,7 @@ class Context:
     facts: Any = None  # `Facts` about the model that is passed on
     # Which positions of the model's current input aren't padding: bool tensor (samples, positions). None: all.
     real: Any = None
+    kinds: Any = ()  # what the outputs hold that are compared, as is known; empty: distillation finds out
 
 
 _NONE = Context()

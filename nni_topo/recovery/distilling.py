@@ -24,6 +24,7 @@ import torch
 from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
+from nni_topo.context import context
 from nni_topo.errors import ConfigError, DataError, GradientError
 from nni_topo.network.runtime.arguments import BATCHES, MODEL, check_model
 from nni_topo.network.runtime.calibration import Calibration
@@ -125,8 +126,6 @@ class Verdict:
             text += f"; the agreement {self.agreement_after:.3g}, {self.agreement_before:.3g} without it"
         if not self.is_kept and self.loss_after < self.loss_before:
             text += f". The loss falls, but the distance grows to more than {MOST_DISTANCE:g} times its value"
-        if self.objective == "kl" and self.distance_after > self.distance_before:
-            text += "; if the outputs aren't class scores, set distill's objective='squares', which is the distance"
         # How many steps were taken, and at which rate.
         if not self.has_anything_to_learn:
             return f"{text}. No step was taken: there is nothing to learn"
@@ -144,7 +143,7 @@ class Verdict:
         else:
             text += ". No step was taken: seconds= allows too few"
         if self.held_out < _FEW:
-            text += f". {self.held_out} held-out samples are few for this decision: pass more, or held_out="
+            text += f". {self.held_out} held-out samples are few for this decision: pass more"
         if self.solved_on:
             text += f". The network's weights were solved on {self.solved_on} of the {self.held_out} held-out samples, "
             text += "where it looks better than it is, and the learned weights look worse: pass others, held_out="
@@ -167,8 +166,9 @@ class Distillation(Verdict):
     ----------
     model : torch.nn.Module
         The model that :func:`distill` returns.
-    objective : {"kl", "squares", "cosine"}
-        The loss that was minimized.
+    objective : str
+        The loss that was minimized: "kl", "binary", "squares" or "cosine"; if outputs differ in kind, several of these,
+        with "and" between them.
     is_kept : bool
         Whether ``model`` has the learned weights.
     loss_before, loss_after : float
@@ -176,7 +176,7 @@ class Distillation(Verdict):
     distance_before, distance_after : float
         Mean squared distance from the unpruned network's outputs, over their variance.
     agreement_before, agreement_after : float
-        Share of images, in [0, 1], whose largest logit is the unpruned network's; NaN unless outputs are logits.
+        Share, in [0, 1], of the unpruned network's classes or decisions; NaN if outputs have none.
     images, held_out : int
         Number of all images, and of held-out images.
     solved_on : int
@@ -199,6 +199,8 @@ class Distillation(Verdict):
         Whether the steps ended early because the loss didn't fall.
     outputs : ComparedOutputs or None
         Names of the model's outputs that were compared, and of the others.
+    read_as : str
+        What the compared outputs hold, in words.
     frozen : tuple of str
         Names of the layers with parameters that don't require gradients and weren't changed.
     """
@@ -207,10 +209,13 @@ class Distillation(Verdict):
     images: int
     seconds: float
     outputs: ComparedOutputs | None = None
+    read_as: str = ""
     frozen: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         lines = [super().__repr__()]
+        if self.read_as:
+            lines.append(self.read_as)
         if self.outputs is not None and self.outputs.left_out:
             lines.append(str(self.outputs))
         if self.frozen:
@@ -285,21 +290,6 @@ def distillation(
         if not all(counts):
             raise too_few_batches(sum(counts), why_whole)
     pool = Pool(inputs)
-    student = student_of(dense, pool.few(2))
-    lesson = Lesson(
-        original,
-        student,
-        inputs,
-        objective,
-        temperature,
-        outputs=outputs,
-        blocks=blocks,
-        precision=precision,
-    )
-    is_blended = blend and is_blendable(pool.few(1))
-    if lesson.named.left_out:
-        _logger.warning("%s", lesson.named)
-
     # The numbers of those that judge, and of those from which the network learns.
     order = torch.randperm(counts[0], generator=torch.Generator().manual_seed(seed))
     if len(counts) > 1:
@@ -310,6 +300,23 @@ def distillation(
     was_solved_on = int((is_solved_on(dense, given[-1]) & is_held).sum())
     if not len(learned) or not len(held):
         raise DataError(f"distillation must have at least two samples, one to judge by, got {len(order)} (images)")
+    student = student_of(dense, pool.few(2))
+    lesson = Lesson(
+        original,
+        student,
+        inputs,
+        objective,
+        temperature,
+        outputs=outputs,
+        blocks=blocks,
+        precision=precision,
+        kinds=context().kinds,
+        learned=learned,
+    )
+    is_blended = blend and is_blendable(pool.few(1))
+    if lesson.named.left_out:
+        _logger.warning("%s", lesson.named)
+
     lesson.split(held, learned)
     _check_gradients(lesson, student, learned[:2])
     if augment is not None:
@@ -417,7 +424,7 @@ def distillation(
         tell_solved_on(result, itertools.compress(given[0].digests, is_learned.tolist()))
     done = Distillation(
         model=result,
-        objective=lesson.kind,
+        objective=lesson.objective_name,
         is_kept=is_kept,
         loss_before=before.loss,
         loss_after=after.loss,
@@ -438,6 +445,7 @@ def distillation(
         images=sum(each.samples for each in given),
         seconds=clock.spent,
         outputs=lesson.named,
+        read_as=lesson.read_as,
         frozen=frozen_layers(dense),
     )
     if (not is_kept or was_solved_on) and done.has_anything_to_learn:
@@ -467,17 +475,19 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
         :class:`nni_topo.Calibration` with groups, or every eighth whole batch: the samples that
         :func:`nni_topo.compensate` leaves out. Samples on which ``dense`` was solved in this process don't judge if
         there are others; if not, a warning says so.
-    objective : {"auto", "kl", "squares", "cosine"}, default="auto"
-        ``"kl"``: Kullback-Leibler divergence from the unpruned network's softened probabilities along the last axis,
-        times the squared temperature. Steps minimize it together with ``"squares"``, which keeps the scores of
-        unlikely classes from drifting; both have the same value for a network with constant outputs. Only the
-        divergence judges.
+    objective : {"auto", "kl", "binary", "squares", "cosine"}, default="auto"
+        ``"kl"``, for scores or probabilities of classes: Kullback-Leibler divergence from the unpruned network's
+        softened probabilities, times the squared temperature. Steps minimize it together with ``"squares"``, which
+        keeps the scores of unlikely classes from drifting; both have the same value for a network with constant
+        outputs. Only the divergence judges.
+        ``"binary"``, for scores or probabilities of decisions such as tags: the same for each of them, with
+        probabilities of yes and no.
         ``"squares"``: squared distance of all floating outputs, each as a share of its variance over the images.
         ``"cosine"``, for one vector a sample: one minus the cosine with the unpruned network's vector, and five times
-        the squared difference of the cosines between all samples of a batch [3]_. ``"auto"``: ``"cosine"`` where
-        outputs are vectors of length one, ``"kl"`` for outputs that are called ``logits`` and for a single tensor
-        (images, classes), unless its rows are numbers in [0, 1] that don't add up to 1, as tags are; else
-        ``"squares"``.
+        the squared difference of the cosines between all samples of a batch [3]_. ``"auto"`` chooses for each output:
+        by the operation that made it (a softmax and its axis, a sigmoid, a normalization), or else by its values, see
+        ``docs/recovery.md``. A single tensor (samples, outputs) counts as scores of classes unless its values speak
+        against that. The report says how outputs are read.
     temperature : float, default=2.0
         Divisor of the logits for ``"kl"``, above 0.
     steps : int, optional

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div, log_softmax, normalize
+from torch.nn.functional import kl_div, log_softmax, logsigmoid, normalize
 from torch.utils._pytree import tree_map_only
 
 from nni_topo.errors import ConfigError, NniTopoError, out_of_memory, raised
@@ -37,31 +37,27 @@ from nni_topo.network.runtime.switches import random_state_kept, seed_torch
 from nni_topo.recovery.course import Batches
 from nni_topo.recovery.frozen import frozen_parameters
 from nni_topo.recovery.outputs import (
+    KNOWN,
     READ,
-    ComparedOutputs,
+    OutputKind,
     Outputs,
-    Places,
-    are_tags,
+    Reading,
     as_in_batch,
     blocks_seen,
-    compared_outputs,
     entry_count,
     finite,
     in_words,
     mean_distances,
-    places_by_sample,
-    read_outputs,
     shared_blocks,
     unpadded,
 )
 from nni_topo.recovery.pool import Pool, have_one_shape, inputs_to_compare, joined
 
-Objective = Literal["auto", "kl", "squares", "cosine"]
+Objective = Literal["auto", "kl", "binary", "squares", "cosine"]
 Augment = Callable[[Any], Any]
 
 _BLENDED = 0.5  # share of the images in a view
 _AT_ONCE = 256
-_VARIED = 1024  # approximate number of samples for the variances of outputs
 _NUMBERS = 2**27  # most entries of outputs in one batch that is judged: large outputs get smaller batches
 _FEWEST = 16  # smallest such batch, however large the outputs
 _KEPT_SHARE = 0.25  # largest share of the free memory for stored outputs of the unpruned network
@@ -79,7 +75,7 @@ class Judgement(NamedTuple):
     """How far a network's outputs are from the unpruned network's, on held-out images."""
 
     loss: float  # the objective
-    agreement: float  # share of largest logits that are the same, in [0, 1]; NaN unless outputs are logits
+    agreement: float  # share of equal classes or decisions, in [0, 1]; NaN if outputs have none
     distance: float  # mean squared distance of the outputs over their variance, as in the report of `shrink`
 
 
@@ -92,7 +88,7 @@ class Lesson:
     """The unpruned network's outputs for some images, and the distance of another network's outputs from them.
 
     Images are numbered as in ``pool``: a call of all images, or a list of calls that stay whole; then the numbers are
-    those of the calls.
+    those of the calls. Values of the ``learned`` ones, by default of all, say what outputs hold, unless ``kinds`` do.
     """
 
     def __init__(
@@ -106,6 +102,8 @@ class Lesson:
         outputs: Outputs | None = None,
         blocks: float = 0.0,
         precision: Precision = "float32",
+        kinds: tuple[OutputKind, ...] = (),
+        learned: Tensor | None = None,
     ) -> None:
         # A copy that shares its weights and stays in evaluation mode.
         self._unpruned: nn.Module = evaluating(detached_copy(unpruned, light=True))
@@ -113,41 +111,43 @@ class Lesson:
         self.precision = precision  # of the steps; judgements are in the precision of the parameters
         # Device and type of the trained parameters; complex weights have real inputs.
         floats = [each for each in student.parameters() if each.is_floating_point()]
-        learned = next((each for each in floats if each.requires_grad), floats[0])
-        self._place = learned.device, learned.dtype
+        trained = next((each for each in floats if each.requires_grad), floats[0])
+        self._place = trained.device, trained.dtype
         self._answers = self._lazy_outputs(self._pool.count)
         # Shared by all courses, which learn from the same images.
         self._views: dict[int, _LazyOutputs | _OutputsOfBatches] = {}
         # Which outputs are compared, and how.
-        few, one = self._pool.few(READ), torch.arange(1)
+        one = torch.arange(1)
+        few = self._pool.few(READ)
         call = on_device(few, device_of(self._unpruned))
-        with evaluation_mode(self._unpruned), torch.no_grad():
-            self._places = None if self._pool.are_whole else places_by_sample(self._unpruned, call, outputs)
-            answer = self._unpruned(*call[0], **call[1])
-        read, likely = self._read(answer, call, self._places)
-        self.named = compared_outputs(answer, read) if outputs is None else ComparedOutputs((), ())
-        if objective == "auto":
-            objective = "squares" if likely == "kl" and are_tags(read[:1]) else likely
-        self.kind = objective
+        knobs: Any = {"outputs": outputs, "objective": objective, "are_whole": self._pool.are_whole}
+        self._reading = Reading(self._unpruned, call, **knobs)
+        self.named = self._reading.named
         wanted = self._wanted(one)
         few = cast_floats(few, self._place[1])
         with evaluation_mode(student), torch.no_grad():
-            places = None if self._pool.are_whole else places_by_sample(student, few, outputs)
             call = few if self._pool.are_whole else taken(few, one)
-            found, _ = self._read(student(*call[0], **call[1]), call, places)
+            found = self._read(student(*call[0], **call[1]), call, Reading(student, few, **knobs))
         shapes, expected = ([tuple(each.shape[1:]) for each in tensors] for tensors in (found, wanted))
         if shapes != expected:
             raise ConfigError(f"both models must give outputs of the same shapes, got {shapes} and {expected} (dense)")
-        if self.kind == "cosine" and any(len(shape) != 1 for shape in shapes):
+        self._together = max(_FEWEST, _NUMBERS // max(1, sum(each.numel() for each in wanted)))  # most samples at once
+        if kinds:
+            self._reading.kinds = kinds
+        else:
+            self._reading.settle(self._values(torch.arange(self._pool.count) if learned is None else learned))
+        self.kinds = [self._reading.kind(place) for place in range(len(wanted))]
+        self.objective_name = " and ".join(dict.fromkeys(kind.objective for kind in self.kinds))
+        self.read_as = self._reading.sentence(wanted)
+        if objective == "cosine" and any(len(shape) != 1 for shape in shapes):
             raise ConfigError(
                 f"objective='cosine' must have one vector for each sample, got outputs of shapes {expected}: outputs= "
                 "says how they become one (objective)"
             )
         # Scales of distances, for judging and for the steps' loss.
-        self._together = max(_FEWEST, _NUMBERS // max(1, sum(each.numel() for each in wanted)))  # most samples at once
         self._count = len(wanted)  # number of outputs
         self._scales = self._learned_scales = self._variances(torch.arange(self._pool.count))
-        self._weight_of_distance = 0.0
+        self._weights_of_distance = [0.0] * self._count
         self._blocks = blocks  # weight of the loss of the blocks' outputs
         self._block_names = shared_blocks(self._unpruned, student, self._pool.few(1), self._place) if blocks else []
         if blocks and not self._block_names:
@@ -164,41 +164,56 @@ class Lesson:
             self._scales = self._variances(held)
         if self._pool.samples(learned) > 1:
             self._learned_scales = self._variances(learned)
-            if self.kind == "kl":
-                # The distance of a network with constant outputs is about 1; its divergence depends on the scale of
-                # the scores. With this weight both terms are equal for such a network.
-                self._weight_of_distance = self.loss_of_a_constant(learned)
+            # The distance of a network with constant outputs is about 1; its divergence depends on the scale of the
+            # scores. With this weight both terms are equal for such a network.
+            losses = self._losses_of_a_constant(learned)
+            self._weights_of_distance = [
+                loss if kind.has_answer else 0.0 for kind, loss in zip(self.kinds, losses, strict=True)
+            ]
 
     def judge(self, student: nn.Module, index: Tensor) -> Judgement:
         """Compare a network with the unpruned one on some of the images, in evaluation mode."""
-        # By output: loss times entries, distance times entries, number of entries, number of equal largest logits.
+        # By output: loss times entries, distance times entries, equal answers times entries, number of entries.
         sums = torch.zeros(self._count, 4, dtype=torch.float64, device="cpu")
         with evaluation_mode(student), torch.no_grad():
             for part in self._pool.together(index, _AT_ONCE):
                 found, wanted = self._compared(student, self._pool.of(part), self._wanted(part))
                 distances = mean_distances(found, wanted, self._scales)
-                rows = zip(self._losses(found, wanted, distances), distances, found, wanted, strict=True)
-                for row, (loss, distance, mine, theirs) in zip(sums, rows, strict=True):
-                    count = mine[..., 0].numel()  # samples, or positions of all samples
-                    agreed = float((mine.argmax(-1) == theirs.argmax(-1)).sum())
-                    row += row.new_tensor([count * float(loss), count * float(distance), count, agreed])
-        loss, distance, _, agreed = (sums / sums[:, 2:3]).mean(0).tolist()
+                losses = self._losses(found, wanted, distances)
+                for place, (kind, mine, theirs) in enumerate(zip(self.kinds, found, wanted, strict=True)):
+                    agreed = math.nan
+                    if kind.has_answer:
+                        agreed = float((kind.answers(mine) == kind.answers(theirs)).double().mean())
+                    row = sums.new_tensor([float(losses[place]), float(distances[place]), agreed, 1.0])
+                    sums[place] += mine.numel() * row
+        means = sums[:, :3] / sums[:, 3:]
+        loss, distance = means[:, :2].mean(0).tolist()
+        agreed = float(means[:, 2].nanmean())
         # Rounding can make a divergence of almost nothing negative.
-        return Judgement(max(loss, 0.0), agreed if self.kind == "kl" else math.nan, distance)
+        return Judgement(max(loss, 0.0), math.nan if math.isnan(agreed) else agreed, distance)
 
     def loss_of_a_constant(self, index: Tensor) -> float:
         """Return the loss of a network whose outputs for some images are always their mean output."""
-        wanted = self._rows(self._pool.first(index, min(_AT_ONCE, self._together)))
-        if self.kind == "kl":
-            t = self._temperature
-            likely = [(each / t).softmax(-1).flatten(0, -2).mean(0) for each in wanted]
-            # Where scores lie far apart, a class may have a probability of 0 on all images.
-            means = [t * each.clamp_min(torch.finfo(each.dtype).tiny).log() for each in likely]
-        else:
-            means = [each.mean(0) for each in wanted]
-        found = [mean.expand_as(each) for mean, each in zip(means, wanted, strict=True)]
-        losses = self._losses(found, wanted, mean_distances(found, wanted, self._scales))
-        return float(torch.stack(losses).mean())
+        return math.fsum(self._losses_of_a_constant(index)) / self._count
+
+    def _losses_of_a_constant(self, index: Tensor) -> list[float]:
+        wanted, losses = self._rows(self._pool.first(index, min(_AT_ONCE, self._together))), []
+        for kind, theirs, scale in zip(self.kinds, wanted, self._scales, strict=True):
+            if kind.holds == "classes":
+                # Where scores lie far apart, a class may have a probability of 0 on all images.
+                likely = (kind.scores(theirs) / self._temperature).softmax(-1).flatten(0, -2).mean(0)
+                mine = self._temperature * likely.clamp_min(torch.finfo(likely.dtype).tiny).log()
+                loss = self._divergence(kind, mine.expand_as(theirs), kind.scores(theirs))
+            elif kind.holds == "decisions":
+                epsilon = torch.finfo(theirs.dtype).eps
+                likely = (kind.scores(theirs) / self._temperature).sigmoid().mean(0)
+                mine = self._temperature * likely.clamp(epsilon, 1.0 - epsilon).logit()
+                loss = self._divergence(kind, mine.expand_as(theirs), kind.scores(theirs))
+            else:
+                mean = theirs.mean(0).expand_as(theirs)
+                loss = self._loss(kind, mean, theirs, mean_distances([mean], [theirs], [scale])[0])
+            losses.append(float(loss))
+        return losses
 
     def objective(self, student: nn.Module, call: Call, wanted: list[Tensor]) -> Tensor:
         """Return the mean loss on a call whose outputs should be `wanted`, with the loss of the blocks."""
@@ -210,10 +225,10 @@ class Lesson:
             found, wanted = self._compared(student, call, wanted, self.precision)
         distances = mean_distances(found, wanted, self._learned_scales)
         losses = self._losses(found, wanted, distances)
-        if self.kind == "kl":
-            # The divergence hardly depends on the scores of unlikely classes, and not at all on a constant added to all
-            # scores. Without the distance these would drift.
-            losses = [loss + self._weight_of_distance * each for loss, each in zip(losses, distances, strict=True)]
+        # The divergence hardly depends on the scores of unlikely classes, and not at all on a constant added to all
+        # scores. Without the distance these would drift.
+        weighted = zip(losses, self._weights_of_distance, distances, strict=True)
+        losses = [loss + weight * distance if weight else loss for loss, weight, distance in weighted]
         loss = torch.stack(losses).mean()
         if not names:
             return loss
@@ -303,19 +318,20 @@ class Lesson:
         args, kwargs = cast_floats(call, self._place[1])
         with computing_in(precision, self._place[0]):
             found = _run(student, (args, kwargs))
-        return unpadded(self._outputs_of(found, (args, kwargs)), real), unpadded(wanted, real)
+        mine = self._reading.aligned(self._outputs_of(found, (args, kwargs)))
+        return unpadded(mine, real), unpadded(self._reading.aligned(wanted), real)
 
     def _outputs_of(self, answer: Any, call: Call) -> list[Tensor]:
         """Return the compared outputs; bfloat16 is cast first, for the losses and for the user's function."""
         own = self._place[1]
         if any(each.dtype == torch.bfloat16 for each in tensors_of(answer)):
             answer = tree_map_only(Tensor, lambda each: each.to(own) if each.dtype == torch.bfloat16 else each, answer)
-        return self._read(answer, call, self._places)[0]
+        return self._read(answer, call, self._reading)
 
-    def _read(self, answer: Any, call: Call, places: Places) -> tuple[list[Tensor], str]:
-        """Return the outputs to compare for a call, and the objective that suits them."""
+    def _read(self, answer: Any, call: Call, reading: Reading) -> list[Tensor]:
+        """Return the outputs to compare for a call."""
         count = entry_count(answer, call, self._outputs) if self._pool.are_whole else batch_size(call)
-        return read_outputs(answer, call, count, self._outputs, places)
+        return reading.read(answer, call, count)
 
     def _lazy_outputs(self, count: int) -> _LazyOutputs | _OutputsOfBatches:
         """Return the unpruned network's outputs for ``count`` images, which are computed when they are needed."""
@@ -327,12 +343,8 @@ class Lesson:
 
     def _rows(self, index: Tensor) -> list[Tensor]:
         """Return the unpruned network's outputs for some images without padding, by position where lengths differ."""
-        parts = []
-        for part in self._pool.together(index, len(index)):
-            real = real_positions_of(self._unpruned, self._pool.of(part))
-            parts.append(unpadded(self._wanted(part), real))
         rows = []
-        for outputs in zip(*parts, strict=True):
+        for outputs in zip(*self._values(index), strict=True):
             shapes = {output.shape[1:] for output in outputs}
             if len({shape[-1:] for shape in shapes}) > 1:
                 outputs = tuple(output.reshape(-1, 1) for output in outputs)
@@ -341,29 +353,45 @@ class Lesson:
             rows.append(torch.cat(outputs))
         return rows
 
+    def _values(self, index: Tensor) -> list[list[Tensor]]:
+        """Return the unpruned network's outputs for some images, at most about `KNOWN` samples, without padding."""
+        parts = []
+        for part in self._pool.together(self._pool.spread(index, min(KNOWN, self._together)), len(index)):
+            real = real_positions_of(self._unpruned, self._pool.of(part))
+            parts.append(unpadded(self._reading.aligned(self._wanted(part)), real))
+        return parts
+
     def _losses(self, found: list[Tensor], wanted: list[Tensor], distances: list[Tensor]) -> list[Tensor]:
         """Return the mean loss of each output, given the distances."""
-        if self.kind == "squares":
-            return distances
-        losses: list[Tensor] = []
-        for mine, theirs in zip(found, wanted, strict=True):
-            if self.kind == "cosine":
-                one, other = normalize(mine, dim=1), normalize(theirs, dim=1)
-                turned = 1.0 - (one * other).sum(1).mean()
+        return [self._loss(*row) for row in zip(self.kinds, found, wanted, distances, strict=True)]
+
+    def _loss(self, kind: OutputKind, mine: Tensor, theirs: Tensor, distance: Tensor) -> Tensor:
+        if kind.holds == "numbers":
+            return distance
+        if kind.holds == "vectors":
+            one, other = normalize(mine, dim=-1), normalize(theirs, dim=-1)
+            loss = 1.0 - (one * other).sum(-1).mean()
+            if mine.dim() == 2:
                 # The cosines between samples say which are neighbours, and don't change if all embeddings are rotated.
-                similarities = (one @ one.T - other @ other.T).square().mean()
-                losses.append(turned + _SIMILARITIES * similarities)
-            else:
-                t = self._temperature
-                loss = kl_div(log_softmax(mine / t, -1), log_softmax(theirs / t, -1), reduction="none", log_target=True)
-                # A masked class has probability 0 and contributes nothing.
-                loss = loss.masked_fill(theirs == -math.inf, 0.0)
-                losses.append(t * t * loss.sum(-1).mean())
-        return losses
+                loss = loss + _SIMILARITIES * (one @ one.T - other @ other.T).square().mean()
+            return loss
+        return self._divergence(kind, kind.scores(mine), kind.scores(theirs))
+
+    def _divergence(self, kind: OutputKind, mine: Tensor, theirs: Tensor) -> Tensor:
+        """Return the mean divergence from the unpruned network's probabilities, for scores of classes or decisions."""
+        t = self._temperature
+        if kind.holds == "decisions":
+            yes = (theirs / t).sigmoid()
+            loss = yes * (logsigmoid(theirs / t) - logsigmoid(mine / t))
+            loss = loss + (1.0 - yes) * (logsigmoid(-theirs / t) - logsigmoid(-mine / t))
+            return t * t * loss.mean()
+        loss = kl_div(log_softmax(mine / t, -1), log_softmax(theirs / t, -1), reduction="none", log_target=True)
+        # A masked class has probability 0 and contributes nothing.
+        return t * t * loss.masked_fill(theirs == -math.inf, 0.0).sum(-1).mean()
 
     def _variances(self, index: Tensor) -> list[float]:
         """Return the variance of each output of the unpruned network over some images, or a sample of many."""
-        rows = self._rows(self._pool.spread(index, min(_VARIED, self._together)))
+        rows = self._rows(index)
         return [float(finite(each).var(0, correction=0).mean()) + _LEAST_VARIANCE for each in rows]
 
 
@@ -462,13 +490,17 @@ def student_of(dense: nn.Module, few: Call) -> nn.Module:
 
 
 def judged(
-    unpruned: nn.Module, nets: Sequence[nn.Module], images: Iterable[Any], outputs: Outputs | None = None
+    unpruned: nn.Module,
+    nets: Sequence[nn.Module],
+    images: Iterable[Any],
+    outputs: Outputs | None = None,
+    kinds: tuple[OutputKind, ...] = (),
 ) -> list[Judgement]:
     """Compare several networks with the unpruned one, as :meth:`Lesson.judge` does, on all of some images."""
     inputs, _ = inputs_to_compare({"model": unpruned}, [Calibration.of(images)])
     pool = Pool(inputs)
     students = [student_of(net, pool.few(2)) for net in nets]
-    lesson = Lesson(unpruned, students[0], inputs, "auto", _TEMPERATURE, outputs=outputs)
+    lesson = Lesson(unpruned, students[0], inputs, "auto", _TEMPERATURE, outputs=outputs, kinds=kinds)
     return [lesson.judge(net, torch.arange(pool.count)) for net in students]
 
 

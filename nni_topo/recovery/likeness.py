@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,16 +18,15 @@ from nni_topo.network.runtime.copies import evaluation_mode
 from nni_topo.network.runtime.inputs import batch_size, calls, fitting, real_positions_of, returned_tensors
 from nni_topo.network.runtime.progress import bar
 from nni_topo.recovery.outputs import (
+    KNOWN,
     ComparedOutputs,
+    OutputKind,
     Outputs,
-    Places,
-    are_tags,
-    compared_outputs,
+    Reading,
     entry_count,
     finite,
     minus,
-    places_by_sample,
-    read_outputs,
+    unpadded,
 )
 
 NO_SCALE = (
@@ -54,7 +52,7 @@ class Likeness:
     """How similar the outputs of two networks are."""
 
     distance: Estimate  # mean squared distance over the variance of the unpruned outputs; NaN if shapes differ
-    agreement: Estimate  # share of images with the same largest logit; NaN if outputs aren't logits
+    agreement: Estimate  # share of equal classes or decisions, over samples; NaN if outputs have none
 
 
 @dataclass(frozen=True)
@@ -62,17 +60,15 @@ class Differences:
     """How far the outputs of two networks differ on each sample, or on each batch if outputs have no samples."""
 
     distances: list[float]  # squared, over the variance of the unpruned outputs; NaN if shapes differ
-    agreed: list[float]  # share of a sample's positions with the same largest logit; NaN if outputs aren't logits
+    agreed: list[float]  # share of a sample's classes or decisions that are the same; NaN if outputs have none
 
 
 class _Answer(NamedTuple):
     """A network's outputs for one batch, on the CPU."""
 
     outputs: list[Tensor]
-    are_logits: bool
     real: Tensor | None  # which positions aren't padding, bool (samples, places)
     samples: int
-    named: ComparedOutputs  # the outputs that are compared, and the others
 
 
 class Answers:
@@ -82,23 +78,34 @@ class Answers:
     than images of all kinds. If that part is a single image, they are shares of the variance over all parts.
     """
 
-    def __init__(self, model: nn.Module, *parts: Calibration, outputs: Outputs | None = None) -> None:
-        self._model, self._parts, self._outputs = model, parts, outputs
+    def __init__(
+        self, model: nn.Module, *parts: Calibration, outputs: Outputs | None = None, objective: str = "auto"
+    ) -> None:
+        self._model, self._parts = model, parts
         self._wanted = [BatchStore() for _ in parts]
-        with evaluation_mode(model), torch.no_grad(), fitting(0, parts[0].name):
-            call = next(calls(model, parts[0]))
-            self._places = None if parts[0].why_whole else places_by_sample(model, call, outputs)
+        self._reading = _reading(model, parts[0], outputs, objective)
         for part, store in zip(parts, self._wanted, strict=True):
-            for answer in _answers(model, part, outputs, self._places):
+            for answer in _answers(model, part, self._reading):
                 store.append(answer)
+        self._reading.settle(_first_values(self._wanted[0]))
+        first: _Answer = self._wanted[0][0]
+        self.named: ComparedOutputs = self._reading.named
+        """Which of the model's outputs are compared, and which aren't."""
+        self.kinds: tuple[OutputKind, ...] = self._reading.kinds
+        """What each of the compared outputs holds."""
+        self.read_as = self._reading.sentence(first.outputs)
+        """The same in words."""
+        self.have_answers = any(kind.has_answer for kind in self.kinds)
+        """Whether outputs are classes or decisions, on which networks can agree."""
         stores = self._wanted[-1:] if parts[-1].samples > 1 else self._wanted
-        self._scales = _scales(list(itertools.chain(*stores)))
-        self.are_classes = _are_scores(itertools.chain(*self._wanted))
-        """Whether the unpruned network's outputs are scores of classes, so that the largest is its answer."""
+        self._scales = _scales([self._aligned(answer) for store in stores for answer in store])
+
+    def _aligned(self, answer: _Answer) -> _Answer:
+        return answer._replace(outputs=self._reading.aligned(answer.outputs))
 
     def likenesses(self, net: nn.Module) -> list[Likeness]:
         """Compare a network on each part."""
-        exact = Likeness(Estimate(0.0, 0.0, 0.0), Estimate(*([1.0 if self.are_classes else math.nan] * 3)))
+        exact = Likeness(Estimate(0.0, 0.0, 0.0), Estimate(*([1.0 if self.have_answers else math.nan] * 3)))
         if net is self._model:
             return [exact] * len(self._parts)
         found = []
@@ -111,11 +118,12 @@ class Answers:
         """Compare a network on each sample of a part."""
         distances: list[float] = []
         agreed: list[float] = []
-        answers = _answers(net, self._parts[part], self._outputs, self._places)
+        answers = _answers(net, self._parts[part], self._reading)
         try:
-            for mine, theirs in zip(answers, self._wanted[part], strict=True):
+            for own, stored in zip(answers, self._wanted[part], strict=True):
+                mine, theirs = self._aligned(own), self._aligned(stored)
                 distances += self._distances(mine, theirs)
-                agreed += _agreements(mine, theirs) if self.are_classes else [math.nan] * theirs.samples
+                agreed += _agreements(mine, theirs, self.kinds)
         except DataError as error:  # the data aren't the cause: the model itself has run on them
             raise SpeedupError(
                 "a smaller network must run on every batch on which the model runs, got "
@@ -123,12 +131,6 @@ class Answers:
                 f"`if x.mean() > 0`, may go another way with fewer channels; {leaving_out('the layers around it')}"
             ) from error
         return Differences(distances, agreed)
-
-    @property
-    def named(self) -> ComparedOutputs:
-        """Which of the model's outputs are compared, and which aren't."""
-        named: ComparedOutputs = self._wanted[0][0].named
-        return named
 
     def _distances(self, mine: _Answer, theirs: _Answer) -> list[float]:
         """Return the squared distance of each sample's outputs, as a share of the variance, averaged over outputs."""
@@ -148,41 +150,49 @@ class Answers:
         return found
 
 
-def are_classes(model: nn.Module, images: Calibration, outputs: Outputs | None = None) -> bool:
-    """Say whether a model's outputs are scores of classes; it runs on as many batches as are needed."""
-    return _are_scores(_answers(model, images, outputs))
+def have_answers(
+    model: nn.Module, images: Calibration, outputs: Outputs | None = None, objective: str = "auto"
+) -> bool:
+    """Say whether a model's outputs are classes or decisions; it runs on as many batches as are needed."""
+    reading = _reading(model, images, outputs, objective)
+    reading.settle(_first_values(_answers(model, images, reading)))
+    return any(kind.has_answer for kind in reading.kinds)
 
 
-def _are_scores(answers: Iterable[_Answer]) -> bool:
-    answers = iter(answers)
-    first = next(answers)
-    return first.are_logits and not are_tags(each.outputs[0] for each in itertools.chain([first], answers))
+def _reading(model: nn.Module, images: Calibration, outputs: Outputs | None, objective: str) -> Reading:
+    with fitting(0, images.name):
+        call = next(calls(model, images))
+        return Reading(model, call, outputs, objective, are_whole=bool(images.why_whole))
 
 
-def _answers(net: nn.Module, images: Calibration, outputs: Outputs | None, places: Places = None) -> Iterator[_Answer]:
+def _first_values(answers: Iterable[_Answer]) -> list[list[Tensor]]:
+    """Return the outputs for the first samples, without padding."""
+    values, samples = [], 0
+    for answer in answers:
+        values.append(unpadded(answer.outputs, answer.real))
+        samples += answer.samples
+        if samples >= KNOWN:
+            break
+    return values
+
+
+def _answers(net: nn.Module, images: Calibration, reading: Reading) -> Iterator[_Answer]:
     """Run a network over images, in evaluation mode."""
     with evaluation_mode(net), torch.no_grad():
         for index, call in enumerate(bar("comparing", None, calls(net, images))):
             with fitting(index, images.name):
                 found = net(*call[0], **call[1])
-            count = entry_count(found, call, outputs) if images.why_whole else batch_size(call)
+            count = entry_count(found, call, reading.outputs) if images.why_whole else batch_size(call)
             real = real_positions_of(net, call)
             try:
-                read, kind = read_outputs(found, call, count, outputs, places)
-                named = compared_outputs(found, read) if outputs is None else ComparedOutputs((), ())
+                read = reading.read(found, call, count)
             except ConfigError:
                 # If outputs, such as lists of boxes, have no entry per image, a batch is one sample.
                 read = [each.flatten()[None] for each in returned_tensors(found) if each.is_floating_point()]
                 if not read:
                     raise
-                kind, real, count, named = "squares", None, 1, ComparedOutputs((), ())
-            yield _Answer(
-                outputs=[each.detach().cpu() for each in read],
-                are_logits=kind == "kl",
-                real=None if real is None else real.cpu(),
-                samples=count,
-                named=named,
-            )
+                real, count = None, 1
+            yield _Answer([each.detach().cpu() for each in read], None if real is None else real.cpu(), count)
 
 
 def _scales(answers: Sequence[_Answer]) -> list[float]:
@@ -216,16 +226,24 @@ def _scales(answers: Sequence[_Answer]) -> list[float]:
     return scales if len(numbers) == 1 else scales * max(numbers)
 
 
-def _agreements(mine: _Answer, theirs: _Answer) -> list[float]:
-    """Return for each sample the share of positions whose largest logit is the same."""
-    if not theirs.are_logits or mine.outputs[0].shape != theirs.outputs[0].shape:
+def _agreements(mine: _Answer, theirs: _Answer, kinds: Sequence[OutputKind]) -> list[float]:
+    """Return for each sample the share of its classes or decisions that are the same, as the mean over outputs."""
+    shares = []
+    for kind, one, other in zip(kinds, mine.outputs, theirs.outputs, strict=False):
+        if not kind.has_answer or one.shape != other.shape:
+            continue
+        same = (kind.answers(one) == kind.answers(other)).double().reshape(theirs.samples, -1)
+        shape = other.shape[: 2 if theirs.real is not None and other.dim() > 2 else 0]
+        if theirs.real is not None and shape == theirs.real.shape:
+            weights = theirs.real.double().repeat_interleave(same.shape[1] // theirs.real.shape[1], 1)
+            same = same * weights / weights.sum(1, keepdim=True).clamp_min(1.0)
+            shares.append(same.sum(1))
+        else:
+            shares.append(same.mean(1))
+    if not shares:
         return [math.nan] * theirs.samples
-    same = (mine.outputs[0].argmax(-1) == theirs.outputs[0].argmax(-1)).double()
-    if theirs.real is not None and same.shape[:2] == theirs.real.shape:
-        weights = theirs.real.double()
-        same = (same * weights).sum(1) / weights.sum(1).clamp_min(1.0)
-    found: list[float] = same.flatten(1).mean(1).tolist() if same.dim() > 1 else same.tolist()
-    return found
+    means: list[float] = torch.stack(shares).mean(0).tolist()
+    return means
 
 
 def _mean(values: list[float]) -> Estimate:

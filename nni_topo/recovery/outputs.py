@@ -8,8 +8,8 @@ blocks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from contextlib import contextmanager, suppress
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,71 +29,323 @@ from nni_topo.network.runtime.inputs import (
     tensors_of,
 )
 from nni_topo.network.runtime.modules import device_of
+from nni_topo.recovery.origins import Origin, operations_noted
 
 Outputs = Callable[[Any, Any], Any]
 """Takes a model's output and its inputs, as a batch holds them; returns the outputs to compare."""
-Places = tuple[int, ...] | None
-"""Indices of the floating tensors of an output that have an entry for each sample; None: all of that length."""
+OBJECTIVES: dict[str, Literal["classes", "decisions", "vectors", "numbers"]] = {
+    "kl": "classes",
+    "binary": "decisions",
+    "cosine": "vectors",
+    "squares": "numbers",
+}
+"""What an output holds by the loss that suits it."""
 
 READ = 16
-"""Number of samples by which the kind of a network's outputs is determined."""
-_UNIT = 1e-3  # largest difference from 1 of an embedding's length or a sum of probabilities
-_FEWEST_TAGGED = 8  # number of samples needed to distinguish tags from logits
+"""Number of samples on which a run shows which operation made the outputs."""
+KNOWN = 1024
+"""Number of samples whose values decide where the operation says nothing."""
+_MOST_VALUES = 2**24  # of large outputs fewer samples decide
+_UNIT = 1e-3  # largest difference from 1 of a vector's length or a sum of probabilities
+_FEWEST_JUDGED = 8  # number of samples needed to distinguish probabilities from scores
+_MANY = 16  # number of rows needed for the statistics of scores
+# Cross-entropy leaves the sum of all scores as it is, so that it varies little: the variance of the sum over the sum of
+# the variances is at most 0.12 for trained classifiers, 1 for independent numbers, and more where they rise together.
+_MOST_TOGETHER = 0.2
+_APART = 0.4
+_LEAST_DEVIATION = 0.6  # of numbers; outputs of untrained classifiers vary less
+_MOST_OFFSET = 3.0  # of the mean of an output, in standard deviations; of untrained classifiers it is more
+_MOST_SCORE = 50.0  # median of the largest difference from the mean of a row; no classifier has more
+# Decisions and classes by place must be sure on average, because numbers are possible, too.
+_SURE, _SURE_OF_CLASS = 0.85, 0.6
+_TWO_HUMPED = 0.72  # least squared mean size over the mean square; 0.64 for a normal distribution around zero
 
 
-def places_by_sample(model: nn.Module, call: Call, outputs: Outputs | None) -> Places:
-    """Return which floating tensors of a model's output have an entry for each sample, by two runs on few samples.
+class OutputKind(NamedTuple):
+    """What one output of a network holds, which decides its loss and what agreement means."""
 
-    One run can't distinguish them from a tensor that happens to be as long, such as anchors of shape (1, n, 4) beside
-    the output for one image.
+    # classes: one score each; decisions: one score each, yes or no; vectors: of length one; numbers: anything else
+    holds: Literal["classes", "decisions", "vectors", "numbers"]
+    form: Literal["scores", "probabilities", "log-probabilities"] = "scores"  # of classes and decisions
+    axis: int = -1  # of classes, or of a vector's numbers, counted from the last one
+    origin: str = ""  # what says so, in words
+
+    @property
+    def objective(self) -> str:
+        """Name of the loss, as `distill` takes it."""
+        return next(name for name, holds in OBJECTIVES.items() if holds == self.holds)
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether there is an answer to agree on: a class, or a decision."""
+        return self.holds in ("classes", "decisions")
+
+    def aligned(self, output: Tensor) -> Tensor:
+        """Return an output with the classes, or a vector's numbers, in its last dimension."""
+        return output if self.axis == -1 or output.dim() < -self.axis else output.movedim(self.axis, -1)
+
+    def scores(self, output: Tensor) -> Tensor:
+        """Return the scores of an aligned output, whose softmax or sigmoid are its probabilities."""
+        if self.form != "probabilities":
+            return output
+        info = torch.finfo(output.dtype)
+        if self.holds == "classes":
+            return output.clamp_min(info.tiny).log()
+        return output.clamp(info.eps, 1.0 - info.eps).logit()
+
+    def answers(self, output: Tensor) -> Tensor:
+        """Return the classes, or the decisions, of an aligned output."""
+        if self.holds == "classes":
+            return output.argmax(-1)
+        return output > (0.5 if self.form == "probabilities" else 0.0)
+
+    def sentence(self, output: Tensor) -> str:
+        """Return in words what an output (samples, ...) holds, and what agreement means."""
+        shape = self.aligned(output).shape[1:]
+        by_place = " by place" if len(shape) > (self.holds != "decisions") else ""
+        agreement = ""
+        if self.holds == "classes":
+            what = f"{self.form} of {shape[-1]} classes{by_place}"
+            agreement = f"; agreement is the share of {'places' if by_place else 'samples'} with the same class"
+        elif self.holds == "decisions":
+            what = f"{self.form} of decisions, which are taken at {0.5 if self.form == 'probabilities' else 0}"
+            agreement = "; agreement is the share of equal decisions"
+        elif self.holds == "vectors":
+            what = f"vectors of length one with {shape[-1]} numbers{by_place}"
+        else:
+            what = "numbers"
+        return f"{what}{f' ({self.origin})' if self.origin else ''}{agreement}"
+
+
+NUMBERS = OutputKind("numbers")
+_BY_OPERATION = {
+    "softmax": OutputKind("classes", "probabilities"),
+    "log_softmax": OutputKind("classes", "log-probabilities"),
+    "sigmoid": OutputKind("decisions", "probabilities"),
+    "normalize": OutputKind("vectors"),
+    "tanh": NUMBERS,
+}
+
+
+def kind_of(outputs: Sequence[Tensor], origin: Origin | None, *, is_named: bool, is_single: bool) -> OutputKind:
+    """Return what an output holds, by the operation that made it, or else by its values in several batches.
+
+    ``is_named``: whether its name says that these are logits; ``is_single``: whether it is all that a model returns.
     """
-    count = min(READ, batch_size(call))
-    if count < 2 or lists_of_samples((*call[0], *call[1].values())):
-        return None  # lists of samples, as detectors take them, aren't split
-    lengths = []
-    for some in (count, count - 1):
-        args, kwargs = taken(call, torch.arange(some))
-        found = model(*args, **kwargs)
-        if outputs is not None:
-            found = outputs(found, as_in_batch((args, kwargs)))
-        lengths.append([len(each) - some for each in _with_entries(found)])
-    if len(lengths[0]) != len(lengths[1]):  # the number of tensors depends on the samples
-        return None
-    return tuple(place for place, both in enumerate(zip(*lengths, strict=True)) if not any(both))
+    axis = None if origin is None else origin.axis
+    is_ragged = len({(output.dim(), *output.shape[-1:]) for output in outputs}) > 1
+    if is_ragged and (origin is None or origin.operation not in _BY_OPERATION or axis == -1):
+        return NUMBERS  # lengths differ along the last dimension, which has no classes then
+    if origin is not None and origin.operation in _BY_OPERATION:
+        kind = _BY_OPERATION[origin.operation]
+        if kind.holds in ("classes", "vectors") and axis is not None:
+            return kind._replace(axis=axis, origin=str(origin))
+        if kind.holds in ("decisions", "numbers"):
+            return kind._replace(origin=str(origin))
+        if origin.operation == "softmax":  # of one class, or of some of them
+            return OutputKind("decisions", "probabilities", origin=f"of {origin}")
+    by_values = "by their values"
+    shape = outputs[0].shape
+    samples, is_flat = sum(map(len, outputs)), len(shape) == 2
+    for last in [-1, 1 - len(shape)][: max(0, min(2, len(shape) - 1))] if samples >= _FEWEST_JUDGED else []:
+        if shape[last] < 2 or len({output.shape[last] for output in outputs}) > 1:
+            continue
+        rows = _rows(outputs, last)
+        if _are_shares(rows):
+            return OutputKind("classes", "probabilities", last, by_values)
+        if bool((rows <= 0.0).all()) and bool((rows.exp().sum(1) - 1.0).abs().le(_UNIT).all()) and not is_named:
+            return OutputKind("classes", "log-probabilities", last, by_values)
+    if is_flat and samples >= _FEWEST_JUDGED and shape[1] > 1 and not is_named:
+        rows = _rows(outputs, -1)
+        is_between = bool(((rows > 0.0) & (rows < 1.0)).any())
+        if bool(((rows >= 0.0) & (rows <= 1.0)).all()) and is_between and float(rows.amax()) > 0.5:
+            return OutputKind("decisions", "probabilities", origin=by_values)
+    if len(shape) > 1 and shape[-1] > 1 and not is_named:
+        rows = _rows(outputs, -1)
+        is_one_hot = bool(((rows == 0.0) | (rows == 1.0)).all())
+        if not is_one_hot and bool((rows.norm(dim=1) - 1.0).abs().le(_UNIT).all()):
+            return OutputKind("vectors", origin=by_values)
+
+    layer = "" if origin is None else str(origin)
+    if is_named and (axis is not None or (len(shape) > 1 and shape[-1] > 1)):
+        return OutputKind("classes", axis=axis or -1, origin="called logits")
+    is_one = origin is not None and not origin.axes  # a layer with a single output, for each sample or place
+    if is_one:
+        rows = torch.cat([output.float().reshape(-1, 1) for output in outputs])
+        return OutputKind("decisions", origin=_why(layer, by_values)) if _are_decisions(rows) else NUMBERS
+    if is_single and is_flat and shape[1] > 1:
+        rows = _rows(outputs, -1)
+        if _are_numbers(rows):
+            if _are_decisions(rows):
+                return OutputKind("decisions", origin=_why(layer, by_values))
+            return OutputKind("numbers", origin=by_values)
+        return OutputKind("classes", origin=_why(layer, "assumed; objective='squares' compares numbers"))
+    if axis is not None and shape[axis] > 1 and len({output.shape[axis] for output in outputs}) == 1:
+        rows = _rows(outputs, axis)
+        if len(rows) >= _MANY and _together(rows) <= _MOST_TOGETHER and _sureness(rows) >= _SURE_OF_CLASS:
+            return OutputKind("classes", axis=axis, origin=_why(layer, by_values))
+    return NUMBERS
 
 
-def read_outputs(
-    found: Any, call: Call, count: int, outputs: Outputs | None, places: Places = None
-) -> tuple[list[Tensor], str]:
-    """Return the outputs to compare for a call of ``count`` samples, and the objective that suits them.
+def _why(layer: str, reason: str) -> str:
+    return f"{layer}, {reason}" if layer else reason
 
-    Tags have the shape of logits and get ``kl``, too: see `are_tags`.
+
+def _rows(outputs: Sequence[Tensor], axis: int) -> Tensor:
+    """Return the entries along a dimension for each sample and place: (rows, entries)."""
+    aligned = [output.movedim(axis, -1) for output in outputs]
+    rows = torch.cat([output.reshape(-1, output.shape[-1]).float() for output in aligned if output.dim() > 1])
+    return rows[rows.isfinite().all(1)]  # rows with masked scores say nothing
+
+
+def _are_shares(rows: Tensor) -> bool:
+    """Say whether rows are probabilities of classes: in [0, 1], not all of them 0 or 1, with sums of 1."""
+    is_between = bool(((rows > 0.0) & (rows < 1.0)).any())
+    return is_between and bool((rows >= 0.0).all()) and bool((rows.sum(1) - 1.0).abs().le(_UNIT).all())
+
+
+def _are_numbers(rows: Tensor) -> bool:
+    """Say whether outputs have a range, or vary together, as no scores of classes do."""
+    if len(rows) < _MANY:
+        return False
+    centered = rows - rows.mean(1, keepdim=True)
+    if float(centered.abs().amax(1).median()) > _MOST_SCORE:
+        return True
+    deviation = float(rows.var(0).mean().sqrt())
+    offset = float((rows.mean(0) - rows.mean()).abs().max())
+    return deviation >= _LEAST_DEVIATION and offset <= _MOST_OFFSET * deviation and _together(rows) >= _APART
+
+
+def _together(rows: Tensor) -> float:
+    """Return the variance of the sum of a row over the sum of the variances."""
+    return float(rows.sum(1).var() / rows.var(0).sum().clamp_min(torch.finfo(rows.dtype).tiny))
+
+
+def _sureness(rows: Tensor) -> float:
+    return float(rows.softmax(1).amax(1).mean())
+
+
+def _are_decisions(rows: Tensor) -> bool:
+    """Say whether numbers are scores of decisions: of both signs, mostly far from zero, few in between."""
+    if len(rows) < _MANY or float(rows.abs().amax(1).median()) > _MOST_SCORE:
+        return False
+    has_both = bool((rows.amax(0) > 0.0).all()) and bool((rows.amin(0) < 0.0).all())
+    sure = float(rows.abs().sigmoid().mean())
+    humped = float(rows.abs().mean().square() / rows.square().mean().clamp_min(torch.finfo(rows.dtype).tiny))
+    return has_both and sure >= _SURE and humped >= _TWO_HUMPED
+
+
+class Reading:
+    """Which tensors of a network's output are compared, and what each of them holds.
+
+    They are a model's ``logits``, or else all floating tensors with an entry for each sample. A run on few samples
+    shows which operation made each of them. Where that says nothing, `settle` decides by their values.
     """
-    what = "a model's output"
-    if outputs is not None:
-        found, what = outputs(found, as_in_batch(call)), "what outputs= returns"
-    logits = found.get("logits") if isinstance(found, Mapping) else getattr(found, "logits", None)
-    if isinstance(logits, Tensor):
-        tensors, kind = [logits], "kl"
-    else:
-        entries = _with_entries(found)
+
+    def __init__(
+        self, model: nn.Module, call: Call, outputs: Outputs | None, objective: str = "auto", *, are_whole: bool = False
+    ) -> None:
+        self.outputs, self._objective = outputs, objective
+        self._places: tuple[int, ...] | None = None  # of the floating tensors that have an entry for each sample
+        self.kinds: tuple[OutputKind, ...] = ()
+        is_cut = not are_whole and batch_size(call) > 1 and not lists_of_samples((*call[0], *call[1].values()))
+        count = min(READ, batch_size(call))
+        few = taken(call, torch.arange(count)) if is_cut else call
+        with evaluation_mode(model), torch.no_grad(), operations_noted(model) as operations:
+            answer = model(*few[0], **few[1])
+            entries = self._entries(answer, few)
+        if is_cut:
+            # One run can't distinguish outputs from a tensor that happens to be as long, such as anchors of shape
+            # (1, n, 4) beside the output for one image.
+            fewer = taken(call, torch.arange(count - 1))
+            with evaluation_mode(model), torch.no_grad():
+                others = self._entries(model(*fewer[0], **fewer[1]), fewer)
+            if len(entries) == len(others):  # otherwise the number of tensors depends on the samples
+                pairs = enumerate(zip(entries, others, strict=True))
+                self._places = tuple(
+                    place for place, (one, other) in pairs if len(one) == count and len(other) == count - 1
+                )
+        self._origins: list[Origin | None] = []
+        self._names: list[str] = []
+        self.named = ComparedOutputs((), ())
+        with suppress(ConfigError):  # outputs without an entry per sample, such as lists of boxes, are numbers
+            tensors = self.read(answer, few, entry_count(answer, few, outputs) if not is_cut else count)
+            self._origins = [operations.get(tensor) for tensor in tensors]
+            names = {id(tensor): name for name, tensor in returned_by_name(answer)}
+            self._names = [names.get(id(tensor), "") for tensor in tensors]
+            if outputs is None:
+                self.named = compared_outputs(answer, tensors)
+            # A single tensor of scores, (samples, classes), is all that many classifiers return.
+            self._is_single = tensors[0] is (answer if outputs is None else entries[0]) and len(entries) == 1
+
+    def read(self, answer: Any, call: Call, count: int) -> list[Tensor]:
+        """Return the outputs to compare for a call of ``count`` samples."""
+        chosen, what = answer, "a model's output"
+        if self.outputs is not None:
+            chosen, what = self.outputs(answer, as_in_batch(call)), "what outputs= returns"
+        logits = _logits_of(chosen)
+        if logits is not None:
+            return [logits]
+        entries, places = _with_entries(chosen), self._places
         tensors = [
-            each for place, each in enumerate(entries) if len(each) == count and (places is None or place in places)
+            tensor
+            for place, tensor in enumerate(entries)
+            if len(tensor) == count and (places is None or place in places)
         ]
         if not tensors:
-            told = f"{in_words(found)} for {count} samples"
-            if any(len(each) == count for each in entries):
+            told = f"{in_words(chosen)} for {count} samples"
+            if any(len(tensor) == count for tensor in entries):
                 told += ", whose length doesn't depend on the number of samples"
-            if isinstance(found, Tensor) and found.is_floating_point() and found.shape[1:2] == (count,):
+            if isinstance(chosen, Tensor) and chosen.is_floating_point() and chosen.shape[1:2] == (count,):
                 told += (
                     "; if the samples are its second dimension, outputs=lambda output, inputs: output.transpose(0, 1)"
                 )
             raise ConfigError(f"{what} must hold a floating tensor with an entry per sample, got {told}")
-        kind = "kl" if found is tensors[0] and found.dim() == 2 and found.shape[1] > 1 else "squares"
-    # An output that is called logits is no embedding, even if its rows have length one.
-    if (outputs is not None or logits is None) and all(map(_are_embeddings, tensors)):
-        kind = "cosine"
-    return tensors, kind
+        return tensors
+
+    def settle(self, values: Iterable[Sequence[Tensor]]) -> None:
+        """Decide what each output holds, by the operations that made it or by values of several batches.
+
+        Pass all samples, or many: a few scores may lie in [0, 1] by chance.
+        """
+        batches = list(values)
+        kinds = []
+        for place, origin in enumerate(self._origins):
+            tensors = [batch[place].detach() for batch in batches if place < len(batch)]
+            step = -(-sum(tensor.numel() for tensor in tensors) // _MOST_VALUES)
+            tensors = [tensor[:: max(step, 1)] for tensor in tensors]
+            kind = kind_of(tensors, origin, is_named="logits" in self._names[place], is_single=self._is_single)
+            if self._objective != "auto" and kind.objective != self._objective:
+                axis = kind.axis if kind.axis != -1 or origin is None else origin.axis
+                is_share = all(bool(((tensor >= 0.0) & (tensor <= 1.0)).all()) for tensor in tensors)
+                form: Any = "probabilities" if self._objective == "binary" and is_share else "scores"
+                kind = OutputKind(OBJECTIVES[self._objective], form, axis or -1, "objective=")
+            kinds.append(kind)
+        self.kinds = tuple(kinds)
+
+    def kind(self, place: int) -> OutputKind:
+        """Return what an output holds; outputs beyond those of the first samples, as of detectors, are numbers."""
+        return self.kinds[place] if place < len(self.kinds) else NUMBERS
+
+    def aligned(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return outputs with classes, or a vector's numbers, in the last dimension."""
+        return [self.kind(place).aligned(tensor) for place, tensor in enumerate(tensors)]
+
+    def sentence(self, tensors: Sequence[Tensor]) -> str:
+        """Return what the outputs hold, in words; empty if they have no entry per sample."""
+        sentences = [kind.sentence(tensor) for kind, tensor in zip(self.kinds, tensors, strict=False)]
+        if len(sentences) > 1:
+            names = (name or f"output[{place}]" for place, name in enumerate(self._names))
+            sentences = [f"{name}: {sentence}" for name, sentence in zip(names, sentences, strict=True)]
+        return f"outputs: {'. '.join(sentences)}" if sentences else ""
+
+    def _entries(self, answer: Any, call: Call) -> list[Tensor]:
+        return _with_entries(answer if self.outputs is None else self.outputs(answer, as_in_batch(call)))
+
+
+def _logits_of(answer: Any) -> Tensor | None:
+    logits = answer.get("logits") if isinstance(answer, Mapping) else getattr(answer, "logits", None)
+    return logits if isinstance(logits, Tensor) else None
 
 
 def entry_count(found: Any, call: Call, outputs: Outputs | None) -> int:
@@ -106,35 +358,10 @@ def entry_count(found: Any, call: Call, outputs: Outputs | None) -> int:
     return count if count in lengths or len(lengths) != 1 else lengths.pop()
 
 
-def _are_embeddings(rows: Tensor) -> bool:
-    """Say whether an output holds vectors of length one, (samples, numbers), other than one-hot probabilities."""
-    if rows.dim() != 2 or rows.shape[1] < 2:
-        return False
-    rows = rows.detach().float()  # in half precision the length of long vectors is too inexact
-    are_shares = bool((rows >= 0.0).all()) and bool(((rows.sum(1) - 1.0).abs() <= _UNIT).all())
-    return not are_shares and bool(((rows.norm(dim=1) - 1.0).abs() <= _UNIT).all())
-
-
 def as_in_batch(call: Call) -> Any:
     """Return a call's inputs as a batch holds them: a tensor; for several arguments their tuple or dict."""
     args, kwargs = call
     return kwargs or (args[0] if len(args) == 1 else args)
-
-
-def are_tags(outputs: Iterable[Tensor]) -> bool:
-    """Say whether rows of numbers are probabilities that don't exclude each other, such as sigmoids of several tags.
-
-    ``outputs``: the outputs for several batches, each (samples, numbers); other shapes are no tags. Pass all samples,
-    because a few logits may lie in [0, 1] by chance, and zeros alone decide nothing.
-    """
-    samples, is_between, is_apart = 0, False, False
-    for rows in outputs:
-        if rows.dim() != 2 or not bool(((rows >= 0.0) & (rows <= 1.0)).all()):
-            return False
-        samples += len(rows)
-        is_between |= bool(((rows > 0.0) & (rows < 1.0)).any())
-        is_apart |= bool(((rows.sum(1) - 1.0).abs() > _UNIT).any())
-    return samples >= _FEWEST_TAGGED and is_between and is_apart
 
 
 def _with_entries(found: Any) -> list[Tensor]:

@@ -35,7 +35,7 @@ from nni_topo.network.speedup.dense_report import dense_report_of
 from nni_topo.pruners.budget import budget_outcome
 from nni_topo.recovery.blocks import Gap, Stream, find_writer, gap_after, run_watched, solutions
 from nni_topo.recovery.lesson import judged
-from nni_topo.recovery.outputs import Outputs
+from nni_topo.recovery.outputs import OutputKind, Outputs
 from nni_topo.runs.pipeline import Pipeline
 from nni_topo.runs.prunable import layers_to_prune
 from nni_topo.runs.widths import fewest_channels
@@ -319,8 +319,9 @@ class DepthPath:
         outputs: Outputs | None,
         removable: Removable,
         saved: Callable[[Removal], float],
+        kinds: tuple[OutputKind, ...] = (),
     ) -> None:
-        self._model, self._outputs, self.removable = model, outputs, removable
+        self._model, self._outputs, self._kinds, self.removable = model, outputs, kinds, removable
         self._images, self._judges = _few(images, _SOLVED), _few(judges, _JUDGED)
         self._saved = {candidate: saved(candidate) for candidate in removable.candidates}
         self._scores: dict[Removal, float] = {}
@@ -359,7 +360,9 @@ class DepthPath:
         losses: list[float] = []
         for start in range(0, len(trials), _TOGETHER):
             nets_to_judge = [net for net, *_ in trials[start : start + _TOGETHER]]
-            losses += [each.loss for each in judged(self._model, nets_to_judge, self._judges, self._outputs)]
+            losses += [
+                each.loss for each in judged(self._model, nets_to_judge, self._judges, self._outputs, self._kinds)
+            ]
         for candidate, loss in zip(candidates, losses, strict=True):
             saved = self._saved_after(state, candidate)
             self._scores[candidate] = (loss - state.loss) / saved if math.isfinite(loss) else math.inf
@@ -462,7 +465,7 @@ def with_depth(whole: Prepared) -> Prepared:
     judges, kind = whole.images.judging("depth=True"), whole.budget.kind
     table = measure_latency(whole.model, whole.example) if kind == "latency" else None
     saved = cost_saved(whole.model, whole.example, kind, table)
-    path = DepthPath(whole.model, whole.images.learned, judges, whole.settings.outputs, removable, saved)
+    path = DepthPath(whole.model, whole.images.learned, judges, whole.settings.outputs, removable, saved, whole.kinds)
     whole = replace(whole, is_search=True)
     return replace(whole, depth=Depth(whole, path))
 
@@ -495,7 +498,7 @@ class Depth:
                     raise
                 _logger.info("%d blocks are not removed: %s", count, error)
                 return
-            (judgement,) = judged(whole.model, [made.dense], judges, whole.settings.outputs)
+            (judgement,) = judged(whole.model, [made.dense], judges, whole.settings.outputs, whole.kinds)
             loss = judgement.loss if math.isfinite(judgement.loss) else math.inf
             is_met = budget_outcome(whole.budget.kind, share, made.left, "").is_met
             found[count] = made

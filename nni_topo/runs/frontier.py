@@ -48,7 +48,7 @@ class FrontierPoint:
     left: float  # share of the cost that is kept
     macs: int  # multiply-accumulates of one sample
     params: int
-    changed: float  # share of held-out images whose answer, the class with the largest output, changes; NaN: no classes
+    changed: float  # share of answers, classes or decisions, on held-out images that change; NaN: outputs have none
     changed_low: float
     changed_high: float
     distance: float  # mean squared distance from the unpruned network's outputs over their variance, held out
@@ -71,11 +71,12 @@ class Frontier(dict[float, nn.Module]):
     kind : {"flops", "params", "latency", "memory"}
         The cost that the shares refer to.
     measure : {"answers", "distance"}
-        What the curve shows: the share of changed answers, or the distance if outputs aren't scores of classes.
+        What the curve shows: the share of changed answers, or the distance if outputs are neither classes nor
+        decisions.
     images, held_out : int
-        Number of calibration images, and of held-out images, which give the figures. The held-out images also decide
-        whether a network starts from a larger one, and whether distilled weights are kept. With fewer than eight images
-        in all it is 0, and the calibration images give the figures.
+        Number of calibration images, and of held-out images, which give the figures. As many others decide whether a
+        network starts from a larger one, and whether distilled weights are kept. With fewer than eight images in all it
+        is 0, and the calibration images give the figures.
     """
 
     def __init__(
@@ -136,7 +137,10 @@ class Frontier(dict[float, nn.Module]):
         frame = self.to_frame()[[*names, "seconds"]].dropna(axis="columns", how="all")
         lines = [frame.to_string(index=False, float_format=lambda value: f"{value:.4g}")]
         if self.held_out:
-            lines.append(f"measured on {self.held_out} held-out samples; the {self.images} others are calibration data")
+            lines.append(
+                f"measured on {self.held_out} held-out samples, by which nothing was chosen; {self.images} others are "
+                "calibration data"
+            )
         else:
             lines.append(
                 f"measured on the {self.images} calibration samples, on which networks look better than they are"
@@ -218,7 +222,7 @@ def frontier(
     Notes
     -----
     If the distilled weights of a network were kept, the next smaller one is made both from it and from the unpruned
-    network. The one with the smaller loss on the held-out images, as in :func:`nni_topo.distill`, is used.
+    network. The one with the smaller loss on the images that judge, as in :func:`nni_topo.distill`, is used.
 
     The knee is the point farthest below the straight line between the unpruned and the smallest network, where both
     axes are scaled to [0, 1] [1]_.
@@ -278,7 +282,9 @@ def frontier(
             # A network that keeps more of the cost would have an unfair advantage.
             most = made.left + budget_outcome(kind, share, made.left, "").tolerance
             if other is not None and other.left <= most and data.judges is not None:
-                losses = [each.loss for each in judged(model, [other.dense, made.dense], data.judges, outputs)]
+                losses = [
+                    each.loss for each in judged(model, [other.dense, made.dense], data.judges, outputs, steps.kinds)
+                ]
                 if first_smallest([loss if math.isfinite(loss) else math.inf for loss in losses]) == 0:
                     made, start = other, larger.share
         outcome = steps.outcome(share, made)
@@ -292,7 +298,7 @@ def frontier(
         times = time_shares(list(networks.values()), model, steps.batch, wanted[-1])
         timed = [replace(point, left=left) for point, (left, _) in zip(points[1:], times, strict=True)]
         points = [points[0], *timed]
-    measure = "answers" if measured.answers.are_classes else "distance"
+    measure = "answers" if measured.answers.have_answers else "distance"
     losses = [point.changed if measure == "answers" else point.distance for point in points]
     bend = knee([point.left for point in points], losses)
     if bend is not None:

@@ -1,4 +1,4 @@
-"""The images for making a network smaller: those that every step may use, and those held out of all steps."""
+"""The images for making a network smaller: calibration data, images that judge, and images of the report alone."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from nni_topo.network.runtime.fits import check_samples_first, structure_call, w
 
 @dataclass(frozen=True)
 class ImageParts:
-    """The images, split into calibration data and held-out images.
+    """The images, split into calibration data, images that judge, and held-out images.
 
-    No step uses the held-out images, because a network looks better than it is on images that it was fitted to.
+    No step uses the held-out images, because a network looks better than it is on images that it was fitted to or
+    chosen by.
     """
 
     all: Calibration
@@ -40,14 +41,15 @@ class ImageParts:
     ) -> ImageParts:
         """Hold out every eighth image, or take three parts in the order of the fields; make example inputs.
 
-        For a model that runs on whole batches only, these are held out, at least one of two.
+        Half of the images that are held out judge, and the others give the report's figures. For a model that runs on
+        whole batches only, these are held out: two, or one of two batches.
         """
         args, kwargs = structure_call(model, calibration)
         check_samples_first(model, calibration)
         if parts is None:
-            calibration = with_whole_batches(model, calibration)
-            known, rest = calibration.split()
-            parts = known, rest, rest
-        learned, judges, held_out = parts
+            calibration = with_whole_batches(model, calibration, calibration.judging_pattern)
+            parts = calibration.in_parts(calibration.judging_pattern)
+        # Of too few samples those that are held out also judge.
+        learned, judges, held_out = parts if len(parts) == 3 else (parts[0], parts[-1], parts[-1])
         assert learned is not None  # the first sample is in it
         return cls(calibration, learned, judges, held_out, kwargs or args)

@@ -45,7 +45,7 @@ class Stage:
     distance: float  # mean squared distance from the unpruned network's outputs over their variance, held out
     distance_low: float
     distance_high: float
-    agreement: float  # share of held-out images with the unpruned network's largest output; NaN without classes
+    agreement: float  # share of equal classes or decisions on held-out images; NaN if outputs have none
     agreement_low: float
     agreement_high: float
     calibration_distance: float  # the same on the calibration images, where networks look better than they are
@@ -64,6 +64,7 @@ class Measurements:
         data: ImageParts,
         evaluate: Callable[[nn.Module], float] | None,
         outputs: Outputs | None = None,
+        objective: str = "auto",
     ) -> None:
         # Calibration images first, held-out images last, and in between the images that decide, if they are others.
         parts = [data.learned]
@@ -71,7 +72,7 @@ class Measurements:
             if part is not None and part is not parts[-1]:
                 parts.append(part)
         began = time.perf_counter()
-        self.answers = Answers(model, *parts, outputs=outputs)
+        self.answers = Answers(model, *parts, outputs=outputs, objective=objective)
         self.seconds_of_a_sample = (time.perf_counter() - began) / sum(each.samples for each in parts)
         """Seconds that the unpruned network runs for a sample."""
         self.seconds_of_a_network = 0.0

@@ -34,7 +34,7 @@ class Tried:
 
     allocation: str  # of nni_topo.Budget
     loss: float  # on the held-out images, as in nni_topo.distill; less is better
-    agreement: float  # share of them whose largest output is the unpruned network's; NaN unless outputs are logits
+    agreement: float  # share of equal classes or decisions on them; NaN if outputs have none
     is_chosen: bool
 
     def __repr__(self) -> str:

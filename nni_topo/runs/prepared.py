@@ -56,6 +56,7 @@ from nni_topo.recovery.course import RATES, Clock, tried_steps
 from nni_topo.recovery.distilling import course_on
 from nni_topo.recovery.frozen import frozen_layers
 from nni_topo.recovery.lesson import judged
+from nni_topo.recovery.outputs import OutputKind
 from nni_topo.runs.depth import Depth, with_depth
 from nni_topo.runs.images import ImageParts
 from nni_topo.runs.measurements import UNPRUNED, Measurements
@@ -149,6 +150,12 @@ class Prepared:
         if self.budget.kind != "latency":
             return self.analysis
         return Analysis.on(self.model, self.example, self.analysis.facts)
+
+    @property
+    def kinds(self) -> tuple[OutputKind, ...]:
+        """What the model's compared outputs hold."""
+        kinds: tuple[OutputKind, ...] = () if self.measured is None else self.measured.answers.kinds
+        return kinds
 
     @cached_property
     def _cost(self) -> int:
@@ -261,7 +268,7 @@ class Prepared:
             return self.reconstruct(self.select(self.of_share(share)))
         judges, names = self.images.judging(f"allocation={AUTO!r}"), allocations_to_try(self.settings.pruner)
         made = [self.reconstruct(self.select(self.of_share(share, allocation=name))) for name in names]
-        found = judged(self.model, [each.dense for each in made], judges, self.settings.outputs)
+        found = judged(self.model, [each.dense for each in made], judges, self.settings.outputs, self.kinds)
         # Of equal losses the first is kept.
         best = first_smallest([each.loss if math.isfinite(each.loss) else math.inf for each in found])
         tried = [
@@ -355,7 +362,8 @@ class Prepared:
             chosen["seconds"] = min(left, chosen.get("seconds") or math.inf)
         try:
             # The teacher is the unpruned network, also for a network that lacks some blocks.
-            found = replace(made, analysis=self.analysis).distill(images, **knobs | chosen)
+            with in_context(kinds=() if "outputs" in chosen else self.kinds):
+                found = replace(made, analysis=self.analysis).distill(images, **knobs | chosen)
         except GradientError as error:
             if distill is not True:  # knobs were given, so distillation is wanted
                 raise GradientError(f"{error}; distill=False leaves distillation out") from error
@@ -432,9 +440,11 @@ class Prepared:
             tried=made.tried,
             images=images.learned.samples,
             held_out=0 if images.held_out is None else images.held_out.samples,
+            judges=0 if images.judges is None or images.judges is images.held_out else images.judges.samples,
             warnings=(*warnings, *(compensation.warnings if compensation else ()), *dict.fromkeys(self.left_out)),
             whole=self.prunable.unpruned,
             outputs=measured.answers.named,
+            read_as=measured.answers.read_as,
             frozen=frozen_layers(self.model),
             undescribed=why_undescribed(network) if is_pretrained(network) else "",
             grouped=images.all.groups is not None,
@@ -473,7 +483,7 @@ def prepare(
                 f"the config of {type(model).__name__} describes no network that keeps {budget.share:g} of the "
                 f"{budget.kind}: {outcome.left:.4g} can be reached; {FREE_WIDTHS}"
             )
-    measured = Measurements(model, data, settings.evaluate, settings.outputs)
+    measured = Measurements(model, data, settings.evaluate, settings.outputs, settings.objective)
     measured.add(UNPRUNED, model)
     prepared = replace(
         prepared,

@@ -44,6 +44,8 @@ class ShrinkReport(ModelReport):
     # Held-out images, which give the figures and which no step uses. With fewer than eight images in all it is 0, and
     # the calibration images give the figures. With a tolerance these images confirm; others judged the candidates.
     held_out: int = 0
+    # Images that judged: they decided which results were kept. 0 if the held-out images did, because there are so few.
+    judges: int = 0
     warnings: tuple[str, ...] = ()  # reasons to doubt the figures, with advice
     # For each layer whose channels can't be removed, the reason; with `layers=` for the named layers only.
     whole: dict[str, str] = field(default_factory=dict)
@@ -53,6 +55,7 @@ class ShrinkReport(ModelReport):
     # With depth=True, the removed blocks by their names in the unpruned network; `layers` has names in the smaller one.
     depth: DepthOutcome | None = None
     outputs: ComparedOutputs | None = None  # names of the compared outputs of the model; empty with `outputs=`
+    read_as: str = ""  # what the compared outputs hold, in words
     undescribed: str = ""  # what the config of a Transformers model can't describe; empty if from_pretrained loads it
     frozen: tuple[str, ...] = ()  # layers with parameters that don't require gradients, which no recovery changes
     # Changes by functions of the package after the figures were measured.
@@ -75,6 +78,8 @@ class ShrinkReport(ModelReport):
         """Return a sentence about the samples on which the figures are measured."""
         measured = "distance and agreement are" if has_agreement else "distance is"
         others = f"the {self.images} other samples are the calibration data"
+        if self.judges:
+            others = f"{self.judges} others judged, and {self.images} others are the calibration data"
         if self.tolerance is not None and self.tolerance.measure != "evaluate":
             others = f"{self.images} other samples are the calibration data, the rest judged the candidates"
         return f"{measured} measured on {self.held_out} held-out samples, with 95 % intervals; {others}"
@@ -110,8 +115,10 @@ class ShrinkReport(ModelReport):
         lines = [frame.to_string(index=False, na_rep="", float_format=lambda value: f"{value:.4g}")]
         if self.held_out:
             lines.append(self._measured_on("agreement" in frame))
-            if not self.grouped:
-                lines.append(_UNGROUPED)
+        if self.read_as:
+            lines.append(self.read_as)
+        if self.held_out and not self.grouped:
+            lines.append(_UNGROUPED)
         if self.outputs is not None and self.outputs.left_out:
             lines.append(str(self.outputs))
         if self.tolerance is not None:

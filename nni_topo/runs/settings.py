@@ -122,6 +122,11 @@ class Settings:
         """The knobs of :func:`nni_topo.distill` that were given."""
         return self.distill if isinstance(self.distill, Mapping) else {}
 
+    @property
+    def objective(self) -> str:
+        """The objective of distillation, by which outputs are also compared."""
+        return str(self.distillation_knobs.get("objective", "auto"))
+
     def checked(self, model: nn.Module, budget: Budget, several: str = "") -> Budget:
         """Check a request before any work; return the budget."""
         check_model(model)

@@ -65,20 +65,21 @@ def shrink(
     images : iterable or nni.compression.utils.Evaluator
         Batches of inputs, or of ``(inputs, ...)``; labels aren't used. If it is an evaluator, the batches it evaluates
         on. They are read once, see :class:`nni_topo.Calibration`; a DataLoader may shuffle and augment.
-        Every eighth image is held out from all steps, for the report. 1,000 images are enough for small networks.
+        Every eighth image is held out: half of these judge the results of the steps, and the others, which no step
+        uses, give the report's figures. 1,000 images are enough for small networks.
     budget : Budget, mapping, str or None, default=None
         The share of the cost to keep, e.g. ``{"flops": 0.25}``, see :class:`nni_topo.Budget`. Time is measured on a
         batch as large as the first one of ``images``: pass batches as large as the network will get, because single
         samples may gain nothing. With ``"allocation": "auto"`` a network is made in every way that the pruner can
-        distribute the budget, and the one with the smallest loss on the held-out images is kept; that takes two or
+        distribute the budget, and the one with the smallest loss on the images that judge is kept; that takes two or
         three times as long. With a ``tolerance`` it is the name of the cost to minimize: ``"flops"`` (the default),
         ``"params"``, ``"latency"`` or ``"memory"``, with other settings ``{"flops": None, "allocation": "error"}``.
     tolerance : float, optional
         In (0, 1). Instead of a network of a given cost, find the smallest one whose answers differ from the unpruned
         network's by at most this value, e.g. 0.01 for one changed answer in a hundred; see the notes.
     measure : {"auto", "outputs", "distance", "evaluate"}, default="auto"
-        The difference that the ``tolerance`` limits. ``"outputs"``: the share of images whose answer, the class with
-        the largest output, changes; if outputs aren't scores of classes, the distance. ``"distance"``: the mean squared
+        The difference that the ``tolerance`` limits. ``"outputs"``: the share of answers, classes or decisions, that
+        change; if outputs have none, the distance. ``"distance"``: the mean squared
         distance of the outputs, over their variance. ``"evaluate"``: the fall of the number that ``evaluate`` returns,
         so 0.01 is one point of an accuracy. ``"auto"``: ``"evaluate"`` if that is given, else ``"outputs"``.
     pruner : str, default="reconstruction"
@@ -96,7 +97,7 @@ def shrink(
     distill : mapping or bool, default=True
         Whether to distil at the end, or knobs of :func:`nni_topo.distill`, e.g. ``{"seconds": 60, "augment": ...}``,
         where ``seconds`` is the wall time of distillation alone. The distilled weights are kept only if, on the
-        held-out images, the loss falls and the distance at most doubles. A network whose outputs have no gradients
+        images that judge, the loss falls and the distance at most doubles. A network whose outputs have no gradients
         isn't distilled, and a warning says so.
     depth : bool, default=False
         Whether blocks compete with channels for the budget: residual blocks, blocks of transformers, and attention or
@@ -168,7 +169,7 @@ def shrink(
     then says what the config can't describe.
 
     With ``depth`` two or three networks are made: with all blocks, and without blocks that save parts of the cost. In
-    each, channels are removed for the rest, and the one with the smallest loss on the held-out images is distilled.
+    each, channels are removed for the rest, and the one with the smallest loss on the images that judge is distilled.
     ``docs/how_small.md`` has more on tolerances and blocks.
 
     Examples

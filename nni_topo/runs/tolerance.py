@@ -29,7 +29,7 @@ from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.fits import structure_call, with_whole_batches
 from nni_topo.network.speedup.dense import to_dense
 from nni_topo.network.speedup.dense_report import dense_report_of
-from nni_topo.recovery.likeness import Answers, are_classes
+from nni_topo.recovery.likeness import Answers, have_answers
 from nni_topo.runs.measurements import UNPRUNED, evaluated
 from nni_topo.runs.pipeline import Pipeline
 from nni_topo.runs.settings import Settings
@@ -74,7 +74,7 @@ class ToleranceOutcome:
     """The outcome of a search within a tolerance; ``str`` is a sentence."""
 
     tolerance: float  # the requested one
-    # What the tolerance limits. answers: the share of images whose answer, the class with the largest output, changes;
+    # What the tolerance limits. answers: the share of answers, classes or decisions, that change;
     # distance: the mean squared distance of the outputs over their variance; evaluate: the fall of its number.
     measure: str
     kind: str  # the minimized cost: flops, params, latency or memory
@@ -195,8 +195,10 @@ def checked_tolerance(
         raise ConfigError("measure='evaluate' needs a function evaluate, got None (shrink)")
     if measure == "evaluate" or (measure == "auto" and settings.evaluate is not None):
         return "evaluate", None
-    measure = "answers" if measure != "distance" and are_classes(model, images, settings.outputs) else "distance"
     parts: Any = images.in_parts(PARTS)
+    if measure != "distance":
+        has_answers = have_answers(model, parts[0], settings.outputs, settings.objective)
+        measure = "answers" if has_answers else "distance"
     unit = images.unit
     counts, total = [0 if part is None else _units(part) for part in parts], _units(images)
     whole = f"; the model runs on whole batches only, of which there are {len(images)}" if images.why_whole else ""

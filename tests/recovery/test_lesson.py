@@ -236,7 +236,7 @@ def test_losses_are_means_over_real_positions(is_padded, has_places):
     variance = wanted if is_padded or not has_places else wanted.unflatten(0, (20, 4))
     distance = (scores - wanted).square().mean() / variance.var(0, correction=0).mean()
     judged = found.judge(student, index)
-    assert found.kind == "kl"
+    assert found.objective_name == "kl"
     assert judged.loss == pytest.approx(float(loss), rel=1e-9)
     assert judged.distance == pytest.approx(float(distance))
     assert judged.agreement == pytest.approx(float((wanted.argmax(1) == scores.argmax(1)).double().mean()))

@@ -14,7 +14,7 @@ from nni_topo.recovery.likeness import (
     Estimate,
     _mean,
     _share,
-    are_classes,
+    have_answers,
 )
 
 
@@ -252,8 +252,8 @@ def test_batches_that_do_not_fit_are_named_from_zero():
 
 
 @pytest.mark.parametrize("size", [4, 16, 64])
-@pytest.mark.parametrize(("gives", "agrees"), [(torch.sigmoid, False), (lambda x: x.softmax(1), True), (abs, True)])
-def test_tags_have_no_largest_output_whatever_the_batches(gives, agrees, size):
+@pytest.mark.parametrize(("gives", "agrees"), [(torch.sigmoid, True), (lambda x: x.softmax(1), True), (abs, False)])
+def test_classes_and_decisions_have_answers_whatever_the_batches(gives, agrees, size):
     class Scores(nn.Module):
         def forward(self, x):
             return gives(x)
@@ -263,13 +263,16 @@ def test_tags_have_no_largest_output_whatever_the_batches(gives, agrees, size):
     answers = Answers(model, batches)
     for found in (*answers.likenesses(nn.Identity()), *answers.likenesses(model)):
         assert math.isnan(found.agreement.value) is not agrees
-    assert are_classes(model, batches) is agrees
+    assert have_answers(model, batches) is agrees
 
 
 def test_scores_that_lie_between_0_and_1_in_the_first_batch_alone_are_those_of_classes():
-    images = torch.rand(64, 5, generator=torch.Generator().manual_seed(0))
-    images[60, 2] = 3.0
-    answers = Answers(nn.Identity(), Calibration(list(images.split(16))))
+    generator = torch.Generator().manual_seed(0)
+    scores = 4.0 * torch.eye(5)[torch.randint(5, (64,), generator=generator)] + torch.rand(64, 5, generator=generator)
+    scores -= scores.mean(1, keepdim=True)
+    scores[:16] = scores[:16] / 8.0 + 0.5
+    answers = Answers(nn.Identity(), Calibration(list(scores.split(16))))
+    assert [kind.holds for kind in answers.kinds] == ["classes"]
     assert all(found.agreement.value == 1.0 for found in answers.likenesses(nn.Identity()))
 
 

@@ -5,17 +5,29 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from distill_nets import batches, inputs, pair
+from sklearn.datasets import (
+    load_breast_cancer,
+    load_diabetes,
+    load_digits,
+    load_iris,
+    load_linnerud,
+    load_wine,
+    make_regression,
+)
 from torch import nn
-from torch.nn.functional import normalize
+from torch.nn.functional import cross_entropy, interpolate, normalize, softmax
 
 import nni_topo
 from nni_topo.errors import ConfigError
+from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.recovery import distill, distillation
 from nni_topo.recovery.lesson import Lesson
-from nni_topo.recovery.outputs import are_tags, read_outputs, shared_blocks
+from nni_topo.recovery.likeness import Answers
+from nni_topo.recovery.outputs import shared_blocks
 
 
 def unit(output, _):
@@ -84,41 +96,253 @@ def test_a_model_that_gives_vectors_of_length_one_needs_no_outputs():
     assert found.report.tolerance.measure == "distance"
 
 
-@pytest.mark.parametrize(
-    ("rows", "kind"),
-    [
-        (normalize(torch.randn(16, 4, generator=torch.Generator().manual_seed(0))), "cosine"),
-        (torch.tensor([[0.6, -0.8], [-1.0, 0.0]]).repeat(8, 1), "cosine"),
-        (torch.tensor([[0.6, 0.7]]).repeat(16, 1), "kl"),
-        (torch.eye(4).repeat(4, 1), "kl"),  # probabilities of a classifier that is sure
-        (torch.eye(4).repeat(4, 1) * 2.0, "kl"),
-        (torch.tensor([[1.0], [-1.0]]).repeat(8, 1), "squares"),  # a single number has no direction
-        (normalize(torch.ones(16, 2, 4), dim=2), "squares"),
-        ({"logits": -torch.eye(4).repeat(4, 1)}, "kl"),
-        ((-torch.eye(4).repeat(4, 1), torch.zeros(16, 4)), "squares"),
-    ],
-)
-def test_embeddings_are_told_by_their_length(rows, kind):
-    assert read_outputs(rows, ((inputs(16),), {}), 16, None)[1] == kind
+def read(model, images, **knobs):
+    """Return what a model's outputs hold, and the sentence."""
+    answers = Answers(model, Calibration(images), **knobs)
+    return [(kind.holds, kind.form) for kind in answers.kinds], answers.read_as
+
+
+class Given(nn.Module):
+    """Returns what it gets; no operation says what it is."""
+
+    def forward(self, given):
+        return given * 1.0
 
 
 @pytest.mark.parametrize(
-    ("row", "samples", "expected"),
+    ("rows", "holds"),
     [
-        ([0.0, 0.5, 0.9], 8, True),  # a tag that is certainly absent
-        ([0.3, 0.5, 1.0], 8, True),
-        ([0.3, 0.5, 1.0], 7, False),  # few samples may lie in [0, 1] by chance
-        ([0.0, 0.3, 0.7], 8, False),  # probabilities of classes
-        ([0.0, 1.0, 1.0], 8, False),  # no number says that these are probabilities
-        ([-0.1, 0.5, 0.9], 8, False),
-        ([0.1, 0.5, 1.1], 8, False),
+        (normalize(torch.randn(16, 4, generator=torch.Generator().manual_seed(0))), "vectors"),
+        (torch.tensor([[0.6, -0.8], [-1.0, 0.0]]).repeat(8, 1), "vectors"),
+        (torch.tensor([[0.6, 0.7]]).repeat(16, 1), "decisions"),
+        (torch.eye(4).repeat(4, 1), "classes"),  # probabilities of a classifier that is sure
+        (torch.eye(4).repeat(4, 1) * 2.0, "classes"),
+        (torch.tensor([[1.0], [-1.0]]).repeat(8, 1), "numbers"),  # a single number has no direction
+        (normalize(torch.arange(-64.0, 64.0).reshape(16, 2, 4), dim=2), "vectors"),
+        (torch.tensor([[0.0, 0.3, 0.7]]).repeat(8, 1), "classes"),
+        (torch.tensor([[0.3, 0.5, 1.0]]).repeat(7, 1), "classes"),  # few samples may lie in [0, 1] by chance
+        (torch.tensor([[-0.1, 0.5, 0.9]]).repeat(8, 1), "classes"),
+        (torch.tensor([[0.1, 0.5, 1.1]]).repeat(8, 1), "classes"),
+        (torch.tensor([[0.0, 1.0, 1.0]]).repeat(8, 1), "classes"),  # no number says that these are probabilities
     ],
 )
-def test_tags_are_numbers_between_0_and_1_whose_rows_have_other_sums(row, samples, expected):
-    rows = torch.tensor([row]).repeat(samples, 1)
-    assert are_tags([rows]) is expected
-    assert are_tags([rows[:3], rows[3:]]) is expected
-    assert not are_tags([rows, rows[:, None]])
+def test_without_an_operation_values_say_what_outputs_hold(rows, holds):
+    for size in (len(rows), 3):
+        assert read(Given(), list(rows.split(size)))[0][0][0] == holds
+
+
+class Ends(nn.Module):
+    """A layer, and a function of its output."""
+
+    def __init__(self, head, end):
+        super().__init__()
+        self.head, self.end = head, end
+
+    def forward(self, inputs):
+        return self.end(self.head(inputs))
+
+
+def layer(out_features=6):
+    torch.manual_seed(0)
+    return nn.Linear(8, out_features)
+
+
+def convolution(channels=5):
+    torch.manual_seed(0)
+    return nn.Conv2d(3, channels, 3)
+
+
+ROWS = torch.randn(48, 8, generator=torch.Generator().manual_seed(3))
+IMAGES = torch.randn(24, 3, 9, 9, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize(
+    ("head", "end", "images", "kinds", "sentence"),
+    [
+        (layer(), lambda x: x.softmax(1), ROWS, [("classes", "probabilities")], "of 6 classes (softmax)"),
+        (layer(), lambda x: softmax(input=x, dim=-1), ROWS, [("classes", "probabilities")], "of 6 classes (softmax)"),
+        (layer(), lambda x: x.log_softmax(1), ROWS, [("classes", "log-probabilities")], "of 6 classes (log_softmax)"),
+        (layer(), lambda x: x.softmax(1).log(), ROWS, [("classes", "log-probabilities")], "of 6 classes"),
+        (
+            layer(),
+            lambda x: x.softmax(1) / 2 + x.softmax(1) / 2,
+            ROWS,
+            [("classes", "probabilities")],
+            "by their values",
+        ),
+        (layer(24), lambda x: x.view(-1, 4, 6).softmax(2), ROWS, [("classes", "probabilities")], "6 classes by place"),
+        (layer(24), lambda x: x.view(-1, 4, 6).softmax(1), ROWS, [("classes", "probabilities")], "4 classes by place"),
+        (convolution(), lambda x: x.softmax(1), IMAGES, [("classes", "probabilities")], "5 classes by place"),
+        (
+            convolution(),
+            lambda x: interpolate(x.softmax(1), scale_factor=2, mode="bilinear").permute(0, 2, 3, 1).flatten(1, 2),
+            IMAGES,
+            [("classes", "probabilities")],
+            "5 classes by place",
+        ),
+        (
+            convolution(7),
+            lambda x: {"logits": x},
+            IMAGES,
+            [("classes", "scores")],
+            "7 classes by place (called logits)",
+        ),
+        (layer(), lambda x: x.softmax(1)[:, 1], ROWS, [("decisions", "probabilities")], "taken at 0.5 (of softmax)"),
+        (layer(), torch.sigmoid, ROWS, [("decisions", "probabilities")], "taken at 0.5 (sigmoid)"),
+        (layer(24), lambda x: x.view(-1, 4, 6).sigmoid_(), ROWS, [("decisions", "probabilities")], "(sigmoid)"),
+        (layer(), normalize, ROWS, [("vectors", "scores")], "vectors of length one with 6 numbers (normalize)"),
+        (layer(), torch.tanh, ROWS, [("numbers", "scores")], "numbers (tanh)"),
+        (layer(1), lambda x: x, ROWS, [("numbers", "scores")], "outputs: numbers"),
+        (convolution(), lambda x: x, IMAGES, [("numbers", "scores")], "outputs: numbers"),
+        (layer(), lambda x: x, ROWS, [("classes", "scores")], "scores of 6 classes (last layer `head`, assumed"),
+        (
+            layer(),
+            lambda x: {"tags": x[:, :2].sigmoid(), "kind": x[:, 2:5].softmax(1), "size": x[:, 5:]},
+            ROWS,
+            [("decisions", "probabilities"), ("classes", "probabilities"), ("numbers", "scores")],
+            "kind: probabilities of 3 classes (softmax)",
+        ),
+    ],
+)
+def test_the_last_operation_says_what_outputs_hold(head, end, images, kinds, sentence):
+    found, words = read(Ends(head, end), list(images.split(16)))
+    assert found == kinds
+    assert sentence in words
+    assert ("agreement" in words) is any(holds in ("classes", "decisions") for holds, _ in kinds)
+
+
+def test_a_layer_that_ends_in_softmax_is_named():
+    _, words = read(nn.Sequential(layer(), nn.Sequential(nn.Softmax(1))), [ROWS])
+    assert words.startswith("outputs: probabilities of 6 classes (softmax in `1.0`)")
+
+
+def test_objective_overrides_what_outputs_hold():
+    for objective, holds in (("kl", "classes"), ("binary", "decisions"), ("squares", "numbers"), ("cosine", "vectors")):
+        assert read(layer(), [ROWS], objective=objective)[0][0][0] == holds
+    tall = Answers(convolution(), Calibration([IMAGES]), objective="kl")
+    assert tall.kinds[0].axis == -3  # the channels of the convolution that made them
+
+
+def test_one_score_at_each_place_is_a_decision_if_its_values_are():
+    sure = 6.0 * torch.sign(torch.randn(32, 1, 12, generator=torch.Generator().manual_seed(0)))
+    for scale, holds in ((1.0, "decisions"), (0.05, "numbers")):
+        head = nn.Conv1d(1, 1, 1)
+        nn.init.constant_(head.weight, scale)
+        nn.init.zeros_(head.bias)
+        found, _ = read(Ends(head, lambda x: x.squeeze(1)), [sure])
+        assert found == [(holds, "scores")]
+
+
+def kl_by_hand(mine, theirs, axis):
+    return float((theirs * (theirs.log() - mine.log())).sum(axis).mean())
+
+
+@pytest.mark.parametrize(
+    ("end", "expected"),
+    [
+        (lambda x: x.softmax(1), lambda mine, theirs: kl_by_hand(mine, theirs, 1)),
+        (lambda x: x.log_softmax(1), lambda mine, theirs: kl_by_hand(mine.exp(), theirs.exp(), 1)),
+        (lambda x: x.view(-1, 4, 2).softmax(1), lambda mine, theirs: kl_by_hand(mine, theirs, 1)),
+        (
+            torch.sigmoid,
+            lambda mine, theirs: float(
+                (theirs * (theirs / mine).log() + (1 - theirs) * ((1 - theirs) / (1 - mine)).log()).mean()
+            ),
+        ),
+        (
+            lambda x: (x[:, :3].softmax(1), x[:, 3:].tanh()),
+            lambda mine, theirs: (
+                (
+                    kl_by_hand(mine[0], theirs[0], 1)
+                    + float((mine[1] - theirs[1]).square().mean() / theirs[1].var(0, correction=0).mean())
+                )
+                / 2
+            ),
+        ),
+    ],
+)
+def test_the_loss_follows_from_what_outputs_hold(end, expected):
+    torch.manual_seed(1)
+    unpruned, dense = Ends(nn.Linear(8, 8), end), Ends(nn.Linear(8, 8), end)
+    index = torch.arange(len(ROWS))
+    judged = Lesson(unpruned, dense, ((ROWS,), {}), "auto", 1.0).judge(dense, index)
+    with torch.no_grad():
+        assert judged.loss == pytest.approx(expected(dense(ROWS), unpruned(ROWS)), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("end", "answers"),
+    [
+        (lambda x: x.softmax(1), lambda x: x.argmax(1)),
+        (lambda x: x.view(-1, 4, 2).softmax(1), lambda x: x.argmax(1)),
+        (torch.sigmoid, lambda x: x > 0.5),
+    ],
+)
+def test_agreement_follows_from_what_outputs_hold(end, answers):
+    torch.manual_seed(1)
+    unpruned, dense = Ends(nn.Linear(8, 8), end), Ends(nn.Linear(8, 8), end)
+    (likeness,) = Answers(unpruned, Calibration([ROWS])).likenesses(dense)
+    with torch.no_grad():
+        expected = float((answers(dense(ROWS)) == answers(unpruned(ROWS))).double().mean())
+    assert 0.0 < expected < 1.0
+    assert likeness.agreement.value == pytest.approx(expected)
+    assert Lesson(unpruned, dense, ((ROWS,), {}), "auto", 2.0).judge(
+        dense, torch.arange(len(ROWS))
+    ).agreement == pytest.approx(expected)
+
+
+def fitted(inputs, targets, loss):
+    """Return a small network that is trained on all samples, and its inputs."""
+    torch.manual_seed(0)
+    inputs = torch.tensor(inputs, dtype=torch.float32)
+    inputs = (inputs - inputs.mean(0)) / inputs.std(0).clamp_min(1e-6)
+    outputs = targets.shape[1] if targets.dim() > 1 else int(targets.max()) + 1
+    net = nn.Sequential(nn.Linear(inputs.shape[1], 32), nn.ReLU(), nn.Linear(32, outputs))
+    if targets.dim() > 1:
+        with torch.no_grad():
+            net[-1].bias.copy_(targets.mean(0))
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss(net(inputs), targets).backward()
+        optimizer.step()
+    return net.eval(), inputs
+
+
+def regressions():
+    """Ten regressions: of two data sets of measurements, of pixels, and synthetic ones, some of them standardized."""
+    linnerud = load_linnerud()
+    features, progress = load_diabetes(return_X_y=True)
+    iris, wine = load_iris().data, load_wine().data
+    data = {
+        "linnerud": (linnerud.data, linnerud.target),
+        "diabetes": (features, np.c_[progress, 100.0 * features[:, 2:4]]),
+        "iris": (iris[:, :2], iris[:, 2:]),
+        "wine": (wine[:, :8], wine[:, 9:12]),
+    }
+    for count in (2, 3, 10):
+        data[f"synthetic {count}"] = make_regression(400, 12, n_informative=8, n_targets=count, random_state=count)
+    for name in ("linnerud", "diabetes", "synthetic 3"):
+        inputs, targets = data[name]
+        data[f"{name}, standardized"] = inputs, (targets - targets.mean(0)) / targets.std(0)
+    return data
+
+
+@pytest.mark.parametrize("name", sorted(regressions()))
+def test_regressors_give_numbers(name):
+    inputs, targets = regressions()[name]
+    targets = torch.tensor(targets, dtype=torch.float32)
+    net, images = fitted(inputs, targets, lambda y, t: ((y - t).square() / t.var(0)).mean())
+    assert read(net, [images])[0] == [("numbers", "scores")]
+
+
+@pytest.mark.parametrize("load", [load_iris, load_wine, load_digits, load_breast_cancer])
+def test_classifiers_give_classes_before_and_after_training(load):
+    data = load()
+    net, images = fitted(data.data, torch.tensor(data.target), cross_entropy)
+    assert read(net, [images])[0] == [("classes", "scores")]
+    fresh = nn.Sequential(nn.Linear(images.shape[1], 32), nn.ReLU(), nn.Linear(32, 3))
+    assert read(fresh, [images])[0] == [("classes", "scores")]
 
 
 class Block(nn.Module):

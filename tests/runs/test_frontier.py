@@ -55,7 +55,7 @@ def test_each_network_is_the_one_that_shrink_makes():
     assert (whole.share, whole.left, whole.changed, whole.distance) == (1.0, 1.0, 0.0, 0.0)
     assert (whole.macs, whole.params) == (theirs.stages[0].macs, theirs.stages[0].params)
     assert (whole.start, whole.is_distilled, whole.is_knee, whole.seconds) == (1.0, False, False, 0.0)
-    assert (found.kind, found.measure, found.images, found.held_out) == ("flops", "answers", 112, 16)
+    assert (found.kind, found.measure, found.images, found.held_out) == ("flops", "answers", 112, 8)
 
 
 def test_the_table_has_a_row_for_each_network_and_the_unpruned_one():

@@ -357,6 +357,12 @@ def rule_of(node: Node) -> OperatorRule | None:
     return _TABLE[target] if target in _TABLE else _TABLE.get(operation_name(node))
 
 
+def moves_entries(name: str) -> bool:
+    """Tell whether the function or method of this name only moves entries of tensors."""
+    found = _TABLE.get(name)
+    return found is not None and found.moves
+
+
 def module_rule(module: nn.Module) -> OperatorRule | None:
     """Look up the rule of a module's class, or of the nearest class that it is derived from; None without one."""
     for kind in type(module).__mro__:

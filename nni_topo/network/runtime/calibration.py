@@ -314,6 +314,20 @@ class Calibration(Sequence[Any]):
             every = min(every, max(2, len(self._numbers.unique())))
         return [0] * (every - 1) + [1]
 
+    @property
+    def judging_pattern(self) -> list[int]:
+        """The pattern for `in_parts` that splits what :meth:`split` holds out: into part 1, which judges, and part 2.
+
+        It needs eight samples, or three groups or whole batches; with fewer it is the pattern of :meth:`split`.
+        """
+        units = len(self._numbers.unique())
+        if units < (HELD_OUT if self._labels is None and not self.is_whole else 3):
+            return self._every(HELD_OUT)
+        length = min(2 * HELD_OUT, units)
+        pattern = [0] * length
+        pattern[length // 2 - 1], pattern[-1] = 1, 2
+        return pattern
+
     def _marks(self, pattern: Sequence[int]) -> Tensor:
         """Return the part of each sample by a pattern, int64 (samples,)."""
         return torch.tensor(pattern)[self._numbers % len(pattern)]
