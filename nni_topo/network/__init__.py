@@ -5,6 +5,7 @@ from nni_topo.network.cost.latency import LatencyTable, LayerLatency, measure_la
 from nni_topo.network.cost.measure import Profiled, profile
 from nni_topo.network.io.checkpoint import load, save, save_pretrained
 from nni_topo.network.io.exporting import Exported, export
+from nni_topo.network.io.importing.files import from_file
 from nni_topo.network.io.vocabulary import TrimmedVocabulary, VocabularyReport, trim_vocabulary
 from nni_topo.network.layers.kinds import as_torch_layers, register_module, zeros_held
 from nni_topo.network.speedup.dense import to_dense
@@ -30,6 +31,7 @@ __all__ = [
     "dependency_groups",
     "explain",
     "export",
+    "from_file",
     "load",
     "masked_model",
     "measure_latency",

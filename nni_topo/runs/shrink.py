@@ -9,6 +9,7 @@ from nni.compression.utils import Evaluator
 from torch import nn
 
 from nni_topo.errors import ConfigError
+from nni_topo.network.io.importing.files import taking_files
 from nni_topo.network.runtime.arguments import BATCHES, MODEL, ROUND_TO
 from nni_topo.network.runtime.hooks import batches_of
 from nni_topo.network.runtime.public import Running, public
@@ -26,6 +27,7 @@ KNOBS = {"tolerance": number(0.0, 1.0, "neither") | NONE, "measure": one_of(MEAS
 """Rules of the knobs that say how much the network's outputs may change."""
 
 
+@taking_files
 @public(
     Running(leaves_out=LEAVE_OUT),
     model=MODEL,
@@ -36,7 +38,7 @@ KNOBS = {"tolerance": number(0.0, 1.0, "neither") | NONE, "measure": one_of(MEAS
     **KNOBS,
 )
 def shrink(
-    model: nn.Module,
+    model: nn.Module | Any,
     images: Iterable[Any] | Evaluator,
     budget: Budget | Mapping[str, Any] | str | None = None,
     *,
@@ -60,8 +62,10 @@ def shrink(
 
     Parameters
     ----------
-    model : torch.nn.Module
-        The trained network, not wrapped by a pruner. It isn't changed.
+    model : torch.nn.Module, str, Path, onnx.ModelProto or torch.export.ExportedProgram
+        The trained network, not wrapped by a pruner. It isn't changed. Also what :func:`nni_topo.from_file` takes: the
+        path of an ``.onnx`` or ``.pt2`` file, or what is loaded from it. Then batches may be arrays, or dicts by the
+        names of the file's inputs, and :func:`nni_topo.export` writes the smaller file without inputs.
     images : iterable or nni.compression.utils.Evaluator
         Batches of inputs, or of ``(inputs, ...)``; labels aren't used. If it is an evaluator, the batches it evaluates
         on. They are read once, see :class:`nni_topo.Calibration`; a DataLoader may shuffle and augment.

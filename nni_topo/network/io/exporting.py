@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
 from nni_topo.disk import check_output_file, output_folder, path_of, whole_file
 from nni_topo.errors import ConfigError, DataError, ExportError
+from nni_topo.network.io.importing.facts import FileFacts, file_facts, of_other_sizes
 from nni_topo.network.runtime.arguments import check_model
 from nni_topo.network.runtime.comparison import agree, difference, same_program
 from nni_topo.network.runtime.copies import detached_copy, evaluating
@@ -50,6 +51,7 @@ FORMATS: dict[str, Format] = {".onnx": "onnx", ".pt2": "torch.export"}
 _BATCH = 2  # batch size of the export if the file takes any
 _OTHER_BATCH = 3  # second batch size with which the file is checked
 _MULTIPLES = (1, 8, 16, 32)  # a network may take only sizes that are multiples of one of these
+_OPSET = 18  # the oldest that PyTorch writes
 _DIMS = all_of(whole(0), Sequence)
 _COLOURS = re.compile(r"\x1b\[[\d;]*m")  # of a terminal
 _MOST_OF_A_REASON = 300  # most characters quoted from PyTorch's errors
@@ -81,12 +83,12 @@ class Exported:
 
 
 # PyTorch's exporters fail if convolutions and recurrent layers have different precision settings.
-@public(path=ANYTHING, dynamic_dims=_DIMS)
+@public(path=ANYTHING, inputs=ANYTHING, dynamic_dims=_DIMS)
 @in_full_precision()
 def export(
     model: nn.Module,
     path: str | Path,
-    inputs: Any,
+    inputs: Any = None,
     format: Format | None = None,  # noqa: A002
     *,
     int8: Iterable[Any] | None = None,
@@ -102,8 +104,9 @@ def export(
     path : str or Path
         The file to write, e.g. ``"small.onnx"`` or ``"small.pt2"``; without a ``format`` its ending must be one of
         these two.
-    inputs : Tensor, tuple, list or mapping of str to Any
-        Example inputs, batch first: one tensor, positional or keyword arguments, or a batch whose first entry holds the
+    inputs : Tensor, tuple, list or mapping of str to Any, optional
+        None: for a network of :func:`nni_topo.from_file`; the new file has the inputs, outputs, free axes and metadata
+        of the old one, and its opset or the oldest newer one that PyTorch writes. For any other network example inputs, batch first: one tensor, positional or keyword arguments, or a batch whose first entry holds the
         arguments. The file takes only these sizes, except in the ``dynamic_dims``.
     format : {"onnx", "torch.export"}, optional
         ONNX for onnxruntime, or a program for :func:`torch.export.load`. None: ``"onnx"`` for a path that ends in
@@ -181,13 +184,19 @@ def export(
     check_model(model)
     net = evaluating(detached_copy(model))
     net.cpu()
+    facts = file_facts(net) if inputs is None else None
+    if inputs is None:
+        if facts is None:
+            raise ConfigError("inputs must be given for a network that wasn't imported from a file, got none (export)")
+        inputs = facts.example
+        dynamic_dims = sorted({axis for each in facts.inputs for axis in each.free})
     given = call = call_arguments(inputs, net)
     most = max(each.dim() for each in tensors_of(given))
     if missing := [dim for dim in dynamic_dims if dim >= most]:
         raise ConfigError(
             f"dynamic_dims must be dimensions of the inputs, got {missing[0]} of {most} dimensions (export)"
         )
-    if 0 in dynamic_dims:
+    if 0 in dynamic_dims and facts is None:
         call = taken(given, torch.arange(_BATCH) % batch_size(given))
     try:
         check_fits(net, call, "inputs")
@@ -201,14 +210,19 @@ def export(
         raise ExportError(f"a network that is exported must return tensors, got {kind} ({type(net).__name__})")
     if images is not None:
         first_call(net, images)
-    calls_to_check = [call, _other_sizes(net, call, dynamic_dims)] if dynamic_dims else [call]
+    calls_to_check = [call]
+    if facts is not None:
+        other = of_other_sizes(facts.inputs, call[0], lambda tensors: _outputs(net, (tuple(tensors), {})))
+        calls_to_check += [] if other is None else [(tuple(other), {})]
+    elif dynamic_dims:
+        calls_to_check.append(_other_sizes(net, call, dynamic_dims))
     names = list[str]()
     if not isinstance(returned, (Tensor, list)) and type(returned) is not tuple:
         names = [name.replace("[", ".").replace("]", "") for name, _ in returned_by_name(returned)]
     _return_tensors_alone(net, returned, and_numbers=format != "onnx")
     with quietly():
         try:
-            program = _program(net, call, dynamic_dims)
+            program = _program(net, call, dynamic_dims, facts)
         except ExportError:
             if not dynamic_dims or not (kept := _kept_by_runs(net, calls_to_check)):
                 raise
@@ -216,7 +230,7 @@ def export(
             fresh = detached_copy(net)
             for name, key in kept:
                 vars(fresh.get_submodule(name)).pop(key)
-            program = _program(fresh, call, dynamic_dims)
+            program = _program(fresh, call, dynamic_dims, facts)
     output_folder(path.parent)
     # The file gets its name only after all checks, so that no wrong file is left behind.
     with whole_file(path) as part:
@@ -234,8 +248,12 @@ def export(
             error = _check(net, calls_to_check, lambda one: tensors_of(loaded(*one[0], **one[1])))
         else:
             with quietly(), _export_errors("that PyTorch can write as ONNX", net):
-                written_as_onnx: Any = torch.onnx.export(program, dynamo=True, verbose=False)
-                _name_outputs(written_as_onnx.model.graph, names)
+                opset = facts.opset if facts is not None and facts.opset > _OPSET else None
+                written_as_onnx: Any = torch.onnx.export(program, dynamo=True, verbose=False, opset_version=opset)
+                if facts is None or facts.kind != "onnx":
+                    _name_outputs(written_as_onnx.model.graph, names)
+                if facts is not None:
+                    _name_as_in_file(written_as_onnx.model, facts)
                 written_as_onnx.save(str(part), external_data=False)
             with _export_errors("that onnxruntime can run; most of its operators take single precision only", net):
                 session = _session(part)
@@ -376,8 +394,35 @@ def _name_outputs(graph: Any, names: list[str]) -> None:
         taken.add(name)
 
 
-def _program(net: nn.Module, call: Call, dims: Sequence[int]) -> Any:
-    """Export a network as a program that takes any size in these dimensions of inputs that hold samples."""
+def _name_as_in_file(model: Any, facts: FileFacts) -> None:
+    """Give an ONNX model the names of inputs, outputs and free axes, and the metadata, of the file it came from."""
+    graph = model.graph
+    axes = dict[str, str]()
+    for value, each in zip(graph.inputs, facts.inputs, strict=True):
+        axes |= {str(value.shape[axis].value): name for axis, name in each.free.items()}
+    ends = [*zip(graph.inputs, (each.name for each in facts.inputs), strict=True)]
+    if facts.kind == "onnx":
+        ends += zip(graph.outputs, facts.outputs, strict=True)
+    wanted = {name for _, name in ends}
+    others = [*graph.initializers.values(), *(value for node in graph for value in node.outputs)]
+    for value in others:
+        while value.name in wanted and not any(value is end for end, _ in ends):
+            value.name += "_"
+    for value, _ in ends:  # first to names that no value has, because two may change places
+        value.name = f"{value.name}.renamed"
+    for value, name in ends:
+        value.name = name
+        for axis, size in enumerate(value.shape or ()):
+            if str(getattr(size, "value", size)) in axes:
+                value.shape[axis] = axes[str(getattr(size, "value", size))]
+    model.metadata_props.update(facts.metadata)
+
+
+def _program(net: nn.Module, call: Call, dims: Sequence[int], facts: FileFacts | None) -> Any:
+    """Export a network as a program that takes any size in these dimensions of inputs that hold samples.
+
+    A network that was imported from a file has the free axes of the file.
+    """
     batch = torch.export.Dim("batch")
     size = batch_size(call)
 
@@ -389,7 +434,11 @@ def _program(net: nn.Module, call: Call, dims: Sequence[int]) -> Any:
         return free or None
 
     args, kwargs = call
-    dynamic_shapes = tree_map(free_dimensions, inspect.signature(net.forward).bind(*args, **kwargs).arguments)
+    dynamic_shapes: Any
+    if facts is None:
+        dynamic_shapes = tree_map(free_dimensions, inspect.signature(net.forward).bind(*args, **kwargs).arguments)
+    else:
+        dynamic_shapes = tuple(dict.fromkeys(each.free, torch.export.Dim.DYNAMIC) or None for each in facts.inputs)
     sizes = "any batch size" if tuple(dims) == (0,) else f"any size in the dimensions {tuple(dims)}"
     rule = f"that torch.export can follow at {sizes if dims else 'the sizes of the inputs'}"
     advice = "; dynamic_dims=() makes a file for the sizes of the inputs alone" if dims else ""

@@ -1,0 +1,1 @@
+"""Networks from files: ONNX and torch.export."""
