@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tyro
 from rich.console import Console
 
 import nni_topo
 from nni_topo.disk import check_output_file, output_folder, write_figure, write_json
-from nni_topo.errors import ConfigError
+from nni_topo.errors import ConfigError, DataError, raised
+from nni_topo.network.io.exporting import FORMATS
 from nni_topo.pruners.budget import BUDGETS
 from nni_topo.pruners.registry import list_pruners, pruner_info
 from nni_topo.recovery import list_recoveries, recovery_info
@@ -34,6 +37,9 @@ from nni_topo.studies.report import prune_costs, write_report
 from nni_topo.studies.study import DataVerb, Names, TrainedVerb, Verb, finite, plain, save_figures
 from nni_topo.studies.tables import NumberTable, as_markdown, tables_of
 from nni_topo.zoo import list_data, list_models
+
+
+_SAMPLES_AT_ONCE = 64  # of an .npz file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +190,10 @@ class Report(Verb):
 
 @dataclass(frozen=True, kw_only=True)
 class Shrink(TrainedVerb):
-    """Make one trained model smaller from unlabelled images: select channels, reconstruct weights, distil."""
+    """Make one trained model smaller from unlabelled images: select channels, reconstruct weights, distil.
+
+    --model may be an .onnx or .pt2 file, with --data an .npz file of arrays by the names of its inputs.
+    """
 
     pruner: str = "reconstruction"  # registered name
     method: str = "reconstruct"  # how weights are reconstructed: a listed recovery method, or package.module:Class
@@ -209,26 +218,40 @@ class Shrink(TrainedVerb):
         with empty_folder(self.out):
             budget = self._budget()
             self._check(budget)
-            start = self.start(self.test_limit)
+            is_file = Path(self.model).suffix.lower() in FORMATS
+            how: dict[str, Any]
+            if is_file:
+                network: Any = self.model
+                images: Any = _batches_in(Path(self.data), self.images)
+                how = {"distill": {} if self.distill_seconds is None else {"seconds": self.distill_seconds}}
+            else:
+                start = self.start(self.test_limit)
+                network, images = start.net, start.images(self.images)
+                choice = DistillationChoice(self.images, seconds=self.distill_seconds)
+                how = {"distill": distillation_knobs(start, choice), "evaluate": start.tested}
             dense = shrink(
-                start.net,
-                start.images(self.images),
+                network,
+                images,
                 budget,
                 tolerance=self.tolerance,
                 measure="auto" if self.tolerance is None else self.measure,
                 time=True,
                 pruner=self.pruner,
                 compensate=self.method,
-                distill=distillation_knobs(start, DistillationChoice(self.images, seconds=self.distill_seconds)),
                 depth=self.depth,
                 round_to=self.round_to,
-                evaluate=start.tested,
                 seed=self.seed,
                 progress=False if self.json else None,
+                **how,
             )
             report: Any = dense.report
             output_folder(self.out)
-            nni_topo.save(dense, self.out / "dense.safetensors")
+            if is_file:
+                written = nni_topo.export(dense, self.out / f"small{Path(self.model).suffix.lower()}").path
+                files = f"smaller file: {written}"
+            else:
+                nni_topo.save(dense, self.out / "dense.safetensors")
+                files = f"dense model: {self.out / 'dense.safetensors'} (nni_topo.load)"
             found_within, verdict, depth, time = report.tolerance, report.distillation, report.depth, report.time
             facts: dict[str, Any] = {
                 "model": self.model,
@@ -257,7 +280,7 @@ class Shrink(TrainedVerb):
             write_json(self.out / "shrink.json", document, sort=False)
             if "distillation" in facts:
                 write_figure(self.out / "distillation.png", plot_distillation(verdict), 110)
-            files = f"dense model: {self.out / 'dense.safetensors'} (nni_topo.load) · report: {write_report(self.out)}"
+            files += f" · report: {write_report(self.out)}"
             self.put_out(console, document["stages"], [repr(report), files])
             return 0
 
@@ -286,6 +309,25 @@ class Shrink(TrainedVerb):
         if self.tolerance is not None:
             return {self.budget or "flops": None, **how} if how else self.budget
         return {**(shares or {"flops": 0.25}), **how}
+
+
+def _batches_in(path: Path, count: int) -> list[dict[str, Any]]:
+    """Return the first samples of an ``.npz`` file in batches, by the names of its arrays."""
+    if path.suffix != ".npz" or not path.is_file():
+        raise DataError(
+            f"the data for an .onnx or .pt2 file must be an .npz file with its inputs, got {path} (--data)"
+        )
+    try:
+        with np.load(path) as file:
+            arrays = {name: file[name][:count] for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"data must be an .npz file of arrays, got {raised(error)} ({path})") from error
+    lengths = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
+    if len(set(lengths.values())) != 1 or 0 in lengths.values():
+        raise DataError(f"arrays of an .npz file must hold equally many samples, got {lengths} ({path})")
+    (samples,) = set(lengths.values())
+    starts = range(0, samples, _SAMPLES_AT_ONCE)
+    return [{name: array[at : at + _SAMPLES_AT_ONCE] for name, array in arrays.items()} for at in starts]
 
 
 @dataclass(frozen=True, kw_only=True)
