@@ -40,7 +40,7 @@ transformers/llama transformers/mistral transformers/qwen2 transformers/phi tran
 transformers/deit transformers/beit transformers/dinov2 transformers/clip_vision transformers/clip_text
 transformers/swin transformers/segformer transformers/convnext transformers/poolformer transformers/resnet
 transformers/wav2vec2 transformers/whisper torchvision/efficientnet_b0 torchvision/densenet121
-torchvision/convnext_tiny torchvision/swin_t torchvision/vit_b_32 segmentation/lraspp_mobilenet_v3_large""".split()
+torchvision/convnext_tiny torchvision/swin_t torchvision/vit_b_32 segmentation/lraspp_mobilenet_v3_large""".split()  # noqa: SIM905
 
 
 def calls_of(model: nn.Module, inputs: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -113,13 +113,18 @@ def measure(name: str, options: dict[str, str], exporter: str) -> dict[str, Any]
     record |= {"groups": len(of_source), "same_groups": of_source == of_file}
     if of_source != of_file:
         missing, added = Counter(of_source) - Counter(of_file), Counter(of_file) - Counter(of_source)
-        record["why"] = f"of the source alone {sorted(missing.elements())[:6]}, of the file {sorted(added.elements())[:6]}"
+        record["why"] = (
+            f"of the source alone {sorted(missing.elements())[:6]}, of the file {sorted(added.elements())[:6]}"
+        )
     return record
 
 
 def table(records: list[dict[str, Any]]) -> str:
     """Return the counts by exporter, and what isn't as from the source."""
-    lines = ["| file | networks | exported | imported and equal | groups as from the source |", "|---|---:|---:|---:|---:|"]
+    lines = [
+        "| file | networks | exported | imported and equal | groups as from the source |",
+        "|---|---:|---:|---:|---:|",
+    ]
     for exporter, title in EXPORTERS.items():
         rows = [each for each in records if each["model"].endswith(f" {exporter}")]
         written = [each for each in rows if each.get("outcome") != "not exported"]

@@ -38,7 +38,6 @@ from nni_topo.studies.study import DataVerb, Names, TrainedVerb, Verb, finite, p
 from nni_topo.studies.tables import NumberTable, as_markdown, tables_of
 from nni_topo.zoo import list_data, list_models
 
-
 _SAMPLES_AT_ONCE = 64  # of an .npz file
 
 
@@ -314,9 +313,7 @@ class Shrink(TrainedVerb):
 def _batches_in(path: Path, count: int) -> list[dict[str, Any]]:
     """Return the first samples of an ``.npz`` file in batches, by the names of its arrays."""
     if path.suffix != ".npz" or not path.is_file():
-        raise DataError(
-            f"the data for an .onnx or .pt2 file must be an .npz file with its inputs, got {path} (--data)"
-        )
+        raise DataError(f"the data for an .onnx or .pt2 file must be an .npz file with its inputs, got {path} (--data)")
     try:
         with np.load(path) as file:
             arrays = {name: file[name][:count] for name in file.files}

@@ -106,7 +106,8 @@ def export(
         these two.
     inputs : Tensor, tuple, list or mapping of str to Any, optional
         None: for a network of :func:`nni_topo.from_file`; the new file has the inputs, outputs, free axes and metadata
-        of the old one, and its opset or the oldest newer one that PyTorch writes. For any other network example inputs, batch first: one tensor, positional or keyword arguments, or a batch whose first entry holds the
+        of the old one, and its opset or the oldest newer one that PyTorch writes. For any other network example
+        inputs, batch first: one tensor, positional or keyword arguments, or a batch whose first entry holds the
         arguments. The file takes only these sizes, except in the ``dynamic_dims``.
     format : {"onnx", "torch.export"}, optional
         ONNX for onnxruntime, or a program for :func:`torch.export.load`. None: ``"onnx"`` for a path that ends in

@@ -33,8 +33,8 @@ _Given = ParamSpec("_Given")
 _Made = TypeVar("_Made")
 
 TORCHSCRIPT = (
-    "a network must be a module, an .onnx, or a program of torch.export, got TorchScript, which doesn't show its layers: "
-    "write it as ONNX by torch.onnx.export(scripted, inputs, 'model.onnx', dynamo=False) and pass that file"
+    "a network must be a module, an .onnx, or a program of torch.export, got TorchScript, which doesn't show its "
+    "layers: write it as ONNX by torch.onnx.export(scripted, inputs, 'model.onnx', dynamo=False) and pass that file"
 )
 _GUESSES = (64, 224, 32, 16, 128, 7, 256, 640)  # sizes of other free axes that a file may take, most likely first
 _HALF = (torch.float16, torch.bfloat16)
@@ -101,19 +101,23 @@ class Program(Source):
             if node.op == "call_function" and not aten.has_row(node):
                 kind = aten.name_of(node.target)
                 raise ConfigError(
-                    f"operators of a file must be ones that can be converted, got {kind} (node {node.name!r}, from_file)"
+                    f"operators of a file must be ones that can be converted, got {kind} (node {node.name!r}, "
+                    "from_file)"
                 )
 
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the outputs."""
         with torch.no_grad():
             returned = _Bare(self._module).boxed_run(self._arguments(tensors))
         return [each for each in torch.utils._pytree.tree_leaves(returned) if isinstance(each, Tensor)]
 
     def convert(self, building: Building, inputs: list[list[Tensor]]) -> Any:
+        """Add all operators to a graph; return the network's outputs."""
         returned, self.converted = aten.convert(building, self._module, inputs)
         return returned
 
     def values(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
+        """Return what each operator computes, in the order in which they run."""
         interpreter = _Bare(self._module, garbage_collect_values=False)
         with torch.no_grad():
             interpreter.boxed_run(self._arguments(tensors))
@@ -128,6 +132,7 @@ class _Bare(Interpreter):
     """Runs a program with its inputs in a list, without its checks of them."""
 
     def run(self, *args: Any, **_: Any) -> Any:
+        """Run without converting the inputs."""
         return super().run(*args, enable_io_processing=False)
 
     def boxed_run(self, args_list: list[Any]) -> Any:
@@ -187,11 +192,13 @@ class OnnxFile(Source):
         return FileInput(value.name, argument, dtype, tuple(shape))
 
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the outputs."""
         if self._session is None:
             self._session = self._open(self.model)
         return self._run(self._session, tensors, None)
 
     def convert(self, building: Building, inputs: list[list[Tensor]]) -> Any:
+        """Add all operators to a graph; return the network's outputs."""
         from nni_topo.network.io.importing import operators
 
         values = {
@@ -204,6 +211,7 @@ class OnnxFile(Source):
         return outputs[0] if len(outputs) == 1 else dict(zip(self.outputs, outputs, strict=True))
 
     def values(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
+        """Return what each operator computes, in the order in which they run."""
         import onnx
 
         model = onnx.ModelProto()
@@ -273,8 +281,8 @@ def source_of(model: Any) -> Source:
             ) from error
         return Program(program.module(), program.example_inputs)
     raise ConfigError(
-        f"a path must end in .onnx or .pt2, got {path.suffix or 'no ending'}; a state_dict has no network, so build the "
-        f"network and load it by load_state_dict ({path}, from_file)"
+        f"a path must end in .onnx or .pt2, got {path.suffix or 'no ending'}; a state_dict has no network, so build "
+        f"the network and load it by load_state_dict ({path}, from_file)"
     )
 
 

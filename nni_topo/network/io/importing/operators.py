@@ -77,7 +77,8 @@ _BINARY: dict[str, tuple[Any, Any]] = {  # of tensors, and of sizes
     "Add": (torch.add, operator.add), "Sub": (torch.sub, operator.sub), "Mul": (torch.mul, operator.mul),
     "Div": (torch.div, operator.floordiv), "Pow": (torch.pow, operator.pow),
     "Equal": (torch.eq, operator.eq), "Greater": (torch.gt, operator.gt), "Less": (torch.lt, operator.lt),
-    "GreaterOrEqual": (torch.ge, operator.ge), "LessOrEqual": (torch.le, operator.le), "Mod": (torch.remainder, operator.mod),
+    "GreaterOrEqual": (torch.ge, operator.ge), "LessOrEqual": (torch.le, operator.le),
+    "Mod": (torch.remainder, operator.mod),
 }  # fmt: skip
 _DTYPES = {
     1: torch.float32, 2: torch.uint8, 3: torch.int8, 5: torch.int16, 6: torch.int32, 7: torch.int64, 9: torch.bool,
@@ -120,7 +121,7 @@ def check_operators(graph: Any, domains: set[str]) -> None:
         name = node.name or (node.output[0] if node.output else "")
         if node.op_type in _QUANTIZED:
             raise ConfigError(
-                f"a file must hold a float network, which export(..., int8=...) quantises again when it is smaller, got "
+                "a file must hold a float network, which export(..., int8=...) quantises again when it is smaller, got "
                 f"the operator {node.op_type} (node {name!r}, from_file)"
             )
         if node.op_type not in _ROWS or node.domain not in domains:
@@ -163,7 +164,7 @@ def convert(building: Building, graph: Any, values: dict[str, Any], opset: int) 
         else:
             results = _ROWS[node.op_type](building, one)
         results = results if isinstance(results, tuple) else (results,)
-        values.update(zip(node.output, results))
+        values.update(zip(node.output, results, strict=False))
     return [values[each.name] for each in graph.output]
 
 
