@@ -161,6 +161,7 @@ VALID: dict[str, Callable[[], dict[str, Any]]] = {
         "pruner": "random",
         "distill": False,
     },
+    "nni_topo.from_file": lambda: {"model": torch.export.export(net(), (IMAGES,)), "inputs": IMAGES},
     "nni_topo.frontier": lambda: {
         "model": net(),
         "images": [IMAGES],

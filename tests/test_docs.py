@@ -39,6 +39,7 @@ from dask.distributed import LocalCluster
 scheduler = LocalCluster(n_workers=1, processes=False, dashboard_address=None)
 """,
     "export": None,
+    "from_file": None,
     "faq": """
 class Stream(nn.Module):
     def __init__(self):

@@ -251,7 +251,7 @@ def source_of(model: Any) -> Source:
         return OnnxFile(model)
     if not isinstance(model, (str, Path)):
         raise ConfigError(
-            "a network must be a path of an .onnx or .pt2, an onnx.ModelProto, or a program of torch.export, got "
+            "model must be a path of an .onnx or .pt2, an onnx.ModelProto, or a program of torch.export, got "
             f"{shown(model)} (from_file)"
         )
     path = path_of(model)
