@@ -410,8 +410,8 @@ def _repeated(op: Operation) -> Any:
             # The neighbours made of one entry, such as the heads of a sample, count the channels of an attribute.
             dim %= moved.dim()
             shape = (*moved.shape[:dim], plain(times), *moved.shape[dim + 1 :])
-            ids = op.channels.filled(op.node.name, [dim], shape)
-            return ids.repeat([source.shape[d] if d == dim else 1 for d in range(moved.dim())])
+            made_of_one = op.channels.filled(op.node.name, [dim], shape)
+            return made_of_one.repeat([source.shape[d] if d == dim else 1 for d in range(moved.dim())])
         if isinstance(dim, int) and isinstance(times, Node):
             sizes[dim % moved.dim() - moved.dim()] = times
     else:
