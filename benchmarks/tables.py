@@ -249,6 +249,7 @@ _MAKERS: dict[str, Callable[[], Iterator[Callable[[str], str]]]] = {
             _of_jsonl("speed/bench_seconds.py", "seconds.jsonl"),
             _of_jsonl("speed/bench_tones.py", "tones.jsonl"),
             _of_jsonl("speed/bench_precision.py", "precision.jsonl"),
+            _of_jsonl("speed/quick.py", "quick.jsonl"),
         ]
     ),
     "topology": _topology,

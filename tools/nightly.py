@@ -81,6 +81,7 @@ def checks() -> list[Check]:
         Check("processors", "make test-processors"),
         Check("all networks of the zoo", "make zoo ZOO=--without-times"),
         Check("other people's packages", "rm -f runs/packages.jsonl; make packages"),
+        Check("speed beside the pages", "$BIN/python -m benchmarks.speed.quick --out runs/quick"),
         Check("NNI's own tests", "make upstream UPSTREAM=--record", variables=("NNI",)),
         Check("lowest versions", "make test-lowest", programs=("python3.10",)),
         Check("PyTorch 2.12, Python 3.12", "make test-with PYTHON=python3.12 WITH='torch==2.12.*'", ("python3.12",)),

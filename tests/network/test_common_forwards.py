@@ -132,6 +132,7 @@ LAYERS = {
 
 @pytest.mark.parametrize("has_run", [False, True])
 @pytest.mark.parametrize("name", EINOPS)
+@pytest.mark.quick_every(3)
 def test_networks_with_einops_lose_half_of_their_channels(name, has_run):
     model, given = Convolved(EINOPS[name], **LAYERS).eval(), images(2, 3, 8, 8)
     if has_run:  # which fills the caches of einops

@@ -234,6 +234,7 @@ def test_the_report_has_times_if_they_are_asked_for_or_the_budget_is_one_of_time
     assert shrunk({"latency": 0.6, "latency_table": table}).report.time is not None
 
 
+@pytest.mark.slow
 def test_a_budget_of_time_in_onnxruntime_is_timed_there(monkeypatch):
     timed = []
 
@@ -254,17 +255,20 @@ def test_a_budget_of_time_in_onnxruntime_is_timed_there(monkeypatch):
     assert "on one thread of the CPU in onnxruntime" in repr(small.report)
 
 
-def test_a_budget_of_time_counts_batches_as_large_as_the_first_one(monkeypatch):
+@pytest.mark.parametrize(("runtime", "kind"), [("pytorch", torch.nn.Module), ("onnxruntime", exporting.OnnxNetwork)])
+def test_a_budget_of_time_counts_batches_as_large_as_the_first_one_in_its_runtime(monkeypatch, runtime, kind):
     sizes = []
 
     def time_shares(models, whole, inputs, wanted, **_):
+        assert all(isinstance(each, kind) for each in (*models, whole))
         args = inputs if isinstance(inputs, tuple) else (inputs,)
         sizes.append(len(args[0]))
         return [(wanted, 0.01)] * len(models)
 
     for place in ("nni_topo.pruners.budget", "nni_topo.runs.prepared"):
         monkeypatch.setattr(f"{place}.time_shares", time_shares)
-    nni_topo.shrink(toy_model().eval(), [toy_images(16)], {"latency": 0.5}, compensate=None, distill=False)
+    budget = {"latency": 0.5, "runtime": runtime}
+    nni_topo.shrink(toy_model().eval(), [toy_images(16)], budget, compensate=None, distill=False)
     assert set(sizes) == {16}  # also where some of them are held out
 
 

@@ -41,6 +41,7 @@ def test_a_base_point_is_always_kept():
 
 @pytest.mark.parametrize("seed", range(60))
 @pytest.mark.parametrize("degree", [0, 1])
+@pytest.mark.quick_every(3)
 def test_stability_theorem(seed, degree):
     distances = pairwise_distances(make_cloud(seed))
     whole = rips_diagram(distances=distances, dimension=degree)

@@ -16,6 +16,7 @@ def positive(bars: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("seed", range(60))
 @pytest.mark.parametrize("dimension", [0, 1, 2])
+@pytest.mark.quick_every(4)
 def test_exact_diagrams_equal_the_simplex_tree(seed, dimension):
     distances = pairwise_distances(make_cloud(seed))
     exact = rips_diagram(distances=distances, dimension=dimension)

@@ -51,6 +51,7 @@ def augmented(a, b, order: float) -> float:
 
 
 @pytest.mark.parametrize("seed", range(60))
+@pytest.mark.quick_every(4)
 def test_both_distances_are_minimal_over_all_matchings(seed):
     rng = np.random.default_rng(seed)
     n, m = rng.integers(0, 5, 2)
@@ -64,6 +65,7 @@ def test_both_distances_are_minimal_over_all_matchings(seed):
 
 
 @pytest.mark.parametrize("seed", range(200))
+@pytest.mark.quick_every(4)
 def test_wasserstein_equals_the_assignment(seed):
     rng = np.random.default_rng(1000 + seed)
     n, m = rng.integers(0, 40, 2)

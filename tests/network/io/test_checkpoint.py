@@ -443,7 +443,8 @@ def forged(recipe, at, value):
     return recipe
 
 
-def test_recipes_that_someone_has_written_are_refused_or_fit(path):
+@pytest.mark.parametrize("count", [80, pytest.param(400, marks=pytest.mark.slow)])
+def test_recipes_that_someone_has_written_are_refused_or_fit(path, count):
     """The digest is right: anyone can compute it."""
     drawing, model = random.Random(0), vit()
     dense = copy.deepcopy(model)
@@ -457,7 +458,7 @@ def test_recipes_that_someone_has_written_are_refused_or_fit(path):
     places = [at for at in places_in(recipe) if at and at[0] not in ("format", "format_version")]
     outer = [at for at in places if len(at) <= 2]
     outcomes = []
-    for number in range(400):
+    for number in range(count):
         at = drawing.choice(outer if number % 2 else places)
         wrong = [*WRONG, drawing.choice(recipe["not_persistent"] or ["blocks"])]
         wrong += [("blocks.0",), ("",), ("no.such",)] if isinstance(at[-1], str) and len(at) > 1 else []
@@ -469,4 +470,4 @@ def test_recipes_that_someone_has_written_are_refused_or_fit(path):
             outcomes.append("fits")
         except NniTopoError:  # any other error ends the test
             outcomes.append("refused")
-    assert outcomes.count("refused") > 200
+    assert outcomes.count("refused") > count // 2

@@ -392,6 +392,7 @@ def bert_config(**changes):
     return transformers.BertConfig(**{**sizes, "num_attention_heads": 4, "max_position_embeddings": 32, **changes})
 
 
+@pytest.mark.slow
 def test_blocks_that_return_tuples_go_on_too(tmp_path, monkeypatch):
     source = saved(transformers.BertForMaskedLM, bert_config(), tmp_path / "source")
     target, knobs, prune = tmp_path / "stopped", FAST | {"layers": ["intermediate.dense"]}, shrinking._Run.prune
@@ -443,7 +444,8 @@ def test_every_argument_of_a_stopped_run_must_be_the_same(source, tmp_path, monk
         nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.81}, **knobs)
 
 
-def test_few_samples_are_enough_and_groups_of_them_are_held_out_as_a_whole(source, tmp_path):
+@pytest.mark.slow
+def test_few_samples_are_enough(source, tmp_path):
     report = nni_topo.shrink_pretrained(source, tokens(1, 1), tmp_path / "one", {"flops": 0.6}, **FAST)
     assert (report.samples, report.held_out, report.recovery) == (1, 0, "")
     assert all(row.distance == row.calibration_distance for row in report.blocks)
@@ -451,6 +453,9 @@ def test_few_samples_are_enough_and_groups_of_them_are_held_out_as_a_whole(sourc
     knobs = FAST | {"distill": {"steps": 1}}
     report = nni_topo.shrink_pretrained(source, tokens(1, 2), tmp_path / "two", {"params": 0.8}, **knobs)
     assert report.samples + report.held_out == 2
+
+
+def test_groups_of_samples_are_held_out_as_a_whole(source, tmp_path):
     data = nni_topo.Calibration(tokens(1, 6), groups=[0, 0, 0, 0, 1, 1])
     report = nni_topo.shrink_pretrained(source, data, tmp_path / "small", {"params": 0.7}, **FAST)
     assert (report.samples, report.held_out) == (4, 2)
