@@ -85,12 +85,12 @@ def check_report(model: nn.Module, inputs: list[Tensor]) -> None:
     small = nni_topo.shrink(model, batches, {"flops": 0.6}, distill=False, progress=False)
     with torch.no_grad():
         wanted, found = model(*inputs), small(*inputs)
-    held_out = torch.arange(SAMPLES) % 8 == 7
+    held_out = torch.arange(SAMPLES) % 16 == 15  # of an eighth, one half judges, the other reports
     variance = (wanted - wanted[held_out].mean(0))[held_out].square().flatten(1).sum(1).mean()
     distance = float((found - wanted)[held_out].square().flatten(1).sum(1).mean() / variance)
     report: Any = small.report
     last = report.stages[-1]
-    if report.held_out != SAMPLES // 8 or abs(last.distance - distance) > 1e-3 * distance + 1e-9:
+    if report.held_out != SAMPLES // 16 or abs(last.distance - distance) > 1e-3 * distance + 1e-9:
         raise WrongError(f"the report has {last.distance} of {report.held_out} samples, by hand it is {distance}")
     if not last.params < report.stages[0].params:
         raise WrongError("no parameters went")
