@@ -22,7 +22,7 @@ from scipy import stats
 
 from benchmarks.tables import holm, outcome, with_tables
 from nni_topo.disk import output_file
-from nni_topo.studies.records import read_records
+from nni_topo.studies.records import check_unpruned, read_records
 from nni_topo.studies.tables import (
     Interval,
     best_baseline,
@@ -95,6 +95,9 @@ def keep(out: Path) -> None:
         names = _KEPT.union(STEPS, (step.replace("accuracy", "validation") for step in STEPS), _MEASURED)
         slim |= {name: record[name] for name in names & record.keys()}
         cells[_cell(slim)] = slim
+        for cell in cells.values():
+            if cell["seed"] == slim["seed"]:
+                check_unpruned(slim, cell, path)
     lines = [json.dumps(cell, sort_keys=True) for cell in cells.values()]
     output_file(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{len(lines)} records: {path}")

@@ -38,7 +38,7 @@ from nni_topo.runs.run import made_dense
 from nni_topo.studies.cells import pruned_cell, run_cell, shared_ratios, start_of
 from nni_topo.studies.pictures import comparison_figures
 from nni_topo.studies.plan import ComparisonPlan, load_plan
-from nni_topo.studies.records import append_record, read_records
+from nni_topo.studies.records import UNPRUNED, append_record, check_unpruned, read_records
 from nni_topo.studies.tables import cells_of, grouped, interval, markdown_table, title_of
 
 SOURCE = "benchmarks/selection/bench_named.py"  # as the comments around a page's tables say
@@ -47,6 +47,7 @@ RECORDS = Path(__file__).parents[1] / "records" / "named"
 NETWORKS = ("small_cnn", "lenet5_like", "resnet20", "vgg16_quarter", "mobilenet_like", "vit_small")
 SIZED = "reconstruction"  # the row whose recovery stands for all rows: their networks have the same widths
 SIZING_SEED = 490
+FEW = 5  # networks; intervals over fewer are wide
 _BUSY = 1.5  # processes that want to compute
 _NOT_KEPT = {"widths_before", "whole", "hardware", "versions", "sparse_ratios", "curve", "epoch_seconds", "budget"}
 _NOT_SHOWN = ("before %", "latency ms", "prune s")  # the same in all rows, or times
@@ -179,6 +180,9 @@ def keep(network: str, data_dir: str | None, out: Path) -> None:
         for record in read_records(out / f"{name}.jsonl"):
             slim = {key: value for key, value in record.items() if key not in _NOT_KEPT}
             kept[json.dumps(record["key"])] = slim
+            for row in kept.values():
+                if row.get("seed") == slim.get("seed"):
+                    check_unpruned(slim, row, path)
         if kept:
             lines = [json.dumps(record, sort_keys=True) for record in kept.values()]
             output_file(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -236,7 +240,7 @@ def tables() -> str:
         blocks += [f"{network}: `{row}` doesn't apply. {reason}" for row, reason in record["refused"].items()]
     for done, failed in complete().values():
         for group, rows in grouped(done).items():
-            blocks += [f"**{title_of(group, rows)}**", accuracies(rows)]
+            blocks += [f"**{title_of(group, rows)}**", accuracies(rows), *notes(rows)]
         reasons = {each["pruner"]: each["reason"] for each in failed}
         blocks += [f"`{pruner}` doesn't apply: {reason}" for pruner, reason in reasons.items()]
     for kind, title, table in (
@@ -273,6 +277,31 @@ def accuracies(rows: dict[str, dict[int, Record]]) -> str:
             seconds = [] if runs is None else [record["cpu_seconds"][step] for record in runs.values()]
             line.append(f"{interval(seconds).mean:.1f}" if seconds else "")
     return markdown_table([*(head[index] for index in shown), *(f"{name}, CPU s" for name in _STEPS.values())], table)
+
+
+def notes(rows: dict[str, dict[int, Record]]) -> list[str]:
+    """Return what a reader must know of a table: few networks, and a seed whose rows are of two networks."""
+    seeds = sorted({seed for runs in rows.values() for seed in runs})
+    sentences = []
+    if len(seeds) < FEW:
+        sentences.append(
+            f"{len(seeds)} networks: the intervals are wide, and a difference whose interval holds zero is open."
+        )
+    for seed in seeds:
+        networks: dict[tuple[float, ...], list[str]] = {}
+        for row, runs in rows.items():
+            if seed in runs:
+                networks.setdefault(tuple(runs[seed][name] for name in UNPRUNED if name in runs[seed]), []).append(row)
+        if len(networks) > 1:
+            parts = [
+                f"{', '.join(f'`{name}`' for name in names)} of one with {', '.join(f'{100 * value:.2f}' for value in unpruned)} %"
+                for unpruned, names in networks.items()
+            ]
+            sentences.append(
+                f"**The rows of seed {seed} are of {len(networks)} networks**, unpruned on test and validation images: "
+                f"{'; '.join(parts)}. Differences between these groups of rows are no paired ones there."
+            )
+    return [" ".join(sentences)] if sentences else []
 
 
 def both_ways(measured: list[Record]) -> str:

@@ -69,6 +69,7 @@ STEPS = {
 }
 """MiniLM's cells in README's picture, by color and marker."""
 _MARKERS = dict(zip(CRITERIA, "xosD^*", strict=True))
+MEASURED_ON = "processor, PyTorch, revision"
 Record = dict[str, Any]
 
 
@@ -124,9 +125,10 @@ def _by_allocation(network: str, records: list[Record]) -> str:
             more = f"{found.mean:+.1f} ± {found.half:.1f}"
         sizes.append(more)
         shown = ALLOCATED[record["allocation"]]
-        lines.append([f"{record['key'][1]:.0%}", shown, *figures, *sizes, _steps(record), f"{record['seconds']:.0f}"])
+        line = [f"{record['key'][1]:.0%}", shown, *figures, *sizes, _steps(record), f"{record['seconds']:.0f}"]
+        lines.append([*line, _measured_on(record)])
     head = ["MACs asked for", "widths", *map(title_of, names), "MACs %", "parameters %"]
-    head += ["points of top 1 more than uniform", "steps", "CPU s"]
+    head += ["points of top 1 more than uniform", "steps", "CPU s", MEASURED_ON]
     shares = " ".join(f"{each:g}" for each in sorted({record["key"][1] for record in records}, reverse=True))
     command = (
         f"python -m benchmarks.trained.run {network} --out benchmarks/records/trained --shares {shares} --allocations"
@@ -146,8 +148,15 @@ def _by_images(network: str, share: float, records: list[Record]) -> str:
         line = [str(record["images"])]
         if network != "minilm":
             line.append(str(record["data"]["calibration"]["photos"]))
-        lines.append([*line, *(figure(name, record["figures"][name]) for name in names), f"{record['seconds']:.0f}"])
-    head = [f"calibration {what}", *(["photos"] if network != "minilm" else []), *map(title_of, names), "CPU s"]
+        line += [*(figure(name, record["figures"][name]) for name in names), f"{record['seconds']:.0f}"]
+        lines.append([*line, _measured_on(record)])
+    head = [
+        f"calibration {what}",
+        *(["photos"] if network != "minilm" else []),
+        *map(title_of, names),
+        "CPU s",
+        MEASURED_ON,
+    ]
     title = f"**{TITLES[network].format(share=share)}: `{OURS}` and `compensate` by number of {what}**"
     counts = " ".join(str(record["images"]) for record in records)
     command = f"python -m benchmarks.trained.run {network} --out benchmarks/records/trained --images {counts}"
@@ -159,6 +168,11 @@ def _steps(record: Record) -> str:
     if "steps" not in record:
         return ""
     return str(record["steps"]) if record["is_kept"] else f"{record['steps']}, discarded"
+
+
+def _measured_on(record: Record) -> str:
+    """Return processor, PyTorch's version and revision of a row."""
+    return f"{record['hardware']['processor']}, {record['versions']['torch']}, {record['revision']}"
 
 
 def _table(network: str, share: float, found: dict[tuple[str, str], Record], sizes: dict[str, Record]) -> str:
@@ -190,10 +204,12 @@ def _table(network: str, share: float, found: dict[tuple[str, str], Record], siz
         if sizes:
             size = sizes.get(SHRINK if row[0] == SHRINK_MORE else row[0], sizes["l1"])
             line += [f"{size['milliseconds']:.0f}", "yes" if size["loads"] else "no"]
-        lines.append(line)
+        lines.append([*line, _measured_on(record)])
     head = ["criterion", "recovery", *map(title_of, names), "MACs %", "parameters %", "steps", "CPU s"]
     if sizes:
-        head += [f"ms (unpruned {sizes['l1']['milliseconds_unpruned']:.0f})", "`from_pretrained`"]
+        timed_on = "; ".join(dict.fromkeys(_measured_on(size) for size in sizes.values()))
+        head += [f"ms (unpruned {sizes['l1']['milliseconds_unpruned']:.0f}; {timed_on})", "`from_pretrained`"]
+    head.append(MEASURED_ON)
     return (
         f"**{TITLES[network].format(share=share)}**\n\n{markdown_table(head, lines, text_columns=2)}\n\n{_said(first)}"
     )
@@ -228,7 +244,7 @@ def figure(name: str, found: dict[str, float]) -> str:
 
 def _said(record: Record) -> str:
     """Say what the figures were measured on, and the command."""
-    data, versions = record["data"], record["versions"]
+    data = record["data"]
     if record["network"] == "minilm":
         text = (
             f"{data['test']:,} test sentences; {data['calibration']:,} calibration sentences, {data['distillation']:,} "
@@ -243,7 +259,7 @@ def _said(record: Record) -> str:
         )
         text += f"{judges['crops']:,} of {judges['photos']} validation photos."
     command = f"python -m benchmarks.trained.run {record['network']} --out benchmarks/records/trained"
-    return f"{text} PyTorch {versions['torch']}, one thread of a shared {record['hardware']['processor']}. `{command}`"
+    return f"{text} One thread of a shared processor. `{command}`"
 
 
 def picture(records: Sequence[Record], path: Path) -> None:

@@ -25,6 +25,8 @@ COMPARED: dict[str, Rule] = {
     "accuracy_before": number(0.0, 1.0),
 }
 """Keys that every record of a comparison has, with their rules."""
+UNPRUNED = ("accuracy_before", "validation_before")
+"""Keys with the accuracies of the unpruned network, which all rows of one trained network share."""
 Job = Any  # its `key` identifies its record, its `training_key` its trained network; equal settings have equal keys
 _KILLED = "its process or a parallel one was killed (out of memory?); the same command runs it again"
 
@@ -80,6 +82,18 @@ def append_record(path: Path, record: Record) -> None:
         os.fsync(stream.fileno())
 
 
+def check_unpruned(record: Record, earlier: Record, place: Path) -> None:
+    """Raise DataError if a row began with another unpruned network than an earlier row of the same trained network."""
+    differences = [name for name in UNPRUNED if name in record and name in earlier and record[name] != earlier[name]]
+    if differences:
+        name = differences[0]
+        raise DataError(
+            f"all rows of a trained network must begin with the same unpruned network, got {name} {record[name]:g} "
+            f"beside {earlier[name]:g} of earlier rows: it was trained again and came out different; put its file back "
+            f"into checkpoints, or remove the earlier rows of seed {record['seed']} ({place})"
+        )
+
+
 def run_missing(
     jobs: Sequence[Job],
     done: dict[str, Record],
@@ -93,8 +107,11 @@ def run_missing(
 
     ``n_jobs`` jobs run in parallel, each in a process with one thread; -1: one per core; 1: one after another in this
     process. ``announce`` is called before each job with the job, its number from 1 and the number of jobs. Return the
-    jobs that failed, with the reasons.
+    jobs that failed, with the reasons; a job whose unpruned network isn't that of the records ends the run with a
+    DataError.
     """
+    path = out / "results.jsonl"
+    first_rows = {job.training_key: done[job.key] for job in reversed(jobs) if job.key in done}
     todo = {number: job for number, job in enumerate(jobs, start=1) if job.key not in done}
     failures: dict[int, str] = {}
     threads = torch.get_num_threads() if n_jobs == 1 else 1
@@ -117,7 +134,8 @@ def run_missing(
                 if isinstance(result, str):
                     failures[number] = result
                 else:
-                    append_record(out / "results.jsonl", result)
+                    check_unpruned(result, first_rows.setdefault(todo[number].training_key, result), path)
+                    append_record(path, result)
                     done[todo[number].key] = result
         except BrokenProcessPool:
             lost = [number for number in stage if todo[number].key not in done]

@@ -171,6 +171,29 @@ def test_a_part_of_the_test_images(tmp_path):
         compare(ComparisonPlan(**none), tmp_path)
 
 
+def test_a_resumed_comparison_stops_if_its_unpruned_network_is_another_one(tmp_path):
+    compare(plan("l1", seeds=2), tmp_path)
+    before = (tmp_path / "results.jsonl").read_bytes()
+    rows = read_records(tmp_path / "results.jsonl")
+    assert rows[0]["accuracy_before"] != rows[1]["accuracy_before"]
+    # the files of both seeds change places, as a network that was trained again on another processor may differ
+    one, other = (tmp_path / "checkpoints" / f"{cell.training_key}.pt" for cell in plan("l1", seeds=2).cells())
+    first = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    ran = []
+    message = (
+        rf"same unpruned network, got accuracy_before {rows[1]['accuracy_before']:g} beside "
+        rf"{rows[0]['accuracy_before']:g} of earlier rows.*seed 0 \(.*results\.jsonl\)"
+    )
+    with pytest.raises(DataError, match=message):
+        compare(plan("l1", "random", seeds=2), tmp_path, on_cell=lambda cell, *_: ran.append(cell.seed))
+    assert ran == [0]
+    assert (tmp_path / "results.jsonl").read_bytes() == before
+    one.write_bytes(first)
+    records, failures = compare(plan("l1", "random", seeds=2), tmp_path)
+    assert (len(records), failures) == (4, [])
+
+
 @pytest.mark.parametrize("lost", [1, 5])
 def test_a_line_cut_short_by_a_crash_is_dropped(lost, tmp_path):
     path = tmp_path / "results.jsonl"
