@@ -750,6 +750,7 @@ NOT_MEASURED = {
         "four other kinds in that table",
         "on two that were trained elsewhere",
         "unpruned one",
+        "smaller one",
         "masked one",
         "## 1.",
         "## 2.",

@@ -293,10 +293,10 @@ def notes(rows: dict[str, dict[int, Record]]) -> list[str]:
             if seed in runs:
                 networks.setdefault(tuple(runs[seed][name] for name in UNPRUNED if name in runs[seed]), []).append(row)
         if len(networks) > 1:
-            parts = [
-                f"{', '.join(f'`{name}`' for name in names)} of one with {', '.join(f'{100 * value:.2f}' for value in unpruned)} %"
-                for unpruned, names in networks.items()
-            ]
+            parts = []
+            for unpruned, names in networks.items():
+                accuracies_of = ", ".join(f"{100 * value:.2f}" for value in unpruned)
+                parts.append(f"{', '.join(f'`{name}`' for name in names)} of one with {accuracies_of} %")
             sentences.append(
                 f"**The rows of seed {seed} are of {len(networks)} networks**, unpruned on test and validation images: "
                 f"{'; '.join(parts)}. Differences between these groups of rows are no paired ones there."
