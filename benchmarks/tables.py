@@ -166,6 +166,7 @@ def _export() -> Iterator[Callable[[str], str]]:
     module = module_of("export/bench_runtimes.py")
     yield lambda page: with_tables(page, module.SOURCE, module.tables(RECORDS / "runtimes"))
     yield _of_jsonl("export/bench_int8.py", "int8.jsonl", "tables")
+    yield _of_jsonl("export/zoo_imports.py", "zoo_imports.jsonl")
     yield _of_jsonl("export/bench_multiples.py", "multiples.jsonl")
 
 

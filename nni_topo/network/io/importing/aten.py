@@ -288,8 +288,21 @@ def _slice(b: Building, a: Arguments) -> Any:
     end = None if type(end) is int and end >= 2**31 else end
     if start is None and end is None and step == 1:
         return a["self"]
+    start, end = b.end(a["self"], dim, start), b.end(a["self"], dim, end)
     index = [slice(None)] * dim + [slice(start, end, None if step == 1 else step)]
     return b.call(operator.getitem, a["self"], tuple(index))
+
+
+@row("split", "split_with_sizes")
+def _split(b: Building, a: Arguments) -> Any:
+    x, sizes, axis = a["self"], a.get("split_sizes", a.get("split_size")), a.get("dim", 0)
+    if not isinstance(sizes, (list, tuple)):
+        width = b.shape(x)[axis]
+        is_free = len({b.values(x, call).shape[axis] for call in range(b.calls)}) > 1
+        if type(sizes) is not int or width % sizes or is_free:
+            return b.parts(b.call(torch.split, x, sizes, axis))
+        sizes = [sizes] * (width // sizes)
+    return b.split(x, list(sizes), axis)
 
 
 @row("index")

@@ -209,6 +209,19 @@ class Building:
         setattr(self._root, name, value)
         return self._noted(self.graph.get_attr(name), [value] * self.calls)
 
+    def end(self, x: Any, axis: int, end: Any) -> Any:
+        """Return an end of a slice: where it may count channels, a number that an attribute holds."""
+        is_inside = type(end) is int and 1 < end < self.shape(x)[axis]
+        widths = {self.values(x, call).shape[axis] for call in range(self.calls)}
+        return self.number(end) if is_inside and len(widths) == 1 and isinstance(x, Node) else end
+
+    def split(self, x: Any, sizes: Sequence[Any], axis: int) -> tuple[Any, ...]:
+        """Split a tensor; into equal parts by their number, into others by numbers that attributes hold."""
+        if all(type(size) is int for size in sizes) and len(set(sizes)) == 1:
+            return self.parts(self.call(torch.chunk, x, len(sizes), axis))
+        sizes = [self.number(size) if type(size) is int and size > 1 else size for size in sizes]
+        return self.parts(self.call(torch.split, x, sizes, axis))
+
     def reshape(self, x: Any, sizes: Sequence[Any]) -> Any:
         """Reshape a tensor; sizes that are numbers in the file follow the tensor's, as the network's source has them.
 

@@ -469,12 +469,11 @@ def _split(b: Building, one: Operator) -> Any:
         ends = np.cumsum(parts).tolist()
         return tuple(x[end - part : end] for end, part in zip(ends, parts, strict=True))
     count, width = len(one.outputs), b.shape(x)[axis]
-    if sizes is None or (len(set(sizes)) == 1 and all(type(size) is int for size in sizes)):
-        if -(-width // count) * (count - 1) < width:
-            return b.parts(b.call(torch.chunk, x, count, axis))
+    if sizes is None and -(-width // count) * (count - 1) < width:
+        return b.parts(b.call(torch.chunk, x, count, axis))
+    if sizes is None:
         sizes = [-(-width // count)] * (count - 1) + [width - -(-width // count) * (count - 1)]
-    sizes = [b.number(size) if type(size) is int and size > 1 else size for size in sizes]
-    return b.parts(b.call(torch.split, x, sizes, axis))
+    return b.split(x, sizes, axis)
 
 
 @row("Slice")
@@ -501,7 +500,8 @@ def _slice(b: Building, one: Operator) -> Any:
             if not last or not first:
                 raise ConfigError(f"a slice with a negative step must take the whole axis ({one.name}, from_file)")
             start, end, step = None, None, -step
-        index[axis % rank] = slice(_bound(start) or None, _bound(end), None if step == 1 else step)
+        first, last = (b.end(x, axis, _bound(bound)) for bound in (start, end))
+        index[axis % rank] = slice(first or None, last, None if step == 1 else step)
     while index and index[-1] == slice(None):
         index.pop()
     return b.call(operator.getitem, x, tuple(index)) if index else x
