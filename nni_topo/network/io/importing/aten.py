@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from nni_topo.network.io.importing.layers import (
 Arguments = dict[str, Any]
 Row = Callable[[Building, Arguments], Any]
 """Converts a call; gets the operator's arguments by the names of its schema, and returns what it returns."""
+_Row = TypeVar("_Row", bound=Callable[..., Any])
 _ROWS: dict[str, Row] = {}
 
 # PyTorch's functions that take the arguments of the operator of the same name.
@@ -77,10 +78,10 @@ _CHECKS = {
 _GUARDS = ("_guards_fn", "_guards")
 
 
-def row(*names: str) -> Callable[[Row], Row]:
+def row(*names: str) -> Callable[[_Row], _Row]:
     """Enter a function as the row of operators."""
 
-    def enter(function: Row) -> Row:
+    def enter(function: _Row) -> _Row:
         _ROWS.update(dict.fromkeys(names, function))
         return function
 
@@ -251,7 +252,7 @@ def _to(b: Building, a: Arguments) -> Any:
 def _view(b: Building, a: Arguments) -> Any:
     if "dtype" in a and "size" not in a:
         return b.call("view", a["self"], a["dtype"])
-    return b.reshape(a["self"], a.get("size", a.get("shape")))
+    return b.reshape(a["self"], a["size"] if "size" in a else a["shape"])
 
 
 @row("flatten")
@@ -295,7 +296,8 @@ def _slice(b: Building, a: Arguments) -> Any:
 
 @row("split", "split_with_sizes")
 def _split(b: Building, a: Arguments) -> Any:
-    x, sizes, axis = a["self"], a.get("split_sizes", a.get("split_size")), a.get("dim", 0)
+    x, axis = a["self"], a.get("dim", 0)
+    sizes: Any = a["split_sizes"] if "split_sizes" in a else a["split_size"]
     if not isinstance(sizes, (list, tuple)):
         width = b.shape(x)[axis]
         is_free = len({b.values(x, call).shape[axis] for call in range(b.calls)}) > 1
@@ -428,7 +430,7 @@ def _recurrent(b: Building, a: Arguments, kind: str = "LSTM") -> Any:
     suffixes = [
         f"_l{layer}{end}" for layer in range(a["num_layers"]) for end in ("", "_reverse")[: 1 + a["bidirectional"]]
     ]
-    states = a["hx"] if isinstance(a["hx"], (list, tuple)) else [a["hx"]]
+    states: Any = a["hx"] if isinstance(a["hx"], (list, tuple)) else [a["hx"]]
     tensors = a["params"]
     units = tensors[1].tensor.shape[1]
     projected = len(tensors) == len(suffixes) * (len(names) + 1)

@@ -156,6 +156,7 @@ class OnnxFile(Source):
 
     def __init__(self, model: Any, folder: Path | None = None) -> None:
         import onnx
+        import onnx.inliner
 
         from nni_topo.network.io.importing import operators
 
@@ -529,7 +530,8 @@ def taking_files(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
             source = source_of(model)
             is_read = isinstance(images, Iterable) and not isinstance(images, (str, Mapping))
             calls = list[list[Tensor]]()
-            for place, batch in enumerate(images if is_read else ()):
+            batches: Any = images if is_read else ()
+            for place, batch in enumerate(batches):
                 calls.append(as_call(source.inputs, batch, f"batch {place} of images"))
             bound.arguments["model"] = _imported(source, calls[0] if calls else None)
             if is_read:

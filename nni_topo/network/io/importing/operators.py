@@ -8,7 +8,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -57,6 +57,7 @@ class Operator:
 
 
 Row = Callable[[Building, Operator], Any]
+_Row = TypeVar("_Row", bound=Callable[..., Any])
 _ROWS: dict[str, Row] = {}
 
 # Operators of tensors by name, and PyTorch's functions.
@@ -88,10 +89,10 @@ _QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QL
               "ConvInteger", "MatMulInteger", "MatMulNBits")  # fmt: skip
 
 
-def row(*names: str) -> Callable[[Row], Row]:
+def row(*names: str) -> Callable[[_Row], _Row]:
     """Enter a function as the row of operators."""
 
-    def enter(function: Row) -> Row:
+    def enter(function: _Row) -> _Row:
         _ROWS.update(dict.fromkeys(names, function))
         return function
 
