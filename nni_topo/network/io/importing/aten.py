@@ -462,7 +462,7 @@ def _upsample(b: Building, a: Arguments, name: str = "") -> Any:
     knobs: dict[str, Any] = {"mode": mode.replace("_", "-")}
     if "linear" in mode or "cubic" in mode:
         knobs |= {"align_corners": a.get("align_corners", False), "antialias": name.endswith("_aa")}
-    factors = a.get("scale_factors")
+    factors: Any = a.get("scale_factors")
     if factors is None and a.get("output_size") is None:
         factors = [a[key] for key in ("scales_d", "scales_h", "scales_w", "scales") if a.get(key) is not None]
     if a.get("output_size") is not None:

@@ -165,9 +165,9 @@ class Building:
             named = [each.name for each in tensors.values() if each is not None and "." in each.name]
             self._layers[key] = self._put(named[0].rpartition(".")[0] if named else self.where, layer)
         path = self._layers[key]
-        layer = self._root.get_submodule(path)
-        if isinstance(layer, RECURRENT):
-            layer._init_flat_weights()
+        module: Any = self._root.get_submodule(path)
+        if isinstance(module, RECURRENT):
+            module._init_flat_weights()
         return self._call_of_layer(path, inputs)
 
     def _call_of_layer(self, path: str, inputs: Sequence[Any]) -> Node:

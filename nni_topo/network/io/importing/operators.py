@@ -279,7 +279,7 @@ def _same(b: Building, one: Operator) -> Any:
     if one.kind in _BINARY:
         return _binary(b, one)
     if _like_sizes(b, values) and one.kind in ("Not", "And", "Or", "Neg", "Abs", "Sqrt", "Floor", "Ceil"):
-        functions = {
+        functions: dict[str, Any] = {
             "Not": operator.not_,
             "And": operator.and_,
             "Or": operator.or_,
@@ -688,7 +688,7 @@ def _reduce(b: Building, one: Operator) -> Any:
         return b.call(torch.linalg.vector_norm, x, 1 if one.kind == "ReduceL1" else 2, axes, keeps)
     if one.kind == "ReduceSumSquare":
         x = b.call(torch.square, x)
-    function = {"ReduceMean": torch.mean, "ReduceMax": torch.amax, "ReduceMin": torch.amin,
+    function: Any = {"ReduceMean": torch.mean, "ReduceMax": torch.amax, "ReduceMin": torch.amin,
                 "ReduceLogSumExp": torch.logsumexp}.get(one.kind, torch.sum)  # fmt: skip
     result = b.call(function, x, axes, keeps)
     return b.call(torch.log, result) if one.kind == "ReduceLogSum" else result
