@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
-from nni_topo.network.layers.kinds import RECURRENT
-
 _EXAMPLES = "examples"
 
 
@@ -165,8 +163,8 @@ class Building:
             named = [each.name for each in tensors.values() if each is not None and "." in each.name]
             self._layers[key] = self._put(named[0].rpartition(".")[0] if named else self.where, layer)
         path = self._layers[key]
-        module: Any = self._root.get_submodule(path)
-        if isinstance(module, RECURRENT):
+        module = self._root.get_submodule(path)
+        if isinstance(module, nn.RNNBase):
             module._init_flat_weights()
         return self._call_of_layer(path, inputs)
 
