@@ -74,6 +74,9 @@ _STEPS, _PASSES = 600, 10
 _BATCH_NORM_IMAGES = 256
 _FEW = 25  # with fewer held-out images, a kept result was often worse on other images
 _TIMED = 16  # samples of the step that is timed before the smaller model exists
+ROUNDING = 1e-11
+"""Distance below which outputs differ by rounding, so that there is nothing to learn."""
+_LOWER = 6.0  # divisor of the rate if the weights learned at the rate of the range test are discarded
 _LOOKED_AT = 256  # most held-out images on which the loss is measured during a course; all judge the result
 
 _POSITIVE = number(0.0, closed="neither")
@@ -117,6 +120,7 @@ class Verdict:
     is_out_of_time: bool = False
     weights_of: int = 0
     gains_nothing: bool = False
+    discarded_lr: float = math.nan
 
     def __repr__(self) -> str:
         text = f"distillation is {'kept' if self.is_kept else 'discarded'}: on held-out samples the loss "
@@ -133,6 +137,8 @@ class Verdict:
             text += f". It took {self.steps} of at most {self.most_steps} steps at a learning rate of up to {self.lr:g}"
             text += ", until the time limit" if self.is_out_of_time else ""
             text += ", and ended early because the loss hadn't fallen" if self.gains_nothing else ""
+            if not math.isnan(self.discarded_lr):
+                text += f", after what was learned at {self.discarded_lr:g} had been discarded"
             if self.is_kept and self.weights_of < self.steps:
                 text += f"; the weights are those after {self.weights_of} steps"
                 text += ", because those at the end are no better than without distillation"
@@ -152,7 +158,7 @@ class Verdict:
     @property
     def has_anything_to_learn(self) -> bool:
         """Whether the network without distillation has a loss."""
-        return not (math.isnan(self.lr) and self.loss_before == 0.0)
+        return not (math.isnan(self.lr) and (self.loss_before == 0.0 or self.distance_before < ROUNDING))
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -197,6 +203,8 @@ class Distillation(Verdict):
         The step whose weights are kept, the last one or an earlier one; 0 if they are discarded.
     gains_nothing : bool
         Whether the steps ended early because the loss didn't fall.
+    discarded_lr : float
+        The rate of the range test, if the weights that it led to were discarded, and ``lr`` is a sixth of it; else NaN.
     outputs : ComparedOutputs or None
         Names of the model's outputs that were compared, and of the others.
     read_as : str
@@ -266,6 +274,117 @@ def distillation(
     for model in (original, dense):
         check_model(model)
         check_precision(precision, device_of(model), "distill")
+    split = _held_out_split(dense, original, images, held_out, seed)
+    pool = split.pool
+    student = student_of(dense, pool.few(2))
+    lesson = Lesson(
+        original,
+        student,
+        split.inputs,
+        objective,
+        temperature,
+        outputs=outputs,
+        blocks=blocks,
+        precision=precision,
+        kinds=context().kinds,
+        learned=split.learned,
+    )
+    if lesson.named.left_out:
+        _logger.warning("%s", lesson.named)
+    lesson.split(split.held, split.learned)
+    _check_gradients(lesson, student, split.learned[:2])
+    if augment is not None:
+        check_augment(original, pool.few(2), augment, seed)
+
+    judge = _Judge(lesson, split, clock)
+    before = judge.all(student)
+    is_blended = blend and is_blendable(pool.few(1))
+    most_steps = steps or course_length(len(split.learned), 1 if pool.are_whole else batch_size)
+    # Whole batches may be as small as a single sample, which has no statistics.
+    is_normed = not pool.are_whole and len(split.learned) >= _BATCH_NORM_IMAGES and bool(batch_norms(dense)[0])
+    training = Training(
+        student=lambda: student_of(dense, pool.few(2)),
+        batches=lambda: lesson.batches(split.learned, batch_size, seed, augment, is_blended),
+        objective=lesson.objective,
+        total=most_steps,
+        look=judge.look,
+        first=before.loss if len(judge.looked_at) == len(split.held) else judge.look(student),
+        constant=lesson.loss_of_a_constant(judge.looked_at),
+        is_normed=is_normed,
+        clock=clock,
+    )
+    clock.judged_at_end = pool.samples(judge.looked_at) + pool.samples(split.held)
+    if is_normed:  # the result is judged twice, and its batch norms measured on the images
+        clock.judged_at_end += len(split.held) + len(split.learned)
+
+    trial = _Trial(training)
+    if before.loss != 0.0 and not before.distance < ROUNDING:
+        trial = _tried(training, judge, lr, progress)
+    learned = _Learned()
+    if not math.isnan(trial.rate):
+        learned = _course(trial.training, judge, trial.rate, before, progress)
+        if learned.is_discarded and lr is None and clock.left > 0.0 and not learned.is_out_of_time:
+            again = _course(trial.training, judge, trial.rate / _LOWER, before, progress)
+            if again.steps:
+                learned = replace(again, discarded=learned)
+
+    result = detached_copy(dense)
+    if learned.student is not None and not learned.is_discarded:
+        learned_values = named_tensors(learned.student)
+        with torch.no_grad():
+            for name, tensor in named_tensors(result).items():
+                tensor.copy_(learned_values[name])
+        hand_on_report(dense, result, "distilled (nni_topo.distill)")
+        tell_solved_on(result, split.digests_learned)
+    after, course = learned.after or before, learned.course
+    is_kept = not learned.is_discarded
+    done = Distillation(
+        model=result,
+        objective=lesson.objective_name,
+        is_kept=is_kept,
+        loss_before=before.loss,
+        loss_after=after.loss,
+        distance_before=before.distance,
+        distance_after=after.distance,
+        agreement_before=before.agreement,
+        agreement_after=after.agreement,
+        lr=trial.rate if learned.discarded is None else trial.rate / _LOWER,
+        steps=learned.steps,
+        most_steps=most_steps,
+        rates=trial.rates,
+        curve=tuple(course.curve) if course else (),
+        held_out=pool.samples(split.held),
+        solved_on=split.solved_on,
+        is_out_of_time=trial.is_out_of_time or learned.is_out_of_time,
+        weights_of=learned.weights_of if is_kept else 0,
+        gains_nothing=course is not None and course.gains_nothing,
+        discarded_lr=math.nan if learned.discarded is None else trial.rate,
+        images=split.images,
+        seconds=clock.spent,
+        outputs=lesson.named,
+        read_as=lesson.read_as,
+        frozen=frozen_layers(dense),
+    )
+    if (not is_kept or split.solved_on) and done.has_anything_to_learn:
+        _logger.warning("%s", done.verdict)
+    return done
+
+
+@dataclass(frozen=True)
+class _Split:
+    """The samples of a distillation: those that judge, and those from which the network learns."""
+
+    inputs: Call | list[Call]
+    pool: Pool  # of these
+    held: Tensor  # numbers of those that judge, in the pool
+    learned: Tensor  # numbers of the others
+    images: int  # number of all samples
+    solved_on: int  # number of those that judge on which weights were solved
+    digests_learned: tuple[bytes, ...]  # of the others
+
+
+def _held_out_split(dense: nn.Module, original: nn.Module, images: Any, held_out: Any, seed: int) -> _Split:
+    """Read the samples and split them; DataError or ConfigError if they are too few or don't fit a model."""
     both = {"images": images, "held_out": held_out}
     given = [batches_of(each, original, knob) for knob, each in both.items() if each is not None]
     for each in given:
@@ -289,168 +408,147 @@ def distillation(
         counts = [len(part) for part in parts]
         if not all(counts):
             raise too_few_batches(sum(counts), why_whole)
-    pool = Pool(inputs)
-    # The numbers of those that judge, and of those from which the network learns.
     order = torch.randperm(counts[0], generator=torch.Generator().manual_seed(seed))
     if len(counts) > 1:
         drawn = torch.randperm(counts[1], generator=torch.Generator().manual_seed(seed))
         held, learned = counts[0] + drawn, order
     else:
         held, learned = order[is_held[order]], order[~is_held[order]]
-    was_solved_on = int((is_solved_on(dense, given[-1]) & is_held).sum())
     if not len(learned) or not len(held):
         raise DataError(f"distillation must have at least two samples, one to judge by, got {len(order)} (images)")
-    student = student_of(dense, pool.few(2))
-    lesson = Lesson(
-        original,
-        student,
-        inputs,
-        objective,
-        temperature,
-        outputs=outputs,
-        blocks=blocks,
-        precision=precision,
-        kinds=context().kinds,
+    is_learned = torch.ones(given[0].samples, dtype=torch.bool) if held_out is not None else ~is_held
+    return _Split(
+        inputs=inputs,
+        pool=Pool(inputs),
+        held=held,
         learned=learned,
+        images=sum(each.samples for each in given),
+        solved_on=int((is_solved_on(dense, given[-1]) & is_held).sum()),
+        digests_learned=tuple(itertools.compress(given[0].digests, is_learned.tolist())),
     )
-    is_blended = blend and is_blendable(pool.few(1))
-    if lesson.named.left_out:
-        _logger.warning("%s", lesson.named)
 
-    lesson.split(held, learned)
-    _check_gradients(lesson, student, learned[:2])
-    if augment is not None:
-        check_augment(original, pool.few(2), augment, seed)
 
-    def judge(net: nn.Module, index: Tensor) -> Judgement:
-        with clock.judging(pool.samples(index)):
-            return lesson.judge(net, index)
+class _Judge:
+    """Judges networks on the held-out samples, within the time limit."""
 
-    def after_few_steps(net: nn.Module) -> float:
-        """Return the held-out loss. After few steps the running statistics of batch norms are still the old ones."""
-        if training.is_normed:
+    def __init__(self, lesson: Lesson, split: _Split, clock: Clock) -> None:
+        self._lesson, self._split, self._clock = lesson, split, clock
+        self.looked_at = split.pool.first(split.held, _LOOKED_AT)
+
+    def all(self, net: nn.Module) -> Judgement:
+        """Judge on all held-out samples."""
+        with self._clock.judging(self._split.pool.samples(self._split.held)):
+            return self._lesson.judge(net, self._split.held)
+
+    def look(self, net: nn.Module) -> float:
+        """Return the loss on some of them, which is looked at during a course."""
+        with self._clock.judging(self._split.pool.samples(self.looked_at)):
+            return self._lesson.judge(net, self.looked_at).loss
+
+    def after_few_steps(self, net: nn.Module, is_normed: bool) -> float:
+        """Return this loss. After few steps the running statistics of batch norms are still the old ones."""
+        if is_normed:
             try:
-                net = recalibrate_batch_norm(net, lesson.plain(learned[:_BATCH_NORM_IMAGES]))
+                net = recalibrate_batch_norm(net, self._lesson.plain(self._split.learned[:_BATCH_NORM_IMAGES]))
             except DataError:  # the steps have left weights that aren't finite
                 return math.inf
-        return judge(net, looked_at).loss
+        return self.look(net)
 
-    def judged_at_end(net: nn.Module) -> tuple[nn.Module, Judgement]:
+    def at_end(self, net: nn.Module, is_normed: bool) -> tuple[nn.Module, Judgement]:
         """Return the learned network with the better statistics of batch norms, and its judgement."""
-        found = lesson.judge(net, held)
-        if training.is_normed and math.isfinite(found.loss):
+        found = self._lesson.judge(net, self._split.held)
+        if is_normed and math.isfinite(found.loss):
             # Views and blends differ from real images. Statistics of the unchanged images may be better or worse than
             # the statistics of the steps: the held-out images decide.
-            measured = recalibrate_batch_norm(net, lesson.plain(learned))
-            judged_again = lesson.judge(measured, held)
+            measured = recalibrate_batch_norm(net, self._lesson.plain(self._split.learned))
+            judged_again = self._lesson.judge(measured, self._split.held)
             if judged_again.loss < found.loss:
                 return measured, judged_again
         return net, found
 
-    most_steps = steps or course_length(len(learned), 1 if pool.are_whole else batch_size)
-    # Whole batches may be as small as a single sample, which has no statistics.
-    is_normed = not pool.are_whole and len(learned) >= _BATCH_NORM_IMAGES and bool(batch_norms(dense)[0])
-    before, looked_at = judge(student, held), pool.first(held, _LOOKED_AT)
-    clock.judged_at_end = pool.samples(looked_at) + pool.samples(held)
-    if is_normed:  # the result is judged twice, and its batch norms measured on the images
-        clock.judged_at_end += len(held) + len(learned)
-    training = Training(
-        student=lambda: student_of(dense, pool.few(2)),
-        batches=lambda: lesson.batches(learned, batch_size, seed, augment, is_blended),
-        objective=lesson.objective,
-        total=most_steps,
-        look=lambda net: judge(net, looked_at).loss,
-        first=before.loss if len(looked_at) == len(held) else judge(student, looked_at).loss,
-        constant=lesson.loss_of_a_constant(looked_at),
-        is_normed=is_normed,
-        clock=clock,
-    )
 
-    # The learning rate is the given one or that of the range test; it stays NaN if nothing is left to learn.
-    rate, rates, is_out_of_time = math.nan, tuple[RateTrial, ...](), False
-    if before.loss != 0.0:
-        if is_normed and clock.left > 0.0:
-            # Networks trained with fixed statistics, or on other images, break by the statistics of the batches.
-            is_normed = after_few_steps(training.student()) <= MOST_LOST * training.first
-            training = replace(training, is_normed=is_normed)
-        a_step = 0.0
-        if clock.left > 0.0:
-            a_step = seconds_of_a_step(training)
-            tried = len(RATES) * tried_steps(most_steps) if lr is None else 0
-            needed = (most_steps + tried) * a_step
-            text = f"the steps of distillation take at most about {duration(needed)}: {most_steps} of "
-            text += f"{duration(a_step)} each{f', {tried} more to find the learning rate' if tried else ''}; "
-            text += "seconds= limits it" if seconds is None else f"seconds= ends it after {duration(seconds)}"
-            _logger.log(logging.WARNING if seconds is None and needed > LONG else logging.INFO, "%s", text)
-        if lr is None or training.is_normed:
-            candidates = RATES if lr is None else (lr,)
-            rates = try_rates(training, after_few_steps, candidates, a_step, progress)
-            if training.is_normed and rates and not rates[-1].is_taken:
-                training = replace(training, is_normed=False)
-                if lr is None:
-                    rates = try_rates(training, after_few_steps, candidates, a_step, progress) or rates
+@dataclass(frozen=True)
+class _Trial:
+    """What the range test found."""
+
+    training: Training  # with the batch norms' statistics that the network bears
+    rate: float = math.nan  # NaN: none, or nothing is left to learn
+    rates: tuple[RateTrial, ...] = ()
+    is_out_of_time: bool = False
+
+
+def _tried(training: Training, judge: _Judge, lr: float | None, progress: bool | None) -> _Trial:
+    """Say how long the steps take, and find the learning rate unless it is given."""
+    clock = training.clock
+
+    def after_few_steps(net: nn.Module) -> float:
+        return judge.after_few_steps(net, training.is_normed)
+
+    if training.is_normed and clock.left > 0.0:
+        # Networks trained with fixed statistics, or on other images, break by the statistics of the batches.
+        is_normed = after_few_steps(training.student()) <= MOST_LOST * training.first
+        training = replace(training, is_normed=is_normed)
+    a_step = 0.0
+    if clock.left > 0.0:
+        a_step = seconds_of_a_step(training)
+        tried = len(RATES) * tried_steps(training.total) if lr is None else 0
+        again = training.total if lr is None else 0
+        needed = (training.total + tried + again) * a_step
+        text = f"the steps of distillation take at most about {duration(needed)}: {training.total} of "
+        text += f"{duration(a_step)} each"
         if lr is None:
-            rate = next((each.lr for each in rates if each.is_taken), math.nan)
-            is_out_of_time = math.isnan(rate) and bool(rates) and rates[-1].lr > min(RATES)
-        else:
-            rate, rates = lr, ()
+            text += f", {tried} more to find the learning rate, and if the result is discarded as many again at a "
+            text += "sixth of the rate"
+        limit = clock.seconds
+        text += "; seconds= limits it" if limit is None else f"; seconds= ends it after {duration(limit)}"
+        _logger.log(logging.WARNING if clock.seconds is None and needed > LONG else logging.INFO, "%s", text)
+    rates: tuple[RateTrial, ...] = ()
+    if lr is None or training.is_normed:
+        candidates = RATES if lr is None else (lr,)
+        rates = try_rates(training, after_few_steps, candidates, a_step, progress)
+        if training.is_normed and rates and not rates[-1].is_taken:
+            training = replace(training, is_normed=False)
+            if lr is None:
+                rates = try_rates(training, after_few_steps, candidates, a_step, progress) or rates
+    if lr is not None:
+        return _Trial(training, lr)
+    rate = next((each.lr for each in rates if each.is_taken), math.nan)
+    is_out_of_time = math.isnan(rate) and bool(rates) and rates[-1].lr > min(RATES)
+    return _Trial(training, rate, rates, is_out_of_time)
 
-    after, weights_of, course = before, 0, None
-    if not math.isnan(rate):
-        course = Course(training, rate)
-        course.run(progress)
-        is_out_of_time = course.is_out_of_time or clock.left <= 0.0
-        if course.is_given_up and not course.gains_nothing:
-            told = "learning rate %g is given up after %d of %d steps: the loss on held-out samples has grown"
-            _logger.info(told, rate, course.done, most_steps)
-        if course.done:
-            student, after = judged_at_end(course.student)
-            weights_of = course.done
-            if not is_better(after, before) and course.best and (seconds is None or clock.left > 0.0):
-                course.student.load_state_dict(course.best)
-                earlier, then = judged_at_end(course.student)
-                if is_better(then, before):
-                    student, after, weights_of = earlier, then, course.best_step
 
-    is_kept = is_better(after, before)
-    result = detached_copy(dense)
-    if is_kept:
-        learned_values = named_tensors(student)
-        with torch.no_grad():
-            for name, tensor in named_tensors(result).items():
-                tensor.copy_(learned_values[name])
-        hand_on_report(dense, result, "distilled (nni_topo.distill)")
-        is_learned = torch.ones(given[0].samples, dtype=torch.bool) if held_out is not None else ~is_held
-        tell_solved_on(result, itertools.compress(given[0].digests, is_learned.tolist()))
-    done = Distillation(
-        model=result,
-        objective=lesson.objective_name,
-        is_kept=is_kept,
-        loss_before=before.loss,
-        loss_after=after.loss,
-        distance_before=before.distance,
-        distance_after=after.distance,
-        agreement_before=before.agreement,
-        agreement_after=after.agreement,
-        lr=rate,
-        steps=course.done if course else 0,
-        most_steps=most_steps,
-        rates=rates,
-        curve=tuple(course.curve) if course else (),
-        held_out=pool.samples(held),
-        solved_on=was_solved_on,
-        is_out_of_time=is_out_of_time,
-        weights_of=weights_of if is_kept else 0,
-        gains_nothing=course is not None and course.gains_nothing,
-        images=sum(each.samples for each in given),
-        seconds=clock.spent,
-        outputs=lesson.named,
-        read_as=lesson.read_as,
-        frozen=frozen_layers(dense),
-    )
-    if (not is_kept or was_solved_on) and done.has_anything_to_learn:
-        _logger.warning("%s", done.verdict)
-    return done
+@dataclass(frozen=True)
+class _Learned:
+    """What a course learned."""
+
+    course: Course | None = None
+    student: nn.Module | None = None
+    after: Judgement | None = None
+    steps: int = 0
+    weights_of: int = 0  # the step that they are from
+    is_discarded: bool = True
+    is_out_of_time: bool = False
+    discarded: _Learned | None = None  # the course before, at the rate of the range test
+
+
+def _course(training: Training, judge: _Judge, rate: float, before: Judgement, progress: bool | None) -> _Learned:
+    """Take the steps at a rate, and judge the weights at the end, or else the best ones on the way."""
+    clock, course = training.clock, Course(training, rate)
+    course.run(progress)
+    is_out_of_time = course.is_out_of_time or clock.left <= 0.0
+    if course.is_given_up and not course.gains_nothing:
+        told = "learning rate %g is given up after %d of %d steps: the loss on held-out samples has grown"
+        _logger.info(told, rate, course.done, training.total)
+    if not course.done:
+        return _Learned(course, is_out_of_time=is_out_of_time)
+    student, after = judge.at_end(course.student, training.is_normed)
+    weights_of = course.done
+    if not is_better(after, before) and course.best and (clock.seconds is None or clock.left > 0.0):
+        course.student.load_state_dict(course.best)
+        earlier, then = judge.at_end(course.student, training.is_normed)
+        if is_better(then, before):
+            student, after, weights_of = earlier, then, course.best_step
+    return _Learned(course, student, after, course.done, weights_of, not is_better(after, before), is_out_of_time)
 
 
 @signed_like(distillation)
@@ -501,7 +599,8 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
         Images per step, at least 1.
     lr : float, optional
         Highest learning rate of AdamW, above 0. By default a range test finds it: the first of 6e-3, 2e-3, 6e-4,
-        2e-4 and 6e-5 that doesn't break the network in a few steps. If there is none, the result is a copy of
+        2e-4 and 6e-5 that doesn't break the network in a few steps. If the weights that are learned at this rate are
+        discarded, the steps are taken once more at a sixth of it. If there is no such rate, the result is a copy of
         ``dense``.
     outputs : callable, optional
         Returns the part of a model's output to compare, or a function of it, e.g. a pooled embedding. It takes the

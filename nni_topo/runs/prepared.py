@@ -198,9 +198,10 @@ class Prepared:
             steps = knobs.get("steps") or steps
             tried = 0 if "lr" in knobs else len(RATES) * tried_steps(steps)
             a_step = samples_of_a_step * self.seconds_of_a_step
-            seconds = distilled * min((steps + tried) * a_step, knobs.get("seconds", math.inf))
+            again = 0 if "lr" in knobs else steps  # if what was learned is discarded
+            seconds = distilled * min((steps + tried + again) * a_step, knobs.get("seconds", math.inf))
             seconds = min(seconds, max(self.clock.left - total, 0.0))
-            finding = f", {tried} to find the learning rate" if tried else ""
+            finding = f", {tried} to find the learning rate, {again} at a lower one if needed" if tried else ""
             told.append(
                 f"distilling at most {duration(seconds)} ({steps} steps of at most {duration(a_step)} each{finding})"
             )

@@ -515,7 +515,7 @@ def test_seconds_hold_for_the_whole_call(watch, seconds, lr, is_normed):
         (
             {"steps": 20},
             "INFO",
-            "at most about 70 s: 20 of 1 s each, 50 more to find the learning rate; seconds= limits",
+            "at most about 90 s: 20 of 1 s each, 50 more to find the learning rate, and if the result is discarded",
         ),
         ({"steps": 20, "lr": 1e-3}, "INFO", "at most about 20 s: 20 of 1 s each; seconds= limits it"),
         ({"lr": 1e-3}, "WARNING", "at most about 10 minutes: 601 of 1 s each; seconds= limits it"),
@@ -528,6 +528,36 @@ def test_the_time_is_told_before_it_is_spent(watch, caplog, knobs, level, words)
     told = [each for each in caplog.records if "distillation take" in each.getMessage()]
     assert [each.levelname for each in told] == [level]
     assert words in told[0].getMessage()
+
+
+def test_what_is_discarded_is_learned_once_more_at_a_sixth_of_the_rate(monkeypatch):
+    """The range test is made to take a rate that is too high for the whole course."""
+    _, original = pair()
+    monkeypatch.setattr("nni_topo.recovery.distilling.RATES", (0.6,))
+    monkeypatch.setattr("nni_topo.recovery.course._MOST_LOSS", 1e9)
+    monkeypatch.setattr("nni_topo.recovery.course._MOST_GROWTH", 1e9)
+    near = copy.deepcopy(original)
+    with torch.no_grad():
+        near.first.weight.mul_(1.02)
+    found = distillation(near, original, batches(), steps=80)
+    assert found.discarded_lr == 0.6
+    assert found.lr == pytest.approx(0.1)
+    assert len(found.rates) == 1
+    assert "after what was learned at 0.6 had been discarded" in repr(found)
+    # A rate that is given is the user's.
+    assert math.isnan(distillation(near, original, batches(), steps=80, lr=0.6).discarded_lr)
+
+
+def test_outputs_that_differ_by_rounding_are_not_learned():
+    _, original = pair()
+    near = copy.deepcopy(original)
+    with torch.no_grad():
+        near.head.weight.mul_(1.0 + 1e-6)
+    found = distillation(near, original, batches(), steps=20)
+    assert found.loss_before > 0.0 or found.distance_before > 0.0
+    assert (found.steps, found.rates, found.is_kept) == (0, (), False)
+    assert "there is nothing to learn" in repr(found)
+    torch.testing.assert_close(found.model.state_dict(), near.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("seconds", "trials"), [(31.0, 3), (60.0, 5)])

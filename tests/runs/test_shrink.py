@@ -611,7 +611,8 @@ def test_time_that_cannot_be_limited_is_refused(knobs, words):
         (
             {},
             "selecting channels about TIME, reconstructing weights about TIME, distilling at most TIME (600 steps of "
-            "at most TIME each, 90 to find the learning rate); distill={'seconds': ...} limits distillation",
+            "at most TIME each, 90 to find the learning rate, 600 at a lower one if needed); distill={'seconds': ...} "
+            "limits distillation",
         ),
         (
             {"pruner": "l1", "distill": {"steps": 2, "lr": 1e-3, "seconds": 60}},

@@ -340,9 +340,13 @@ def inputs_of(batch: Any, index: int = 0, name: str = "calibration") -> Any:
 
 def check_inputs(batch: Any, index: int, name: str) -> None:
     """Raise DataError unless all tensors of a batch's inputs are dense and have values, none of them NaN or +inf."""
-    for tensor in tensors_of(inputs_of(batch, index, name)):
+    inputs = inputs_of(batch, index, name)
+    for tensor in tensors_of(inputs):
         if tensor.numel() == 0:
-            raise DataError(f"a batch must hold inputs, got an empty one ({name}, batch {index})")
+            entry = next((key for key, value in returned_by_name(inputs) if value is tensor), "output")
+            entry = entry.replace("output", "inputs", 1) if entry.startswith("output") else entry
+            what = f"an empty one: {entry} of shape {tuple(tensor.shape)}"
+            raise DataError(f"a batch must hold inputs, got {what} ({name}, batch {index})")
         if tensor.layout != torch.strided or tensor.is_meta:
             kind = "meta" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
             raise DataError(f"inputs must be dense tensors with values, got a {kind} tensor ({name}, batch {index})")

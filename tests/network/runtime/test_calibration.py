@@ -325,7 +325,7 @@ def test_what_does_not_fit_is_an_error(batches):
     ("batch", "message"),
     [
         (torch.full((4, 6), math.nan), r"inputs must be finite .*got NaN or inf \(\w+, batch 1\)"),
-        (torch.zeros(0, 6), r"batch must hold inputs, got an empty one \(\w+, batch 1\)"),
+        (torch.zeros(0, 6), r"hold inputs, got an empty one: inputs of shape \(0, 6\) \(\w+, batch 1\)"),
         ((), r"batch must hold an input, got an empty one \(\w+, batch 1\)"),
         (torch.zeros(4, 7), r"must fit the model, got RuntimeError: .*mat1 .*\(batch 1\)|must have one shape"),
         (torch.zeros(4, 6, device="meta"), r"dense tensors with values, got a meta tensor \(\w+, batch 1\)"),

@@ -16,6 +16,7 @@ from nni_topo.network.runtime.inputs import (
     arguments_of,
     batch_size,
     calls,
+    check_inputs,
     fitting,
     inputs_of,
     lists_of_samples,
@@ -248,3 +249,15 @@ def test_outputs_are_named_by_what_leads_to_them(found, names):
 def test_an_iterator_is_no_output():
     with pytest.raises(SpeedupError, match=r"must be complete when its forward ends, got generator"):
         returned_by_name(each for each in [X])
+
+
+@pytest.mark.parametrize(
+    ("batch", "entry"),
+    [
+        ({"x": torch.ones(2), "edges": torch.zeros(0, 3)}, r"edges of shape \(0, 3\)"),
+        (((torch.ones(2), torch.zeros(2, 0)), 1), r"inputs\[1\] of shape \(2, 0\)"),
+    ],
+)
+def test_an_entry_without_elements_is_named(batch, entry):
+    with pytest.raises(DataError, match=rf"must hold inputs, got an empty one: {entry} \(images, batch 3\)"):
+        check_inputs(batch, 3, "images")
