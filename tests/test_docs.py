@@ -133,7 +133,7 @@ def words(text):
     """A transcript's lines, without what depends on the processor."""
     lines = [line for line in text.splitlines() if not re.search("[\u2500-\u257f]", line)]  # a table's cells wrap
     # whether distillation helps, and whether its figures disagree
-    lines = [re.sub(r"^distillation is (kept|discarded): .*", "distillation", line) for line in lines]
+    lines = [line for line in lines if not re.match(r"distillation is (kept|discarded): ", line)]
     lines = [line.replace("distilled (discarded)", "distilled") for line in lines]
     return [re.sub(r"[-+]?\d+(\.\d+)?(e[-+]\d+)?", "#", " ".join(line.split())) for line in lines]
 
