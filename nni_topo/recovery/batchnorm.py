@@ -80,7 +80,7 @@ def recalibrate_batch_norm(model: nn.Module, calibration: Iterable[Any] | Evalua
             norm.momentum = None
             norm.train()
         for index, (args, kwargs) in enumerate(calls(copied, batches)):
-            with fitting(index, batches.name):
+            with fitting(index, batches):
                 copied(*args, **kwargs)
         for name, norm in norms.items():
             measured[name] = {key: value.clone() for key, value in norm.named_buffers(recurse=False)}

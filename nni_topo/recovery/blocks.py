@@ -328,7 +328,7 @@ def solutions(
     is_held_out = batches.held_out(HELD_OUT_ENTRIES)
     with left_alone(*nets), evaluation_mode(*nets), torch.no_grad(), as_written(), watched(before, after):
         for index, call in enumerate(calls(nets[0], batches)):
-            with fitting(index, batches.name):
+            with fitting(index, batches):
                 for net in nets:
                     net(*call[0], **call[1])
             # Within a model, samples may be the second dimension; then positions are held out instead.

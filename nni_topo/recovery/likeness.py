@@ -160,7 +160,7 @@ def have_answers(
 
 
 def _reading(model: nn.Module, images: Calibration, outputs: Outputs | None, objective: str) -> Reading:
-    with fitting(0, images.name):
+    with fitting(0, images):
         call = next(calls(model, images))
         return Reading(model, call, outputs, objective, are_whole=bool(images.why_whole))
 
@@ -180,7 +180,7 @@ def _answers(net: nn.Module, images: Calibration, reading: Reading) -> Iterator[
     """Run a network over images, in evaluation mode."""
     with evaluation_mode(net), torch.no_grad():
         for index, call in enumerate(bar("comparing", None, calls(net, images))):
-            with fitting(index, images.name):
+            with fitting(index, images):
                 found = net(*call[0], **call[1])
             count = entry_count(found, call, reading.outputs) if images.why_whole else batch_size(call)
             real = real_positions_of(net, call)

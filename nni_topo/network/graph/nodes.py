@@ -146,6 +146,10 @@ class _Graphed(GraphModule):
         super().recompile()
         return super().code
 
+    def __str__(self) -> str:
+        super().recompile()  # PyTorch's text ends with the source
+        return super().__str__()
+
     def __reduce__(self) -> Any:
         return GraphModule(self, self.graph).__reduce__()
 

@@ -126,6 +126,7 @@ class Calibration(Sequence[Any]):
         self._source: Iterable[Any] | None = batches
         self._kept: Sequence[Any] = ()
         self._sizes: tuple[int, ...] = ()
+        self._given_as: Sequence[int] | None = None  # in a part of other data: numbers of the batches there
 
     @classmethod
     def of(cls, batches: Iterable[Any], name: str = "calibration") -> Calibration:
@@ -178,6 +179,10 @@ class Calibration(Sequence[Any]):
         """The number of samples of each batch."""
         _ = self._batches  # reads them
         return self._sizes
+
+    def given_as(self, index: int) -> int:
+        """Return the number that a batch has in the data as given; this may be a part of them."""
+        return index if self._given_as is None else self._given_as[index]
 
     @property
     def samples(self) -> int:
@@ -406,6 +411,7 @@ class Calibration(Sequence[Any]):
 
         sizes = [self._sizes[index] if own is None else len(own) for index, own in rows]
         subset = self._of_read(_Views(len(rows), make), sizes, labels)
+        subset._given_as = [self.given_as(index) for index, _ in rows]
         digests = self._by_batch(self.digests)
         subset.digests = tuple(
             digest

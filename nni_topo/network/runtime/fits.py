@@ -57,7 +57,7 @@ def run(model: nn.Module, calibration: Iterable[Any]) -> None:
     """Run a model over calibration batches, in evaluation mode and without gradients; DataError if they don't fit."""
     with left_alone(model), evaluation_mode(model), torch.no_grad(), padding_known(model):
         for index, (args, kwargs) in enumerate(bar("calibration", None, calls(model, calibration))):
-            with fitting(index, name_of(calibration), (args, kwargs)):
+            with fitting(index, calibration, (args, kwargs)):
                 model(*args, **kwargs)
 
 

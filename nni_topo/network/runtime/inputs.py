@@ -389,6 +389,12 @@ def name_of(calibration: Iterable[Any]) -> str:
     return getattr(calibration, "name", "calibration")
 
 
+def _number(calibration: Iterable[Any], index: int) -> int:
+    """Return the number of a batch in the data as given, for messages."""
+    number: int = calibration.given_as(index) if hasattr(calibration, "given_as") else index
+    return number
+
+
 def described(given: Any) -> str:
     """Describe tensors in nested containers by their types and shapes, and in mappings by their keys."""
     if isinstance(given, Tensor):
@@ -401,8 +407,11 @@ def described(given: Any) -> str:
 
 
 @contextmanager
-def fitting(batch: int, knob: str = "calibration", call: Call | None = None) -> Iterator[None]:
-    """Turn a model's error within the block into a DataError; ``batch``: its number in ``knob``, from 0."""
+def fitting(batch: int, batches: Any = "calibration", call: Call | None = None) -> Iterator[None]:
+    """Turn a model's error within the block into a DataError that names the batch.
+
+    ``batch``: its number, from 0, in ``batches``: a `Calibration`, which may be a part of the data, or a name.
+    """
     try:
         yield
     except NniTopoError:
@@ -411,6 +420,7 @@ def fitting(batch: int, knob: str = "calibration", call: Call | None = None) -> 
         if out_of_memory(error):
             raise
         given = "" if call is None else f" on {described(call)}"
+        knob, batch = (batches, batch) if isinstance(batches, str) else (name_of(batches), _number(batches, batch))
         raise DataError(f"{knob} must fit the model, got {raised(error)}{given} (batch {batch})") from error
 
 

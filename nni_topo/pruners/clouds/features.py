@@ -101,7 +101,7 @@ class FeatureCollector(DataCollector):
             for number, call in enumerate(calls(context.model, batches)):
                 samples += batch_size(call)
                 named = bind_arguments(context.model, call)
-                with fitting(number, batches.name), in_context(real=real_positions(named)):
+                with fitting(number, batches), in_context(real=real_positions(named)):
                     runner.run(*named.values())
         if samples < 2:
             raise DataError(f"calibration must hold at least two samples to be clustered by, got {samples}")

@@ -188,7 +188,7 @@ class ReconstructionProblems:
         hooks = watched([(one.twin, one.reached) for one in flat], [(one.module, one.met) for one in flat])
         with mixing_called(original, network), hooks, evaluation_mode(original, network), torch.no_grad():
             for index, (args, kwargs) in enumerate(calls(original, self.calibration)):
-                with fitting(index, self.calibration.name):
+                with fitting(index, self.calibration):
                     original(*args, **kwargs)
                     if network is not original:
                         network(*args, **kwargs)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.fx import Graph
+from torch.fx.passes.shape_prop import TensorMetadata
 
 import nni_topo
 from nni_topo.network.graph.traced_int import (
@@ -96,6 +97,7 @@ def graph_of(method: str, *args) -> tuple[Graph, dict]:
     """One call on a tensor of eight channels; the ids by node."""
     graph = Graph()
     images = graph.placeholder("images")
+    images.meta["tensor_meta"] = TensorMetadata(torch.Size((1, 8, 1)), torch.float32, False, (), None, False, {})
     called = graph.call_method(method, (images, *args)) if method != "getitem" else graph.call_function(
         operator.getitem, (images, *args)
     )  # fmt: skip
