@@ -31,6 +31,8 @@ LEAST_PIVOT = 1e-10
 """Ridge on a channel's own products, as a share of their diagonal, for columns that the chosen ones span."""
 
 _NOTHING = 1e-5  # share of the total reduction: if no channel reduces more, the others follow by their current gains
+_ROUNDING_OF_A_REST = 1e3
+"""Rounding of the gains once nothing more is gained, as a multiple of that of the first one: an ill-conditioned rest."""
 STOP = 0.0
 """Share of the error that is left: a step that reduces less of it ends the search, and the others follow by gains."""
 _MANY = 2**16  # numbers of a layer from which a GPU is faster than the CPU; for fewer its launches take longer
@@ -56,7 +58,7 @@ def forward_selection(
     channels : ndarray of int, shape (keep,)
         In the order of selection; with one part each prefix is the selection for a smaller ``keep``. Of gains that are
         equal to within 1e-6 the lowest channel wins. The targets are met once no channel reduces the error by more than
-        1e-5 of the reduction so far: the others follow by their gains at that step.
+        1e-5 of the reduction so far: the others follow by their gains at that step, equal within 1e-9 of the first one.
     taken : ndarray, shape (keep,)
         Reduction of the squared error by each channel.
 
@@ -89,13 +91,13 @@ def forward_selection(
             if not is_met:
                 gains = np.sum([reader.gains() for reader in readers], axis=0)
             open_gains = np.where(left & (room[part] > 0), gains, -np.inf)
+            first, reduced = taken[0] if step else 0.0, taken[:step].sum()
+            is_met = is_met or open_gains.max() <= max(_NOTHING * reduced, STOP * (total - reduced))
             # Gains that are tiny compared with the first one are rounding: among such channels the lowest wins.
-            order[step] = first_largest(open_gains, taken[0] if step else 0.0)
+            order[step] = first_largest(open_gains, _ROUNDING_OF_A_REST * first if is_met else first)
             taken[step] = gains[order[step]]
             left[order[step]] = False
             room[part[order[step]]] -= 1
-            reduced = taken[:step].sum()
-            is_met = is_met or taken[step] <= max(_NOTHING * reduced, STOP * (total - reduced))
             if not is_met and step < keep - 1:  # after the last choice no gains are needed
                 for reader in readers:
                     reader.choose(int(order[step]))
