@@ -32,7 +32,7 @@ LEAST_PIVOT = 1e-10
 
 _NOTHING = 1e-5  # share of the total reduction: if no channel reduces more, the others follow by their current gains
 _ROUNDING_OF_A_REST = 1e3
-"""Rounding of the gains once nothing more is gained, as a multiple of that of the first one: an ill-conditioned rest."""
+"""Rounding of the gains once nothing more is gained, as a multiple of that of the first gain."""
 STOP = 0.0
 """Share of the error that is left: a step that reduces less of it ends the search, and the others follow by gains."""
 _MANY = 2**16  # numbers of a layer from which a GPU is faster than the CPU; for fewer its launches take longer
