@@ -10,6 +10,7 @@ that it doesn't name, one that its records don't make and an entry that no page 
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import json
 import re
@@ -159,8 +160,32 @@ def run_readme() -> dict[str, Any]:
     return names
 
 
+def run_diff(names: dict[str, Any]) -> dict[str, float]:
+    """Run the script that README changes, as it was and as it is then, on the network of README's code.
+
+    Returns the accuracy of both, and of the new lines without weight reconstruction, by name.
+    """
+    (lines,) = re.findall(r"```diff\n(.*?)```", PAGES[0].read_text(encoding="utf-8"), re.S)
+    scripts = {
+        name: "\n".join(line[1:] for line in lines.splitlines() if line[:1] in ("", " ", sign))
+        for name, sign in (("old lines", "-"), ("new lines", "+"))
+    }
+    without = re.sub(r"nni_topo\.compensate\((\w+), .*?\)", r"\1", scripts["new lines"])
+    accuracies = {}
+    for name, script in {**scripts, "new lines without compensate": without}.items():
+        settings = {
+            "model": copy.deepcopy(names["model"]),
+            "config_list": [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}],
+            "inputs": names["images"][:2],
+            "batches": names["images"].split(64),
+        }
+        exec(compile(script, "README.md", "exec"), settings)
+        accuracies[name] = names["zoo"].evaluate(settings["model"], names["data"].test)
+    return accuracies
+
+
 def keep_readme() -> None:
-    """Run README's code and keep a line for each step of its report."""
+    """Run README's code and keep a line for each step of its report, and for both scripts of its diff."""
     began = time.process_time()
     names = run_readme()
     seconds = time.process_time() - began
@@ -176,6 +201,9 @@ def keep_readme() -> None:
     lines = []
     for stage in report.stages:
         record = {"key": [stage.network], **asdict(stage), "ms": milliseconds.get(stage.network), **of_run}
+        lines.append(json.dumps(record, sort_keys=True))
+    for name, accuracy in run_diff(names).items():
+        record = {"key": [name], "accuracy": accuracy, "tested": of_run["tested"], **provenance()}
         lines.append(json.dumps(record, sort_keys=True))
     (RECORDS / README_RECORDS).write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -16,6 +16,7 @@ import torch
 from markdown_sections import sections
 
 import nni_topo
+from benchmarks import quotes
 from benchmarks.quoted import README_RECORDS, read
 from nni_topo import zoo
 from nni_topo.cli import main
@@ -214,13 +215,19 @@ def test_caps_and_floors_hold_under_a_budget_as_the_page_says(tmp_path, monkeypa
 
 
 def test_snippets_of_the_readme_run_and_report_what_their_record_says(tmp_path, monkeypatch):
-    stages = run(PROJECT / "README.md", tmp_path, monkeypatch)["dense"].report.stages
+    names = run(PROJECT / "README.md", tmp_path, monkeypatch)
     assert {path.name for path in tmp_path.iterdir()} == {"small.safetensors", "small.pt2"}
     records = read(README_RECORDS)  # tests/test_quotes.py holds README's output against it
-    for stage, record in zip(stages, records, strict=True):
+    stages = names["dense"].report.stages
+    for stage, record in zip(stages, records[: len(stages)], strict=True):
         assert (stage.network, stage.macs, stage.params) == (record["network"], record["macs"], record["params"])
         near = 0.15 if stage.network == "pruned" else 0.03  # other processors train another network
         assert (stage.accuracy, stage.agreement) == pytest.approx((record["accuracy"], record["agreement"]), abs=near)
+    recorded = {record["key"][0]: record["accuracy"] for record in records[len(stages) :]}
+    found = quotes.run_diff(names)
+    assert found.keys() == recorded.keys()
+    assert found["new lines"] == pytest.approx(recorded["new lines"], abs=0.03)
+    assert found["old lines"] < found["new lines"] - 0.1
 
 
 JOBS = PROJECT / "docs" / "six_jobs.md"
