@@ -15,7 +15,7 @@ VERBS = {
     "analyze": "Study one model without changing it.",
     "experiment": "Run NNI's experiments and show their results.",
     "prune": "Prune one trained model by a YAML file.",
-    "shrink": "Make one trained model smaller from unlabelled images: select channels, reconstruct weights, distil.",
+    "shrink": "Make one model smaller from inputs without labels: select channels, reconstruct weights, distil.",
     "profile": "Measure one model before and after pruning, in turns: time, throughput, memory, MACs, parameters.",
     "doctor": "Check versions, NNI, torch and torchvision, data, GPU, NNI's port and extras; say what to do.",
 }

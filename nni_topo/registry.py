@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.metadata import entry_points
 from operator import attrgetter
+from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar, Generic, TypeVar
 
 from nni_topo.errors import ConfigError, shown, unknown_name
@@ -20,12 +24,38 @@ _logger = logging.getLogger(__name__)
 
 
 def imported(path: str, what: str) -> Any:
-    """Import the object that ``"package.module:Name"`` names; ConfigError, which begins with ``what``, if it fails."""
-    module, _, name = path.partition(":")
+    """Import what ``"package.module:Name"`` or ``"folder/file.py:Name"`` names; ConfigError if that fails.
+
+    The error begins with ``what``.
+    """
+    module, _, name = path.rpartition(":")
     try:
-        return attrgetter(name)(importlib.import_module(module))
-    except (ImportError, AttributeError, ValueError, TypeError) as error:  # TypeError: a module name begins with "."
+        return attrgetter(name)(_of_file(module) if module.endswith(".py") else importlib.import_module(module))
+    # TypeError: a module name begins with "."
+    except (ImportError, AttributeError, ValueError, TypeError, OSError, SyntaxError) as error:
         raise ConfigError(f"{what} that can be imported, got {path!r}: {error}") from error
+
+
+def _of_file(path: str) -> ModuleType:
+    """Return the module of a Python file, under the file's name; files in its folder can be imported, too."""
+    file = Path(path).resolve()
+    known = sys.modules.get(file.stem)
+    if known is not None and getattr(known, "__file__", None) == str(file):
+        return known
+    if known is not None:
+        raise ImportError(f"a module {file.stem} is there already ({known.__file__}): rename the file")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise ImportError("it isn't a Python file")
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))
+    made = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(made)
+    except BaseException:
+        del sys.modules[file.stem]
+        raise
+    return made
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def test_shrink_goes_as_far_as_a_tolerance_allows_by_flags_or_a_file(tmp_path, n
     assert document["networks tried"] == found["candidates"]
     assert json.loads(capsys.readouterr().out) == document["stages"]
     assert ">networks tried<" in (tmp_path / "flags" / "report.html").read_text()
-    line += " 0.1 --budget params --allocation error"
+    line += " 0.1 --cost params --allocation error"
     assert run(f"{line} --out {tmp_path}/error") == 0
     document = json.loads((tmp_path / "error" / "shrink.json").read_text())
     assert (document["tolerance"]["tolerance"], document["tolerance"]["kind"]) == (0.1, "params")

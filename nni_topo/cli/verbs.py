@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import numpy as np
 import tyro
 from rich.console import Console
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 import nni_topo
 from nni_topo.disk import check_output_file, output_folder, write_figure, write_json
-from nni_topo.errors import ConfigError, DataError, raised
+from nni_topo.errors import ConfigError
 from nni_topo.network.io.exporting import FORMATS
 from nni_topo.pruners.budget import BUDGETS
 from nni_topo.pruners.registry import list_pruners, pruner_info
@@ -24,7 +24,7 @@ from nni_topo.rules import NONE, check_knobs, one_of, whole
 from nni_topo.runs.choices import Cell, CompensationChoice, DistillationChoice, PrunerChoice, Target, load_prune_config
 from nni_topo.runs.provenance import provenance
 from nni_topo.runs.prune import empty_folder, prune_checkpoint
-from nni_topo.runs.run import distillation_knobs
+from nni_topo.runs.run import distillation_knobs, resolve_device, weighted_model
 from nni_topo.runs.settings import TOLERANCE, Settings
 from nni_topo.runs.shrink import KNOBS, asked_budget, shrink
 from nni_topo.studies.baselines import is_baseline
@@ -37,8 +37,11 @@ from nni_topo.studies.report import prune_costs, write_report
 from nni_topo.studies.study import DataVerb, Names, TrainedVerb, Verb, finite, plain, save_figures
 from nni_topo.studies.tables import NumberTable, as_markdown, tables_of
 from nni_topo.zoo import list_data, list_models
+from nni_topo.zoo.external import pretrained_preprocessing
+from nni_topo.zoo.labelled import Preprocessing
+from nni_topo.zoo.unlabelled import has_labels, read_inputs, shape_of
 
-_SAMPLES_AT_ONCE = 64  # of an .npz file
+_OR_MACS = tyro.conf.arg(aliases=("--macs",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,45 +192,45 @@ class Report(Verb):
 
 @dataclass(frozen=True, kw_only=True)
 class Shrink(TrainedVerb):
-    """Make one trained model smaller from unlabelled images: select channels, reconstruct weights, distil.
+    """Make one model smaller from inputs without labels: select channels, reconstruct weights, distil.
 
-    --model may be an .onnx or .pt2 file, with --data an .npz file of arrays by the names of its inputs.
+    --data: a folder of images in any subfolders, an .npz, .npy or .safetensors file of inputs (several arrays: by the
+    names of the model's arguments), .txt or .jsonl lines of text with --tokenizer, or package.module:function, which
+    returns batches. Where it has labels (a listed data set, an .npz file with y_train, a folder for each class), a
+    column tells the accuracy. --model may also be an .onnx or .pt2 file.
     """
 
     pruner: str = "reconstruction"  # registered name
     method: str = "reconstruct"  # how weights are reconstructed: a listed recovery method, or package.module:Class
-    flops: float | None = None  # share of the MACs to keep, in (0, 1]; 0.25 if no budget and no tolerance is given
+    flops: Annotated[float | None, _OR_MACS] = None  # share of the MACs to keep, in (0, 1]; 0.25 if nothing is asked
     params: float | None = None  # share of the parameters to keep, in (0, 1]
     latency: float | None = None  # share of a batch's time to keep, in (0, 1]
     memory: float | None = None  # share of the bytes of parameters and activations to keep, in (0, 1]
     tolerance: float | None = None  # share of answers that may change, in (0, 1); finds the smallest such network
-    budget: str | None = None  # with --tolerance, the cost to minimise: flops, params, latency or memory
+    cost: str | None = None  # with --tolerance, the cost to minimise: flops, params, latency or memory
     measure: str = "outputs"  # measure of --tolerance: outputs (changed answers; else distance) or distance
     allocation: str | None = None  # how layers share the budget: uniform, topological, error or auto; None: uniform
     equal_blocks: bool = False  # keep the same widths in all blocks, so that a config of Transformers describes them
     runtime: str = "pytorch"  # where --latency is timed: pytorch or onnxruntime
     round_to: int | None = None  # layers keep a multiple of so many channels, 1: any number; None: as the budget allows
     depth: bool = False  # let blocks compete with channels for the budget
-    images: int = 1024  # unlabelled training images, at least 2
+    images: int = 1024  # samples of the data that are used, without labels, at least 2
+    unlabelled: bool = False  # use the data without its labels, e.g. folders of images that aren't classes
+    mean: tuple[float, ...] = ()  # of each channel of images in files, in [0, 1]; none: the model's, else ImageNet's
+    std: tuple[float, ...] = ()  # standard deviation of each channel, above 0; none: the model's, else ImageNet's
+    classes: int | None = None  # logits of a model that is built for data without labels; None: its factory's default
+    tokenizer: str | None = None  # folder or name of a tokenizer of Transformers, for lines of text
+    export: Literal["onnx", "pt2"] | None = None  # also write the smaller network as small.onnx or small.pt2
     test_limit: int | None = None  # test images used, the set's first ones, at least 1; None: all, whatever --limit is
     distill_seconds: float | None = None  # time of distillation, above 0; None: until the held-out loss stops falling
 
     def run(self, console: Console) -> int:
-        """Write the dense model and print the accuracy on the test images after each step."""
+        """Write the dense model and print what each step did, with labels also the accuracy on the test images."""
         with empty_folder(self.out):
             budget = self._budget()
             self._check(budget)
             is_file = Path(self.model).suffix.lower() in FORMATS
-            how: dict[str, Any]
-            if is_file:
-                network: Any = self.model
-                images: Any = _batches_in(Path(self.data), self.images)
-                how = {"distill": {} if self.distill_seconds is None else {"seconds": self.distill_seconds}}
-            else:
-                start = self.start(self.test_limit)
-                network, images = start.net, start.images(self.images)
-                choice = DistillationChoice(self.images, seconds=self.distill_seconds)
-                how = {"distill": distillation_knobs(start, choice), "evaluate": start.tested}
+            network, images, how = self._given(console, is_file=is_file)
             dense = shrink(
                 network,
                 images,
@@ -251,6 +254,9 @@ class Shrink(TrainedVerb):
             else:
                 nni_topo.save(dense, self.out / "dense.safetensors")
                 files = f"dense model: {self.out / 'dense.safetensors'} (nni_topo.load)"
+                if self.export is not None:
+                    written = nni_topo.export(dense, self.out / f"small.{self.export}", images[0]).path
+                    files += f" · {self.export}: {written}"
             found_within, verdict, depth, time = report.tolerance, report.distillation, report.depth, report.time
             facts: dict[str, Any] = {
                 "model": self.model,
@@ -283,6 +289,44 @@ class Shrink(TrainedVerb):
             self.put_out(console, document["stages"], [repr(report), files])
             return 0
 
+    def _given(self, console: Console, *, is_file: bool) -> tuple[Any, list[Any], dict[str, Any]]:
+        """Return the model, batches of inputs, and arguments of `shrink` that depend on both."""
+        if not is_file and has_labels(self.data) and (not self.unlabelled or self.data in list_data()):
+            start = self.start(self.test_limit)
+            choice = DistillationChoice(self.images, seconds=self.distill_seconds)
+            how = {"distill": distillation_knobs(start, choice), "evaluate": start.tested}
+            return start.net, start.images(self.images), how
+        known = (None if is_file else pretrained_preprocessing(self.model)) or Preprocessing()
+        scaling = replace(known, mean=self.mean or known.mean, std=self.std or known.std)
+        images = read_inputs(
+            self.data,
+            self.images,
+            image_size=self.image_size,
+            preprocessing=scaling,
+            workers=self.workers,
+            tokenizer=self.tokenizer,
+        )
+        if Path(self.data).is_dir():
+            tell = "; --mean and --std change it" if not (self.mean or self.std) else ""
+            console.print(
+                f"images: as shares of the largest value, less mean {list(scaling.mean)}, divided by "
+                f"{list(scaling.std)}{tell}",
+                markup=False,
+                highlight=False,
+            )
+        distill = {} if self.distill_seconds is None else {"seconds": self.distill_seconds}
+        if is_file:
+            return self.model, images, {"distill": distill}
+        network = weighted_model(
+            self.model_choice,
+            shape_of(images[0]),
+            checkpoint=self.checkpoint,
+            classes=self.classes,
+            device=self.device,
+        )
+        place = resolve_device(self.device)
+        return network, tree_map_only(Tensor, lambda tensor: tensor.to(place), images), {"distill": distill}
+
     def _check(self, budget: str | dict[str, Any] | None) -> None:
         """Check all flags before anything is loaded or trained."""
         place = "nni-topo shrink"
@@ -297,8 +341,8 @@ class Shrink(TrainedVerb):
     def _budget(self) -> str | dict[str, Any] | None:
         """Return the shares to keep; with a tolerance the name of the cost to minimise, or None."""
         shares: dict[str, Any] = {kind: getattr(self, kind) for kind in BUDGETS if getattr(self, kind) is not None}
-        if self.tolerance is None and self.budget is not None:
-            raise ConfigError("--budget needs --tolerance, got none (nni-topo shrink)")
+        if self.tolerance is None and self.cost is not None:
+            raise ConfigError("--cost needs --tolerance, got none (nni-topo shrink)")
         if self.tolerance is not None and shares:
             other = f"--{next(iter(shares))}"
             raise ConfigError(f"--tolerance can't be combined with a share to keep, got {other} (nni-topo shrink)")
@@ -306,25 +350,8 @@ class Shrink(TrainedVerb):
         how |= {"equal_blocks": True} if self.equal_blocks else {}
         how |= {"runtime": self.runtime} if self.runtime != "pytorch" else {}
         if self.tolerance is not None:
-            return {self.budget or "flops": None, **how} if how else self.budget
+            return {self.cost or "flops": None, **how} if how else self.cost
         return {**(shares or {"flops": 0.25}), **how}
-
-
-def _batches_in(path: Path, count: int) -> list[dict[str, Any]]:
-    """Return the first samples of an ``.npz`` file in batches, by the names of its arrays."""
-    if path.suffix != ".npz" or not path.is_file():
-        raise DataError(f"the data for an .onnx or .pt2 file must be an .npz file with its inputs, got {path} (--data)")
-    try:
-        with np.load(path) as file:
-            arrays = {name: file[name][:count] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"data must be an .npz file of arrays, got {raised(error)} ({path})") from error
-    lengths = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
-    if len(set(lengths.values())) != 1 or 0 in lengths.values():
-        raise DataError(f"arrays of an .npz file must hold equally many samples, got {lengths} ({path})")
-    (samples,) = set(lengths.values())
-    starts = range(0, samples, _SAMPLES_AT_ONCE)
-    return [{name: array[at : at + _SAMPLES_AT_ONCE] for name, array in arrays.items()} for at in starts]
 
 
 @dataclass(frozen=True, kw_only=True)

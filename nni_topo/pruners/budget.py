@@ -39,6 +39,8 @@ AUTO = "auto"
 """Let :func:`nni_topo.shrink` try all allocations that the pruner supports."""
 ALLOCATIONS: tuple[str, ...] = tuple(name for name in get_args(Allocation) if name != AUTO)
 BUDGETS = ("flops", "params", "latency", "memory")
+MACS = "macs"
+"""A synonym of the cost ``flops``, which counts multiply-accumulates, as in NNI."""
 _RULES = {
     "allocation": one_of(get_args(Allocation)),
     "latency_table": instance(LatencyTable) | PATH | NONE,
@@ -100,6 +102,8 @@ class Budget:
     enough, the widest that is about as fast as any is kept, possibly the unpruned one. A warning gives the reason if
     the network costs more or less than the budget by more than the tolerance. NNI's schedulers don't schedule a budget.
 
+    In a mapping ``macs`` is a synonym of ``flops``: multiply-accumulates are counted, as in NNI.
+
     Examples
     --------
     >>> Budget(flops=0.25).share
@@ -148,9 +152,18 @@ class Budget:
 
 
 def as_budget(value: Any) -> Budget:
-    """Return a budget, also from a mapping of its fields; ConfigError for anything else."""
-    found: Budget = as_settings(Budget, value, "budget")
+    """Return a budget, also from a mapping of its fields, ``macs`` for ``flops``; ConfigError for anything else."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        raise ConfigError(f"a budget must name its cost, e.g. {{'flops': {value}}}, got {value} (budget)")
+    found: Budget = as_settings(Budget, with_flops(value), "budget")
     return found
+
+
+def with_flops(budget: Any) -> Any:
+    """Return a budget, or the name of a cost, with ``flops`` for its synonym ``macs``."""
+    if isinstance(budget, Mapping) and MACS in budget and "flops" not in budget:
+        return {"flops" if name == MACS else name: value for name, value in budget.items()}
+    return "flops" if budget == MACS else budget
 
 
 @dataclass(frozen=True)

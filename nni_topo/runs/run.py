@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -44,7 +44,7 @@ from nni_topo.runs.pipeline import Pipeline
 from nni_topo.runs.provenance import Record
 from nni_topo.runs.widths import as_entries, reasons_of_unpruned_layers
 from nni_topo.zoo.evaluation import bits
-from nni_topo.zoo.external import pretrained_preprocessing
+from nni_topo.zoo.external import accepted, pretrained_preprocessing
 from nni_topo.zoo.labelled import ImageFiles, subset
 from nni_topo.zoo.models import model_info
 
@@ -53,6 +53,7 @@ _GRADIENT_STEPS = 32
 _IMAGES_AT_ONCE = 128
 _LABELLED_AT_ONCE = 512
 _VALIDATION_FILES = 1024
+_IMAGENET = 1000  # classes
 STILL = 1e-30
 """Learning rate at which an evaluator measures gradients without changing weights."""
 WHOLE_CHANNELS = "the numbers that were tried come no nearer, or the pruner keeps other channels than requested"
@@ -362,6 +363,32 @@ def build_model(model: ModelChoice, data: zoo.DataBundle, seed: int) -> nn.Modul
         width=model.width,
         seed=seed,
     )
+
+
+def weighted_model(
+    model: ModelChoice, shape: Sequence[int], *, checkpoint: str | Path | None, classes: int | None, device: str
+) -> nn.Module:
+    """Return a model with the weights of a checkpoint, or those that a user's own factory gives it.
+
+    ``shape``: of a batch of inputs; a batch of images gives a factory channels and side. ``classes``: number of logits
+    for factories that ask for it; None: their default, of torchvision's and timm's models 1,000.
+    """
+    is_own = ":" in model.name
+    if checkpoint is None and not is_own:
+        raise ConfigError(
+            f"a model must come with its weights where data has no labels to train it by, got none ({model.name}, "
+            "checkpoint)"
+        )
+    sizes = {"in_channels": shape[1], "image_size": shape[-1]} if len(shape) == 4 else {}
+    classes = classes if classes is not None or is_own else _IMAGENET
+    arguments = {**sizes, "width": model.width, **({} if classes is None else {"num_classes": classes})}
+    build = model_info(model.name).build
+    net = build(**accepted(build, arguments))
+    if not isinstance(net, nn.Module):
+        raise ConfigError(f"a model factory must return an nn.Module, got {type(net).__name__} ({model.name})")
+    if checkpoint is not None:
+        zoo.load_checkpoint(checkpoint, net)
+    return net.to(resolve_device(device)).eval()
 
 
 def resolve_device(name: str | torch.device) -> torch.device:

@@ -16,7 +16,7 @@ from nni_topo.network.io.checkpoint import why_undescribed
 from nni_topo.network.layers.kinds import has_channels, without_plain_weights
 from nni_topo.network.runtime.arguments import BY_HEAD, check_entry, check_model
 from nni_topo.network.runtime.calibration import Calibration
-from nni_topo.pruners.budget import AUTO, BUDGETS, Budget, as_budget
+from nni_topo.pruners.budget import AUTO, BUDGETS, Budget, as_budget, with_flops
 from nni_topo.pruners.checks import check_no_ratios
 from nni_topo.pruners.registry import PRUNERS, check_pruner_knobs, pruner_info
 from nni_topo.recovery import RecoveryMethod, distillation
@@ -273,6 +273,7 @@ def cost_without_share(budget: Any, place: str, decides: str) -> Budget:
 
     ``decides`` names what determines how much is kept, such as a tolerance.
     """
+    budget = with_flops(budget)
     if isinstance(budget, str):
         one_of(BUDGETS).check("budget", budget, place)
     given = {budget: None} if isinstance(budget, str) else budget

@@ -99,8 +99,13 @@ def accepted(function: Callable[..., object], arguments: dict[str, Any]) -> dict
 
 
 def import_factory(name: str) -> Callable[..., nn.Module]:
-    """Import ``package.module:factory``; ConfigError if it can't be imported or called."""
+    """Import ``package.module:factory`` or ``file.py:factory``; ConfigError if it can't be imported or called.
+
+    The name may also be that of a model, which is then returned by the factory.
+    """
     found = imported(name, "a model factory must be a function")
+    if isinstance(found, nn.Module):
+        return lambda: found
     if not callable(found):
         raise ConfigError(f"a model factory must be callable, got {type(found).__name__} ({name})")
     return found  # type: ignore[no-any-return]

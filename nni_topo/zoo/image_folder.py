@@ -34,9 +34,7 @@ def list_image_folder(
 ) -> tuple[ImageFiles, ImageFiles, tuple[str, ...]]:
     """List the training and test images of a folder, and its classes; DataError if they can't be one data set."""
     # If the folder holds `train`, the test set is `test` (or `val`), and it must have no class that `train` lacks.
-    # Otherwise the subfolders are the classes, and always the same 20 % of every class are the test set. The first file
-    # of every training class determines the layout: grey if all these files are grey, else RGB; without `image_size`
-    # they must be squares of one size. Other files that differ raise an error when they are read.
+    # Otherwise the subfolders are the classes, and always the same 20 % of every class are the test set.
     if (folder / "train").is_dir():
         place = next((folder / name for name in ("test", "val") if (folder / name).is_dir()), None)
         if place is None:
@@ -57,6 +55,53 @@ def list_image_folder(
         test_files, test_labels = train.files[apart], train.labels[apart]
     firsts = np.unique(train.labels, return_index=True)[1]
     first = [str(root / os.fsdecode(train.files[row])) for row in firsts]
+    layout = _layout(first, image_size, pad_to, preprocessing)
+    # In rounds over the classes, so that even a few first images of the test set cover many classes.
+    order = in_rounds(test_labels, np.random.default_rng(_SPLIT_SEED))
+    train_images = ImageFiles(str(root), train_files, torch.from_numpy(train_labels), layout, workers)
+    test_images = ImageFiles(str(place), test_files[order], torch.from_numpy(test_labels[order]), layout, workers)
+    return train_images, test_images, train.names
+
+
+def has_classes(folder: Path) -> bool:
+    """Tell whether a folder holds ``train``, or two or more folders with images and no image beside them."""
+    if (folder / "train").is_dir():
+        return True
+    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    if any(entry.name.lower().endswith(_SUFFIXES) for entry in entries if not entry.is_dir()):
+        return False
+    return sum(any(True for _ in _images_below(str(entry))) for entry in entries if entry.is_dir()) > 1
+
+
+def unlabelled_images(
+    folder: Path, image_size: int | None, preprocessing: Preprocessing | None, workers: int | None
+) -> ImageFiles:
+    """List all images in a folder and its subfolders, each once and sorted by path; DataError if there is none.
+
+    Labels are 0.
+    """
+    begin = len(os.path.join(folder, ""))
+    images = dict[str, str]()
+    for path, real in _images_below(str(folder)):
+        images.setdefault(real, path)
+    if not images:
+        raise DataError(
+            f"a folder of images must hold an image, got none that ends in {', '.join(_SUFFIXES)} ({folder})"
+        )
+    paths = sorted(images.values(), key=os.path.split)
+    layout = _layout(paths[:1], image_size, None, preprocessing)
+    files = np.array([os.fsencode(path[begin:]) for path in paths])
+    return ImageFiles(str(folder), files, torch.zeros(len(files), dtype=torch.int64), layout, workers)
+
+
+def _layout(
+    first: list[str], image_size: int | None, pad_to: int | None, preprocessing: Preprocessing | None
+) -> Layout:
+    """Return the layout that the first files determine, those of each class.
+
+    It is grey if all these files are grey, else RGB; without ``image_size`` they must be squares of one size. Other
+    files that differ raise an error when they are read.
+    """
     modes, side = [], image_size or 0
     for path in first:
         with _opened(path) as image:
@@ -65,13 +110,7 @@ def list_image_folder(
             if image_size is None and image.size != (side, side):
                 raise _other_size(side, image.size, path)
     is_grey = all(mode in _GREY for mode in modes)
-    padded = max(side, pad_to or 0)
-    layout = Layout(is_grey, side, image_size is not None, padded, preprocessing or Preprocessing())
-    # In rounds over the classes, so that even a few first images of the test set cover many classes.
-    order = in_rounds(test_labels, np.random.default_rng(_SPLIT_SEED))
-    train_images = ImageFiles(str(root), train_files, torch.from_numpy(train_labels), layout, workers)
-    test_images = ImageFiles(str(place), test_files[order], torch.from_numpy(test_labels[order]), layout, workers)
-    return train_images, test_images, train.names
+    return Layout(is_grey, side, image_size is not None, max(side, pad_to or 0), preprocessing or Preprocessing())
 
 
 @dataclass(frozen=True)

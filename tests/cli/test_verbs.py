@@ -120,7 +120,7 @@ MISTAKES = [
     (f"{SHRINK} --runtime onnxruntime", "a runtime needs a budget of 'latency' without a latency_table, got 'flops'"),
     (f"{SHRINK} --images 1", "images must be an integer of at least 2, got 1"),
     (f"{SHRINK} --method solve", "method must be a known name, got 'solve'"),
-    (f"{SHRINK} --budget flops", "--budget needs --tolerance, got none"),
+    (f"{SHRINK} --cost flops", "--cost needs --tolerance, got none"),
     (f"{SHRINK} --tolerance 0.5 --params 0.5", "--tolerance can't be combined with a share to keep, got --params"),
     (f"{SHRINK} --tolerance 0.5 --pruner subcluster", "a tolerance must have a pruner that can be asked for a size"),
     (f"{SHRINK} --pruner taylor", "needs no evaluator, training_steps, got 'taylor'"),
@@ -183,7 +183,7 @@ def shrinking(**flags):
         ({}, {"flops": 0.25}),
         ({"latency": 0.5, "allocation": "error"}, {"latency": 0.5, "allocation": "error"}),
         ({"tolerance": 0.1}, None),
-        ({"tolerance": 0.1, "budget": "memory", "equal_blocks": True}, {"memory": None, "equal_blocks": True}),
+        ({"tolerance": 0.1, "cost": "memory", "equal_blocks": True}, {"memory": None, "equal_blocks": True}),
     ],
 )
 def test_the_budget_of_shrink_is_what_the_flags_say(flags, budget):

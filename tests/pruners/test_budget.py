@@ -38,6 +38,15 @@ def pruned(model, budget, **knobs):
     return masks, to_dense(model, IMAGES, masks)
 
 
+def test_macs_are_flops_and_a_bare_number_is_told_how_to_name_its_cost():
+    found, known = (pruned(resnet(), {name: 0.5})[0] for name in ("macs", "flops"))
+    assert all(torch.equal(found[name]["weight"], masks["weight"]) for name, masks in known.items())
+    with pytest.raises(ConfigError, match=r"must name its cost, e.g. \{'flops': 0.5\}, got 0.5"):
+        pruned(resnet(), 0.5)
+    with pytest.raises(ConfigError, match="'macs'"):
+        pruned(resnet(), {"macs": 0.5, "flops": 0.5})
+
+
 @pytest.mark.parametrize("allocation", ["topological", "uniform"])
 @pytest.mark.parametrize(("kind", "share"), [("flops", 0.5), ("flops", 0.1), ("params", 0.3)])
 @pytest.mark.quick_every(6)
@@ -185,8 +194,8 @@ def test_a_budget_out_of_reach_empties_no_layer():
     [
         ({"budget": {"flops": 0.0}}, {}, r"flops must be in \(0, 1\], got 0.0"),
         ({"budget": {"flops": 0.5, "params": 0.5}}, {}, r"a share of one of .*, got \['flops', 'params'\]"),
-        ({"budget": {"macs": 0.5}}, {}, "key of budget must be a known name, got 'macs'"),
-        ({"budget": 0.5}, {}, "budget must be a Budget or a mapping of its fields or None, got 0.5"),
+        ({"budget": {"time": 0.5}}, {}, "key of budget must be a known name, got 'time'"),
+        ({"budget": "flops"}, {}, "budget must be a Budget or a mapping of its fields or None, got 'flops'"),
         ({"budget": {}}, {}, "a share of one of .*, got none"),
         ({"budget": {"flops": 0.5}}, {"sparse_ratio": 0.5}, r"replaces sparse_ratio, got both \(config_list\[0\]\)"),
         ({"budget": {"flops": 0.5}, "example_inputs": None}, {}, "a budget needs example_inputs"),

@@ -134,7 +134,7 @@ def test_the_command_writes_a_file_and_a_report(files, tmp_path, capsys):
     assert {"small.onnx", "report.html"} <= {each.name for each in out.iterdir()}
     missing = tmp_path / "missing.npz"
     assert main(["shrink", *flags, "--data", str(missing), "--out", str(tmp_path / "other")]) == 2
-    assert "must be an .npz file" in " ".join(capsys.readouterr().err.split())
+    assert "must be a file that exists" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "other").exists()
 
 

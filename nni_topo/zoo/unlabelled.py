@@ -1,0 +1,192 @@
+"""Inputs without labels: image files, arrays in a file, lines of text, and batches that a user's function yields."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import zipfile
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nni_topo.disk import reading
+from nni_topo.errors import ConfigError, DataError, raised
+from nni_topo.network.runtime.inputs import tensors_of
+from nni_topo.registry import imported
+from nni_topo.zoo.data import list_data
+from nni_topo.zoo.labelled import Preprocessing
+
+SAMPLES = 64
+"""Samples of a batch, of data that don't come in batches."""
+
+_ARRAYS = (".npy", ".npz", ".safetensors")
+_TEXTS = (".jsonl", ".txt")
+
+
+def has_labels(source: str) -> bool:
+    """Tell whether data has labels: a listed data set, ``.npz`` with ``y_train``, or a folder with classes.
+
+    A folder has classes if it holds ``train``, or two or more folders with images and no image beside them.
+    """
+    path = Path(source)
+    if source in list_data():
+        return True
+    if path.suffix == ".npz" and path.is_file():
+        try:
+            with np.load(path) as archive:
+                return "y_train" in archive.files
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+            return False  # the error comes when it is read
+    if path.is_dir():
+        from nni_topo.zoo.image_folder import has_classes  # torchvision is slow to import
+
+        return has_classes(path)
+    return False
+
+
+def read_inputs(
+    source: str,
+    count: int,
+    *,
+    image_size: int | None = None,
+    preprocessing: Preprocessing | None = None,
+    workers: int | None = None,
+    tokenizer: str | None = None,
+) -> list[Any]:
+    """Read the first samples of data without labels, in batches.
+
+    Parameters
+    ----------
+    source : str
+        A folder of images, with or without subfolders; an ``.npz``, ``.npy`` or ``.safetensors`` file of arrays, of
+        which several are the model's arguments by name; a ``.txt`` file with a text in each line, or ``.jsonl`` with
+        strings or objects that have one under ``text``; or ``package.module:function``, which returns batches.
+    count : int
+        Number of samples, at least 1; of a function's batches as many as hold them.
+    image_size : int or None, default=None
+        Side in pixels to which images are scaled.
+    preprocessing : Preprocessing or None, default=None
+        Mean, standard deviation, crop and interpolation of images. None: ImageNet's mean and standard deviation.
+    workers : int or None, default=None
+        Number of processes that read images. None: one per core, at most 8.
+    tokenizer : str or None, default=None
+        Folder or name of a tokenizer of Transformers, for texts.
+
+    Returns
+    -------
+    list
+        Tensors, or dicts of tensors by argument.
+
+    Raises
+    ------
+    ConfigError
+        If a function can't be imported, or texts come without a tokenizer.
+    DataError
+        If there is nothing to read, or it is damaged.
+    """
+    path = Path(source)
+    if path.is_dir():
+        from nni_topo.zoo.image_folder import unlabelled_images  # torchvision is slow to import
+
+        images, _ = unlabelled_images(path, image_size, preprocessing, workers)[:count]
+        return list(images.split(SAMPLES))
+    if path.suffix in _ARRAYS:
+        return _in_batches(_arrays(path, count), path)
+    if path.suffix in _TEXTS:
+        return _tokenized(_texts(path, count), tokenizer, path)
+    if ":" in source:
+        return _yielded(source, count)
+    kinds = "a folder of images, an .npz, .npy, .safetensors, .txt or .jsonl file, or package.module:function"
+    raise DataError(f"data must be one of {', '.join(list_data())}, {kinds}, got {source!r} (data)")
+
+
+def _arrays(path: Path, count: int) -> dict[str, Tensor]:
+    """Read the first rows of a file's arrays, by name; the name of a single one is empty."""
+    with reading(path, "a file of inputs", "of plain arrays"):
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return {name: tensor[:count] for name, tensor in load_file(path).items()}
+        content = np.load(path, allow_pickle=False)
+        if isinstance(content, np.ndarray):
+            return {"": torch.from_numpy(content[:count])}
+        with content as archive:
+            return {name: torch.from_numpy(archive[name][:count]) for name in archive.files}
+
+
+def _in_batches(arrays: dict[str, Tensor], path: Path) -> list[Any]:
+    """Split arrays into batches of dicts; a single array into tensors."""
+    lengths = {name: len(array) if array.dim() else 0 for name, array in arrays.items()}
+    if len(set(lengths.values())) != 1 or 0 in lengths.values():
+        raise DataError(f"arrays of a file must hold equally many samples, at least one, got {lengths} ({path})")
+    parts = {name: array.split(SAMPLES) for name, array in arrays.items()}
+    if len(parts) == 1:
+        return list(*parts.values())
+    return [dict(zip(parts, batch, strict=True)) for batch in zip(*parts.values(), strict=True)]
+
+
+def _texts(path: Path, count: int) -> list[str]:
+    """Read the first lines that hold a text."""
+    texts = list[str]()
+    with reading(path, "a file of texts", "in UTF-8"), path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            text: Any = line.strip()
+            if path.suffix == ".jsonl" and text:
+                text = json.loads(text)
+                text = text.get("text") if isinstance(text, dict) else text
+                if not isinstance(text, str):
+                    raise DataError(
+                        f"a line must be a string or have one under 'text', got none (line {number}, {path})"
+                    )
+            if text:
+                texts.append(text)
+            if len(texts) == count:
+                break
+    if not texts:
+        raise DataError(f"a file of texts must hold a line with text, got none ({path})")
+    return texts
+
+
+def _tokenized(texts: list[str], tokenizer: str | None, path: Path) -> list[Any]:
+    """Tokenize texts, in batches that are padded to their longest text."""
+    if tokenizer is None:
+        raise ConfigError(f"texts need a tokenizer, a folder or a name of Transformers, got none (tokenizer, {path})")
+    auto: Any = importlib.import_module("transformers").AutoTokenizer
+    try:
+        known = auto.from_pretrained(tokenizer)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"a tokenizer must be one that Transformers loads, got {raised(error)} (tokenizer)"
+        ) from error
+    if known.pad_token is None:
+        known.pad_token = known.eos_token
+    parts = [texts[at : at + SAMPLES] for at in range(0, len(texts), SAMPLES)]
+    return [dict(known(part, padding=True, truncation=True, return_tensors="pt")) for part in parts]
+
+
+def _yielded(source: str, count: int) -> list[Any]:
+    """Call a user's function, and return as many of its batches as hold the number of samples."""
+    found = imported(source, "data must be a function or a list of batches")
+    found = found() if callable(found) else found
+    if isinstance(found, (str, bytes, Tensor)) or not isinstance(found, Iterable):
+        raise ConfigError(f"a function of data must return batches, got {type(found).__name__} ({source})")
+    batches, samples = list[Any](), 0
+    for batch in islice(found, count):
+        batches.append(batch)
+        shape = shape_of(batch)
+        samples += shape[0] if shape else 1
+        if samples >= count:
+            break
+    if not batches:
+        raise DataError(f"a function of data must return at least one batch, got none ({source})")
+    return batches
+
+
+def shape_of(batch: Any) -> tuple[int, ...]:
+    """Return the shape of the first tensor of a batch; empty if it has none."""
+    return next((tuple(tensor.shape) for tensor in tensors_of(batch)), ())

@@ -1,0 +1,186 @@
+"""`nni-topo shrink` on data of people who have no labels."""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+from types import ModuleType
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import nni_topo
+from nni_topo.cli import main
+
+MINE = """
+import torch
+from torch import nn
+
+class Segmenter(nn.Module):
+    def __init__(self, in_channels=3):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(in_channels, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.last = nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        return self.last(self.second(self.first(x).relu()).relu())
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right, self.last = nn.Linear(6, 16), nn.Linear(4, 16), nn.Linear(16, 2)
+
+    def forward(self, left, right):
+        return self.last((self.left(left) + self.right(right)).relu())
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.first, self.last = nn.Embedding(40, 8), nn.Linear(8, 24), nn.Linear(24, 3)
+
+    def forward(self, input_ids, attention_mask):
+        shown = self.table(input_ids) * attention_mask[..., None]
+        return self.last(self.first(shown.sum(1)).relu())
+
+torch.manual_seed(0)
+ready = Segmenter().eval()
+
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        yield torch.rand(16, 3, 8, 8, generator=generator), torch.zeros(16)
+
+def nothing():
+    return []
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A user's folder: a file with networks, and data of all kinds."""
+    (tmp_path / "mine_unlabelled.py").write_text(textwrap.dedent(MINE))
+    draw = np.random.default_rng(0)
+    places = {"flat": "", "nested": "holidays/2024", "classes/cats": "", "classes/dogs": ""}
+    for name, place in places.items():
+        inner = tmp_path / name / place
+        inner.mkdir(parents=True)
+        for number in range(24):
+            side = (32, 20) if name == "nested" and number % 2 else (32, 32)
+            PIL.Image.fromarray(draw.integers(0, 255, (*side, 3), dtype=np.uint8)).save(inner / f"{number}.png")
+    images = draw.random((48, 3, 16, 16), dtype=np.float32)
+    np.savez(tmp_path / "one.npz", x=images)
+    np.save(tmp_path / "one.npy", images)
+    left, right = draw.random((48, 6), dtype=np.float32), draw.random((48, 4), dtype=np.float32)
+    np.savez(tmp_path / "two.npz", right=right, left=left)
+    np.savez(tmp_path / "uneven.npz", right=right[1:], left=left)
+    save_file({"left": torch.from_numpy(left), "right": torch.from_numpy(right)}, tmp_path / "two.safetensors")
+    lines = [f"word{number % 20} word{number % 7}" for number in range(48)]
+    (tmp_path / "lines.txt").write_text("\n\n".join(lines))
+    (tmp_path / "lines.jsonl").write_text("\n".join(json.dumps({"text": line, "id": 1}) for line in lines))
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path
+    sys.modules.pop("mine_unlabelled", None)
+
+
+@pytest.fixture
+def tokenizer(folder):
+    """A tokenizer of Transformers whose tokens are words."""
+    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    known = {"<pad>": 0, "<unk>": 1, **{f"word{number}": number + 2 for number in range(20)}}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(known, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", unk_token="<unk>", model_input_names=["input_ids", "attention_mask"]
+    )
+    fast.save_pretrained(folder / "tokens")
+    return "tokens"
+
+
+def shrunk(*flags):
+    return main(["shrink", *flags, "--flops", "0.5", "--distill-seconds", "0.01", "--out", "small"])
+
+
+@pytest.mark.parametrize(
+    ("data", "flags"),
+    [
+        ("flat", []),
+        ("nested", ["--image-size", "16"]),
+        ("classes", ["--unlabelled"]),
+        ("one.npz", []),
+        ("one.npy", ["--images", "40"]),
+        ("mine_unlabelled.py:batches", ["--images", "32"]),
+    ],
+)
+def test_images_without_labels_are_enough_for_a_network_that_is_no_classifier(folder, data, flags):
+    assert shrunk("--model", "mine_unlabelled.py:ready", "--data", data, *flags) == 0
+    document = json.loads((folder / "small" / "shrink.json").read_text())
+    unpruned, *_, last = document["stages"]
+    assert 0.45 < last["macs"] / unpruned["macs"] < 0.55
+    assert "accuracy" not in last or last["accuracy"] is None
+    assert (folder / "small" / "report.html").is_file()
+    import mine_unlabelled
+
+    again = nni_topo.load(folder / "small" / "dense.safetensors", mine_unlabelled.Segmenter())
+    assert again(torch.rand(2, 3, 16, 16)).shape == (2, 4, 16, 16)
+
+
+@pytest.mark.parametrize("data", ["two.npz", "two.safetensors"])
+def test_arrays_go_to_the_arguments_of_their_names(folder, data):
+    assert shrunk("--model", "mine_unlabelled.py:Pair", "--data", data, "--export", "onnx") == 0
+    assert (folder / "small" / "small.onnx").is_file()
+
+
+@pytest.mark.parametrize("data", ["lines.txt", "lines.jsonl"])
+def test_lines_of_text_are_tokenized(folder, tokenizer, data):
+    assert shrunk("--model", "mine_unlabelled.py:Words", "--data", data, "--tokenizer", tokenizer) == 0
+
+
+def test_images_are_scaled_as_the_flags_say(folder, capsys):
+    seen = []
+
+    class Looking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 3)
+
+        def forward(self, x):
+            seen.append(x)
+            return self.last(self.first(x).relu())
+
+    module = sys.modules["looking_for_scales"] = ModuleType("looking_for_scales")
+    module.net = Looking()
+    try:
+        scale = ["--mean", "0", "0", "0", "--std", "1", "1", "1"]
+        assert shrunk("--model", "looking_for_scales:net", "--data", "flat", *scale) == 0
+    finally:
+        del sys.modules["looking_for_scales"]
+    first = np.asarray(PIL.Image.open(folder / "flat" / "0.png")).transpose(2, 0, 1) / 255.0
+    batch = next(each for each in seen if len(each) > 1)
+    np.testing.assert_allclose(batch[0].numpy(force=True), first, atol=1e-6)
+    assert "[0.0, 0.0, 0.0]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "resnet20", "--data", "flat"], "must come with its weights where data has no labels"),
+        (["--model", "mine_unlabelled.py:ready", "--data", "empty"], "must hold an image"),
+        (["--model", "mine_unlabelled.py:ready", "--data", "nested"], "must be squares of one size unless image_size"),
+        (["--model", "mine_unlabelled.py:Pair", "--data", "uneven.npz"], "must hold equally many samples"),
+        (["--model", "mine_unlabelled.py:Words", "--data", "lines.txt"], "texts need a tokenizer"),
+        (["--model", "mine_unlabelled.py:ready", "--data", "mine_unlabelled.py:nothing"], "at least one batch"),
+        (["--model", "mine_unlabelled.py:ready", "--data", "photos"], "data must be one of"),
+        (["--model", "missing.py:Net", "--data", "flat"], "that can be imported"),
+    ],
+)
+def test_data_that_can_not_be_used_are_named_before_any_work(folder, flags, message, capsys):
+    assert shrunk(*flags) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (folder / "small").exists()
