@@ -1,11 +1,13 @@
-"""The ``nni-topo`` command: it prints its verbs and its version before it loads PyTorch and NNI to run a verb."""
+"""The ``nni-topo`` command: it prints help and its version before it loads PyTorch and NNI to run a verb."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping, Sequence
-from importlib import metadata
+from importlib import metadata, util
+from pathlib import Path
 
 VERBS = {
     "list": "List pruners, recovery methods, models and data by name.",
@@ -25,11 +27,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line as :func:`nni_topo.cli.main` does; print the verbs or the version without loading it."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     chosen("nni-topo", VERBS, words, f"nni_topo {metadata.version('nni_topo')}")
+    if not {"-h", "--help"}.isdisjoint(words) and (text := help_of(words)):
+        print(text, end="")
+        raise SystemExit(0)
     if arguments is None and "" not in sys.path:
         sys.path.append("")  # a model that is named as module:function may lie in the working folder
     from nni_topo import cli
 
     return cli.main(words)
+
+
+def help_of(words: Sequence[str]) -> str:
+    """Return the help of the verb that begins a command line; empty if it is unknown. ``tools/help.py`` writes it."""
+    spec = util.find_spec("nni_topo")
+    if spec is None or spec.origin is None:
+        return ""
+    file = Path(spec.origin).with_name("cli") / "help.json"
+    texts: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))["verbs"]
+    return texts.get(" ".join(words[:2])) or texts.get(words[0], "")
 
 
 def chosen(name: str, choices: Mapping[str, str], words: Sequence[str], version: str) -> str:

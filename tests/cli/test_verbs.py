@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import importlib.metadata
 import inspect
 import io
 import json
@@ -31,6 +31,7 @@ from nni_topo.runs.choices import (
     PrunerChoice,
 )
 from nni_topo.studies import analysis
+from tools import help as help_texts
 
 STUDIES = {
     "topology", "energy", "deviation", "retraining", "compression", "magnitude", "sensitivity", "persistence",
@@ -96,6 +97,25 @@ def test_the_command_says_without_loading_anything_what_there_is(capsys):
     assert answers[0].split() == said.split()
     assert answers[1].split() == ["nni_topo", nni_topo.__version__]
     assert answers[2].split() == ["nni_topo_command"]
+
+
+def test_help_is_what_the_verbs_say_and_comes_without_loading_anything(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    written = json.loads(help_texts.FILE.read_text(encoding="utf-8"))
+    made = help_texts.texts()
+    assert written["verbs"].keys() == made.keys()
+    for verb, text in made.items():
+        if verb in KINDS:  # of groups Python's argparse prints the verbs
+            flags = [set(re.findall(r"--[a-z][a-z-]*", each)) for each in (text, written["verbs"][verb])]
+            assert flags[0] == flags[1], f"python tools/help.py writes {help_texts.FILE.name}"
+            if written["tyro"] == importlib.metadata.version("tyro"):
+                assert written["verbs"][verb] == text, f"python tools/help.py writes {help_texts.FILE.name}"
+    program = f"import sys, nni_topo_command; sys.argv[1:] = {['shrink', '--help']}; nni_topo_command.main()"
+    done = subprocess.run([sys.executable, "-X", "importtime", "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout == written["verbs"]["shrink"]
+    assert " torch" not in done.stderr
+    assert " nni" not in done.stderr.replace("nni_topo_command", "")
 
 
 @pytest.mark.parametrize("words", [[], ["analyse"], ["analyze"], ["analyze", "topolgy"], ["report", "--markdwon"]])

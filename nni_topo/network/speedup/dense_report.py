@@ -98,7 +98,7 @@ class DenseReport(ModelReport):
             lines.append(
                 "attributes not updated: " + ", ".join(f"{name} {number}" for name, number in self.stale.items())
             )
-        lines += [f"compared on {self.checked}"] if self.checked else []
+        lines += [f"equal to the masked network on {self.checked}"] if self.checked else []
         lines += self.notes
         lines += [told_of_changes(self.changed_since)] if self.changed_since else []
         return "\n".join(lines)
