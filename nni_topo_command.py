@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata, util
@@ -32,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise SystemExit(0)
     if arguments is None and "" not in sys.path:
         sys.path.append("")  # a model that is named as module:function may lie in the working folder
+    # PyTorch's profiler reports a machine without a GPU as an error.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from nni_topo import cli
 
     return cli.main(words)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, ParamSpec, TypeVar
 
 from tqdm import tqdm
@@ -45,6 +46,23 @@ def duration(seconds: float) -> str:
         return f"{seconds:.2g} s"
     minutes = seconds / 60.0
     return f"{minutes:.0f} minutes" if minutes < 100.0 else f"{minutes / 60.0:.2g} hours"
+
+
+@contextmanager
+def locked_by_threads() -> Iterator[None]:
+    """Give tqdm a lock of threads within this block, unless it has one.
+
+    Its own lock would settle how the user's process starts others. PyTorch's interpreters of graphs make bars, too.
+    """
+    if hasattr(tqdm, "_lock"):
+        yield
+        return
+    tqdm.set_lock(threading.RLock())
+    try:
+        yield
+    finally:
+        with suppress(AttributeError):  # another thread came first
+            del tqdm._lock
 
 
 @contextmanager

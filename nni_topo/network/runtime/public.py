@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from nni_topo.context import context, in_context
 from nni_topo.network.runtime.copies import leaves_models_alone
+from nni_topo.network.runtime.progress import locked_by_threads
 from nni_topo.rules import Rule, checked
 
 _Given = ParamSpec("_Given")
@@ -47,7 +48,7 @@ def public(how: Running = _USUAL, /, **rules: Rule) -> Callable[[Callable[_Given
             if context().told is None:
                 _filter_warnings()
                 known["told"] = set()
-            with in_context(**known):
+            with in_context(**known), locked_by_threads():
                 return work(*args, **kwargs)
 
         return run

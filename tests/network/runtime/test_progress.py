@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import subprocess
 import sys
 import time
 
@@ -83,3 +84,16 @@ def test_no_progress_is_shown_where_it_is_not_wanted(called, progress, monkeypat
 )
 def test_how_long_something_takes_is_told_in_words(seconds, words):
     assert duration(seconds) == words
+
+
+def test_how_processes_are_started_stays_the_users_choice():
+    program = """
+import multiprocessing
+import nni_topo
+from nni_topo.testing import toy_images, toy_model
+
+nni_topo.shrink(toy_model(), [toy_images(64)], {"flops": 0.5}, distill={"steps": 2})
+multiprocessing.set_start_method("spawn")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
