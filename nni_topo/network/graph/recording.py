@@ -321,6 +321,7 @@ class _Recorder(TorchFunctionMode):
         self.graph = Graph()
         self.constants: dict[str, Tensor] = {}
         self.reads_values = False
+        self.reads_integers = False  # such as the length of the longest sequence
         self._decisions = _Decisions()
         self.read = set[Node]()  # nodes that stay in the graph because Python code read or stored their values
         self.numbers = set[Node]()  # nodes of tensors' sizes, and of numbers computed from them
@@ -334,6 +335,7 @@ class _Recorder(TorchFunctionMode):
         self._inner = UnshownSizes(self._write_check, self._own)  # in modules that are one node, which the dry run runs
         self._nodes: dict[int, Node] = {}
         self._within: dict[int, tuple[weakref.ref[Tensor], str]] = {}  # tensors computed in modules that are one node
+        self._views: dict[int, tuple[Tensor, Any]] = {}  # by id, parts of tensors: the whole tensor, and the index
         self._alive: list[Any] = []  # keeps tensors, so that no other gets the id of a freed one
         self._stack: list[str] = []  # names of the modules that are running and recorded, the innermost last
         self._inside = 0  # if not 0, a module or function that is one node is running
@@ -381,6 +383,11 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         self._keep_written(func, args)
         out = func(*args, **kwargs)
+        if not self._inside and args and _is_part(out, args[0]):
+            index = _index_of_part(func, args[1:], kwargs)
+            if index is not None:
+                self._views[id(out)] = args[0], index
+                self._alive.append(out)
         if self._before and is_inner(func):
             # Up to here the layer is one node; its further operations are recorded.
             (name, given, named), self._before, self._inside = self._before, None, 0
@@ -403,6 +410,7 @@ class _Recorder(TorchFunctionMode):
             self._chosen |= name == "__index__"
             if name not in _ABOUT_TENSORS:
                 self.reads_values = True
+                self.reads_integers |= type(out) is int
                 self._deciding.add(self._stack[-1] if self._stack else "")
                 read = [self._nodes[id(each)] for each in leaves if id(each) in self._nodes]
                 self.read.update(read)
@@ -413,17 +421,36 @@ class _Recorder(TorchFunctionMode):
                     out = self._decisions.decided(
                         (name, *(id(each) for each in leaves if isinstance(each, Tensor))), out
                     )
-        self._write(*_operation(func, args), kwargs, out)
+        if getattr(func, "__name__", "") == "__setitem__" and self._is_put_back(*args):
+            return out
+        written = kwargs.get("out")
+        self._write(*_operation(func, args), {key: value for key, value in kwargs.items() if key != "out"}, out)
+        if written is None and args and _is_written(func) and (out is None or out is args[0]):
+            written = args[0]
+        self._write_whole(written)
         return self._measured(func, args, kwargs, out)
+
+    def _is_put_back(self, whole: Any, index: Any, value: Any) -> bool:
+        """Tell whether Python puts a part into the tensor that it is a view of, as the end of ``states[1:] += 1``."""
+        source, place = self._views.get(id(value), (None, None))
+        return source is whole and place is index
+
+    def _write_whole(self, part: Any) -> None:
+        """Record that the tensor changes a part of which was written in place, as by ``states[1:].mul_(2)``."""
+        while id(part) in self._views:
+            whole, index = self._views[id(part)]
+            self._write("call_function", operator.setitem, (whole, index, part), {}, whole)
+            part = whole
 
     def _keep_written(self, func: Any, args: tuple[Any, ...]) -> None:
         """Record a constant before a recorded tensor is written into it, as by ``keep &= mask``."""
-        name = getattr(func, "__name__", "")
-        is_written = name == "__setitem__" or name.startswith("__i") or name.endswith("_") != name.endswith("__")
-        if self._inside or not is_written or not args or not isinstance(args[0], Tensor) or self._is_followed(args[0]):
+        if self._inside or not _is_written(func) or not args or not isinstance(args[0], Tensor):
             return
         if any(self._is_followed(each) for each in leaves_of(args[1:])):
-            self._node(args[0])
+            tensor = args[0]
+            while not self._is_followed(tensor):
+                self._node(tensor)
+                tensor = self._views.get(id(tensor), (tensor,))[0]
 
     def _note_stored(self, stored: Results, run_again: Callable[[], Any]) -> None:
         """Mark the nodes whose values the forward has left in attributes for other code.
@@ -704,6 +731,32 @@ def _is_leaf(module: nn.Module) -> bool:
     return own or is_attention(module) or is_one(module)
 
 
+def _is_written(func: Any) -> bool:
+    """Tell whether a function writes into its first argument."""
+    name = getattr(func, "__name__", "")
+    return name == "__setitem__" or name.startswith("__i") or name.endswith("_") != name.endswith("__")
+
+
+def _is_part(value: Any, whole: Any) -> bool:
+    """Tell whether what is written into a value is written into a tensor, too: it is a view of the tensor."""
+    if not (isinstance(value, Tensor) and isinstance(whole, Tensor)) or value._base is None:
+        return False
+    return value._base is (whole if whole._base is None else whole._base)
+
+
+def _index_of_part(func: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """Return the index of the part that a function takes of a tensor; None for other functions."""
+    name = getattr(func, "__name__", "")
+    if name == "__getitem__":
+        return arguments[0]
+    if name != "narrow":
+        return None
+    dim, start, length = (*arguments, *(named[key] for key in ("dim", "start", "length")[len(arguments) :]))
+    if dim < 0 or isinstance(start, Tensor):
+        return None
+    return (*[slice(None)] * dim, slice(start, start + length))
+
+
 def _picks(target: Any, args: Any) -> bool:
     """Tell whether the size of an operation's output depends on values."""
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
@@ -762,8 +815,8 @@ def _follow_samples(first: _Recorder, second: _Recorder, samples: int) -> None:
                 one.replace_all_uses_with(following, lambda user, following=following: user is not following)
             continue
         with graph.inserting_before(one):
-            counted = {"args": _counted(graph, one.args, other.args, size, samples)}
-            counted["kwargs"] = _counted(graph, one.kwargs, other.kwargs, size, samples)
+            counted = {"args": _counted(graph, one.args, other.args, size, samples, first.reads_integers)}
+            counted["kwargs"] = _counted(graph, one.kwargs, other.kwargs, size, samples, first.reads_integers)
         one.args, one.kwargs = counted["args"], counted["kwargs"]
     if not size.users:
         graph.erase_node(size)
@@ -784,17 +837,25 @@ def _following(graph: Graph, one: Node, constants: dict[str, Tensor], twin: Tens
     return graph.call_method("expand", (one, size, *[-1] * (constant.dim() - 1)))
 
 
-def _counted(graph: Graph, one: Any, other: Any, size: Node, samples: int) -> Any:
-    """Replace the integers that differ by multiples of the number of samples."""
+def _counted(graph: Graph, one: Any, other: Any, size: Node, samples: int, reads_integers: bool) -> Any:
+    """Replace the integers that differ by multiples of the number of samples.
+
+    ``reads_integers``: the forward reads integers from tensors, such as the length of the longest sequence. So one that
+    differs otherwise stays.
+    """
     if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
-        return type(one)([_counted(graph, a, b, size, samples) for a, b in zip(one, other, strict=True)])
+        return type(one)(
+            [_counted(graph, a, b, size, samples, reads_integers) for a, b in zip(one, other, strict=True)]
+        )
     if isinstance(one, dict):
-        return {key: _counted(graph, each, other[key], size, samples) for key, each in one.items()}
+        return {key: _counted(graph, each, other[key], size, samples, reads_integers) for key, each in one.items()}
     if isinstance(one, slice):
         ends = [(getattr(one, key), getattr(other, key)) for key in ("start", "stop", "step")]
-        return slice(*(_counted(graph, a, b, size, samples) for a, b in ends))
+        return slice(*(_counted(graph, a, b, size, samples, reads_integers) for a, b in ends))
     if type(one) is not int or one == other:
         return one
     if other != 2 * one or one % samples:
+        if reads_integers:
+            return one
         raise SpeedupError(f"a number in a model must be fixed or a multiple of the samples, got {one} and {other}")
     return size if one == samples else graph.call_function(operator.mul, (size, one // samples))

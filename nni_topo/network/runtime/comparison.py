@@ -42,6 +42,8 @@ def agree(expected: Sequence[torch.Tensor], actual: Sequence[torch.Tensor], tole
 
 def difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
     """Return the largest difference relative to the largest expected value; NaN against a number is infinite."""
+    if expected.layout != torch.strided:
+        expected, actual = expected.to_dense(), actual.to_dense()
     if expected.numel() == 0:
         return 0.0
     if expected.is_complex() or actual.is_complex():

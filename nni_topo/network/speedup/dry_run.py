@@ -34,7 +34,14 @@ from nni_topo.network.graph.traced_int import CHECKS, ON_NUMBERS, attribute_size
 from nni_topo.network.graph.tracing import arguments
 from nni_topo.network.layers.kinds import is_recurrent
 from nni_topo.network.runtime.comparison import SAME_CHANNELS, difference
-from nni_topo.network.runtime.copies import detached_copy, evaluating, put_parameters, to_precision, unwrapped_copy
+from nni_topo.network.runtime.copies import (
+    attributes_put_back,
+    detached_copy,
+    evaluating,
+    put_parameters,
+    to_precision,
+    unwrapped_copy,
+)
 from nni_topo.network.runtime.inputs import (
     Call,
     batch_size,
@@ -344,7 +351,15 @@ class _DryRun:
         """Return the unprunable channels, by group id, and why."""
         if self._uncut:
             return self._uncut
+        # A layer may leave something for its next call, such as the last frames of a film. The model's own forward,
+        # which clears it, doesn't run here.
+        with attributes_put_back(self.full), attributes_put_back(self.small):
+            return self._compared(args)
+
+    def _compared(self, args: tuple[Any, ...]) -> dict[int, Reason]:
+        """Run both networks, and return the unprunable channels, by group id, and why."""
         self._found: dict[int, Reason] = {}
+        self._left_out: dict[str, nn.Module] = {}  # by name, copies of the large network's modules: see `_full_module`
         self._values: dict[Node, tuple[Any, Any]] = {}  # a node's outputs in both networks
         # By node and parent node, the pruned channels that enter with nonzero values.
         self._arriving: dict[Node, dict[Node, np.ndarray]] = {}
@@ -424,21 +439,25 @@ class _DryRun:
             for at, (value, ids) in enumerate(zip(leaves, all_ids, strict=True) if len(all_ids) == len(leaves) else ()):
                 if isinstance(value, Tensor):
                     leaves[at] = value.clone()
-                    takes_nan = value.is_floating_point() or value.is_complex()
+                    takes_nan = value.layout == torch.strided and (value.is_floating_point() or value.is_complex())
                     if isinstance(ids, Tensor) and takes_nan and ids.dim() == value.dim():
                         pruned = ~self._stays(ids).to(value.device)
                         leaves[at].masked_fill_(pruned.expand(value.shape), torch.nan)
             poisoned[parent] = tree_unflatten(leaves, spec)
         # Clones, because the node may change its inputs in place.
         plain = {parent: tree_map_only(Tensor, Tensor.clone, self._values[parent][0]) for parent in poisoned}
+        outputs = list[list[Tensor]]()
         try:
-            without_nan = tensors_of(self._cut(node, self._called(node, self.full, 0, values=plain)))
-            with_nan = tensors_of(self._cut(node, self._called(node, self.full, 0, values=poisoned)))
+            for values in (plain, poisoned):
+                with attributes_put_back(self._full_module(node.target) if node.op == "call_module" else nn.Module()):
+                    outputs.append(tensors_of(self._cut(node, self._called(node, self.full, 0, values=values))))
         except (RuntimeError, TypeError, ValueError, IndexError) as error:  # rejects NaN: only compared
             if out_of_memory(error):
                 raise
             return False
-        for before, after in zip(without_nan, with_nan, strict=True):
+        for before, after in zip(*outputs, strict=True):
+            if after.layout != torch.strided:
+                before, after = before.to_dense(), after.to_dense()
             if bool((after.isnan() & ~before.isnan()).any()):
                 return True
         return False
@@ -463,15 +482,21 @@ class _DryRun:
             if RANDOM in node.meta:
                 seed_torch(0)  # both draw the same numbers
             if node.op == "call_module":
-                name = str(node.target)
-                layer = module.get_submodule(name)
-                return (layer if which else self._without_removed(name, layer))(*args, **kwargs)
+                layer = module.get_submodule(str(node.target)) if which else self._full_module(node.target)
+                return layer(*args, **kwargs)
             if node.op == "call_method":
                 value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
             else:
                 value = node.target(*args, **kwargs)  # type: ignore[operator]
         # Uninitialized memory differs between the two networks.
         return value.zero_() if has_property(node, "is_unset") else value
+
+    def _full_module(self, target: Any) -> nn.Module:
+        """Return a module of the large network, the same one in all its calls: it may leave something for the next."""
+        name = str(target)
+        if name not in self._left_out:
+            self._left_out[name] = self._without_removed(name, self.full.get_submodule(name))
+        return self._left_out[name]
 
     def _without_removed(self, name: str, layer: nn.Module) -> nn.Module:
         """Return a copy of a module that computes without removed channels; or the module itself if none is removed."""
@@ -550,6 +575,8 @@ class _DryRun:
         for value, ids in zip(tree_flatten(full)[0], tree_flatten(self.flow.ids[node.name])[0], strict=False):
             if not (isinstance(value, Tensor) and isinstance(ids, Tensor) and value.dim() == ids.dim()):
                 continue
+            if value.layout != torch.strided:
+                value = value.to_dense()
             pruned = ~self._stays(ids)
             if bool(pruned.any()) and value.numel():
                 alike = [d for d, size in enumerate(ids.shape) if size == 1]

@@ -262,6 +262,87 @@ def test_a_mask_that_is_written_into_begins_anew_in_each_run(change):
         torch.testing.assert_close(graph(x), model(x))
 
 
+def changed(x, change):
+    """Return a copy of a tensor after a change in place."""
+    x = x.clone()
+    change(x)
+    return x
+
+
+def shifted_sums(x):
+    """Return the sums of the entries before each, as PyTorch Geometric computes them."""
+    sums = x.new_empty(len(x), x.shape[1] + 1)
+    sums.narrow(1, 0, 1).zero_()
+    torch.cumsum(x, dim=1, out=sums.narrow(1, start=1, length=x.shape[1]))
+    return sums
+
+
+def written_into_zeros(x):
+    """Return the sums over samples in the first places of a vector of zeros."""
+    table = torch.zeros(6)
+    table[1:5].add_(x.sum(0))
+    return x.mean(1, keepdim=True) * table
+
+
+def times_itself(x):
+    """Multiply a part, which also has a name of its own."""
+    part = x[1:, 1:]
+    part *= 2
+    part += part[:, :1].clone()
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda x: changed(x, lambda y: y[:, 1:].mul_(3).add_(1)),
+        lambda x: changed(x, lambda y: y[:, 1:][:, 1:].neg_()),
+        lambda x: changed(x, times_itself),
+        lambda x: changed(x, lambda y: operator.setitem(y[1:], 0, 5.0)),
+        lambda x: changed(x, lambda y: operator.setitem(y, (slice(None), 0), operator.iadd(y[:, 0], 1))),
+        shifted_sums,
+        written_into_zeros,
+    ],
+    ids=["methods", "part of a part", "named part", "item of a part", "item", "out", "constant"],
+)
+@torch.no_grad()
+def test_what_is_written_into_a_part_of_a_tensor_is_in_the_tensor(compute):
+    model = Computing(compute).eval()
+    graph = record(model, {"x": torch.randn(3, 4)}).graph_module
+    for samples in (2, 3, 7):
+        x = torch.randn(samples, 4)
+        torch.testing.assert_close(graph(x), model(x))
+
+
+class OfGraphs(nn.Module):
+    """Puts the nodes of several graphs into one padded tensor, as torch_geometric's to_dense_batch does."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x, graph):
+        x = self.first(x).relu()
+        nodes = graph.bincount()
+        largest = int(nodes.max())
+        before = torch.cat([nodes.new_zeros(1), nodes.cumsum(0)])[graph]
+        places = graph * largest + torch.arange(len(graph), device=graph.device) - before
+        padded = x.new_zeros(len(nodes) * largest, x.shape[1])
+        padded[places] = x
+        return self.head(padded.view(len(nodes), largest, -1).mean(1))
+
+
+def test_a_size_that_is_read_from_values_leaves_channels_to_prune():
+    model = OfGraphs().eval()
+    inputs = torch.randn(10, 6), torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2, 2])
+    groups = dependency_groups(model, inputs, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    masks = create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
+    dense = to_dense(model, inputs, masks)
+    assert dense.first.out_features == 4
+    others = torch.randn(7, 6), torch.tensor([0, 1, 1, 1, 1, 1, 2])
+    torch.testing.assert_close(dense(*others), masked_model(model, inputs, masks)(*others))
+
+
 @pytest.mark.parametrize(
     ("compute", "is_read"),
     [

@@ -74,3 +74,11 @@ def test_imaginary_parts_count() -> None:
     assert difference(expected, expected + 1.0j) == pytest.approx(0.25)
     assert difference(expected.conj(), expected) == pytest.approx(0.5)
     assert difference(torch.tensor([2.0, 4.0]), torch.tensor([2.0, 4.0 + 1.0j])) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_sparse_tensors_differ_as_dense_ones(layout: torch.layout) -> None:
+    expected = torch.tensor([[0.0, 4.0], [1.0, 0.0]])
+    actual = torch.tensor([[0.0, 4.0], [0.0, 1.0]])
+    assert difference(expected.to_sparse(layout=layout), expected.to_sparse(layout=layout)) == 0.0
+    assert difference(expected.to_sparse(layout=layout), actual.to_sparse(layout=layout)) == pytest.approx(0.25)

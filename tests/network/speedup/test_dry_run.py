@@ -138,6 +138,42 @@ def test_a_layer_with_parameters_that_are_not_cut_keeps_its_own_channels_alone()
     assert kept.keys() == {"2", "4"}
 
 
+class Causal(nn.Conv1d):
+    """A convolution that keeps the last places of its input for its next call, as autoencoders of films do."""
+
+    last: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        before = x[..., :1].expand(-1, -1, 2) if self.last is None else self.last
+        x = torch.cat([before, x], -1)
+        self.last = x[..., -2:].clone()
+        return super().forward(x)
+
+
+class Streaming(nn.Module):
+    """Calls its convolutions on one piece after the other, and makes them forget the last one at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.head = Causal(3, 8, 3), Causal(8, 8, 3), nn.Conv1d(8, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pieces = [self.head(self.second(self.first(piece).relu()).relu()) for piece in x.split(4, -1)]
+        self.first.last = self.second.last = None
+        return torch.cat(pieces, -1)
+
+
+def test_what_a_layer_leaves_for_its_next_call_keeps_no_channels() -> None:
+    model, sounds = Streaming().eval(), torch.randn(4, 3, 12, generator=torch.Generator().manual_seed(0))
+    groups = nni_topo.dependency_groups(model, sounds, [{"op_types": ["Conv1d"], "sparse_ratio": 0.5}])
+    masks = nni_topo.create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
+    dense: Any = nni_topo.to_dense(model, sounds, masks)
+    assert [dense.first.out_channels, dense.second.out_channels] == [4, 4]
+    others = torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(dense(others), nni_topo.masked_model(model, sounds, masks)(others))
+
+
 class Thirds(nn.Module):
     """A layer whose channels are three alike parts, of which the first is used."""
 

@@ -98,6 +98,35 @@ def test_a_model_that_draws_numbers_is_compared_on_the_same_ones():
     assert to_dense(model, states, masks).body[0].out_features == 4
 
 
+class Best(nn.Module):
+    """Returns, of two equal scores, the one that is larger by rounding; the other one has another sign."""
+
+    def __init__(self, factor, off=0.0):
+        super().__init__()
+        self.factor, self.off = factor, off
+        self.layer = nn.Linear(4, 16)
+        with torch.no_grad():
+            self.layer.weight.copy_(torch.randn(16, 4, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x):
+        scores = self.layer(x)
+        scores = torch.stack([scores, scores * self.factor / self.factor + self.off], -1)
+        signs = torch.where(scores.argmax(-1) == 0, 1.0, -1.0)
+        return scores[..., 0] * signs
+
+
+def test_a_choice_among_equal_values_is_no_difference():
+    first, second = Best(3.0), Best(7.0)
+    second.load_state_dict(first.state_dict())
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    assert (first(x) - second(x)).abs().max() > 0.1
+    check_equal(first, second, ((x,), {}), {})
+    wrong = Best(3.0, 1e-3)
+    wrong.load_state_dict(first.state_dict())
+    with pytest.raises(SpeedupError, match="what the masked one does"):
+        check_equal(first, wrong, ((x,), {}), {})
+
+
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
