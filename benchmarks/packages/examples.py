@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import functools
 import importlib
 import inspect
 from collections.abc import Callable
@@ -38,19 +39,33 @@ def tokens(vocabulary: int = 50, length: int = 12, batch: int = 2) -> Tensor:
 
 
 def documented(module: str, name: str) -> tuple[nn.Module, Inputs]:
-    """Run the example in a class's docstring, and return the object that it calls last with the arguments."""
+    """Run the example in a class's docstring, and return the object that it calls last with the arguments.
+
+    A call within the class's own construction doesn't count: SpeechBrain's containers call themselves with zeros to
+    find their widths.
+    """
     kind = getattr(importlib.import_module(module), name)
     calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
+    in_construction = 0
+    init, forward = kind.__init__, kind.forward
 
-    forward = kind.forward
+    @functools.wraps(init)
+    def initialising(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        nonlocal in_construction
+        in_construction += 1
+        try:
+            init(self, *args, **kwargs)
+        finally:
+            in_construction -= 1
 
     def recording(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        calls.append((self, args, kwargs))
+        if not in_construction:
+            calls.append((self, args, kwargs))
         return forward(self, *args, **kwargs)
 
     # As doctest does it; PyTorch's own docstrings presume its names.
     names: dict[str, Any] = {"torch": torch, "nn": nn, **vars(importlib.import_module(module))}
-    with patch.object(kind, "forward", recording):
+    with patch.object(kind, "__init__", initialising), patch.object(kind, "forward", recording):
         for example in doctest.DocTestParser().get_examples(inspect.getdoc(kind) or ""):
             exec(example.source, names)
             if calls:

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.channels.ids import FIXED, carry, compressed, given_shapes, varies
 from nni_topo.network.channels.rules import FAILURES, module_rule, rule_of
-from nni_topo.network.graph.traced_int import resized
+from nni_topo.network.graph.traced_int import attribute_sizes_in, resized
 from nni_topo.network.runtime.inputs import tensors_of
 
 
@@ -136,27 +136,63 @@ def _with_equal_blocks(flow: ChannelFlow, counts: dict[str, int]) -> dict[str, i
 
 
 class DenseOrder(torch.fx.Interpreter):
-    """Follow channel ids through the dense model; ``is_kept``: which channels stay, bool, by group id."""
+    """Follow channel ids through the dense model; ``is_kept``: which channels stay, bool, by group id.
+
+    ``before``: the order with other channels kept. Where these channels don't arrive, its ids are taken over, because
+    a search asks for many orders, and a network may have thousands of nodes.
+    """
 
     # A channel shuffle of two groups puts the first channel of the second group after the first channel of the first.
     # In the dense model these are the first kept channels, so its order differs from the masked model's if the groups
     # lose different channels.
-    def __init__(self, flow: ChannelFlow, is_kept: np.ndarray) -> None:
+    def __init__(self, flow: ChannelFlow, is_kept: np.ndarray, before: DenseOrder | None = None) -> None:
         super().__init__(flow.traced)
-        self.flow, self.is_kept = flow, is_kept
+        self.flow, self.is_kept = flow, is_kept.copy()
+        self._sizes = flow.sizes_kept(is_kept)
+        self._before, self._changed = before, np.zeros(flow.size, dtype=np.bool_)
+        # By node, the group ids of its outputs.
+        self._groups: dict[str, np.ndarray] = {} if before is None else before._groups
+        if before is not None:
+            self._changed = is_kept != before.is_kept
         self.ids: dict[str, Any] = {}  # by node, as in the flow, but with the dense model's shapes
         self.entering: dict[str, np.ndarray] = {}  # by module, the channel ids that enter it
         self.failed = set[str]()  # the nodes that can't be run on the ids of kept channels
         self.reordered = set[str]()  # the nodes whose outputs have channels in another order than in the unpruned model
         with torch.no_grad():
             self.run()
+        self._before = None  # else every order would hold all orders before it
 
     def fetch_args_kwargs_from_env(self, n: Node) -> Any:
         """Look up a node's arguments, with the dense model's sizes."""
-        return resized(super().fetch_args_kwargs_from_env(n), self.flow.sizes_kept(self.is_kept))
+        return resized(super().fetch_args_kwargs_from_env(n), self._sizes)
 
     def run_node(self, n: Node) -> Any:
         """Follow the ids through one node."""
+        before = self._before
+        if before is not None and self._is_as_before(n, before):
+            self.ids[n.name] = before.ids[n.name]
+            self.failed |= {n.name} & before.failed
+            self.reordered |= {n.name} & before.reordered
+            if n.op == "call_module" and n.target in before.entering:
+                self.entering[n.target] = before.entering[n.target]
+            return self.ids[n.name]
+        found = self._followed(n)
+        if before is not None and _same_ids(found, before.ids[n.name]):
+            self.ids[n.name] = before.ids[n.name]
+        return self.ids[n.name]
+
+    def _is_as_before(self, node: Node, before: DenseOrder) -> bool:
+        """Tell whether no channel that is now kept or pruned instead enters or leaves a node."""
+        if any(self.ids[parent.name] is not before.ids[parent.name] for parent in node.all_input_nodes):
+            return False
+        if self._sizes != before._sizes and attribute_sizes_in((node.args, node.kwargs)):
+            return False
+        if node.name not in self._groups:
+            leaves = [self.flow.group_ids(ids.numpy()).ravel() for ids in tensors_of(self.flow.ids[node.name])]
+            self._groups[node.name] = np.concatenate([np.zeros(0, dtype=np.int64), *leaves])
+        return not self._changed[self._groups[node.name]].any()
+
+    def _followed(self, n: Node) -> Any:
         ascending = self._ascending(n)
         self.ids[n.name] = found = self._renamed(self._moved(n, ascending), ascending)
         for one, other in zip(tensors_of(found), tensors_of(ascending), strict=False):
@@ -259,6 +295,15 @@ class DenseOrder(torch.fx.Interpreter):
         return tree_unflatten(list(map(_gathered, leaves, full_ids, dense_ids)), spec)
 
 
+def _same_ids(one: Any, other: Any) -> bool:
+    """Tell whether two outputs of a node have the same ids."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)) and len(one) == len(other):
+        return all(map(_same_ids, one, other))
+    return type(one) is int and type(other) is int and one == other
+
+
 def _in_order_of(entering: list[Tensor], ascending: Any) -> Any:
     """Return the output's ids in the order of the first operand that has the same channels; else ``ascending``."""
     if not isinstance(ascending, Tensor):
@@ -309,9 +354,14 @@ Routes = Mapping[int, tuple[tuple[str, int], ...]]
 _MORE = 16  # channels that a layer keeps at most beyond those asked for
 
 
-def stays_in_place(flow: ChannelFlow, is_kept: np.ndarray, names: Collection[str] | None = None) -> bool:
-    """Tell whether pieces of the dense model hold the unpruned model's kept channels (of layers ``names``)."""
-    order = DenseOrder(flow, is_kept)
+def stays_in_place(
+    flow: ChannelFlow, is_kept: np.ndarray, names: Collection[str] | None = None, before: DenseOrder | None = None
+) -> bool:
+    """Tell whether pieces of the dense model hold the unpruned model's kept channels (of layers ``names``).
+
+    ``before``: the order with other channels kept, if it is known.
+    """
+    order = DenseOrder(flow, is_kept, before)
     looked_at = np.ones(flow.size, dtype=np.bool_)
     if names is not None:
         looked_at[:] = False
@@ -350,11 +400,12 @@ def shares(flow: ChannelFlow, wanted: Mapping[str, int]) -> Shares:
             counts[name], moves_of[name] = wanted[name], places
     # Layers whose channels are moved together are searched together, from their wanted counts upwards.
     routes, found = _routes(flow, flow.ids), Shares()
+    order: DenseOrder | None = None
     for names in coupled_names(moves_of):
         # With some counts the dense model would send a layer's channels to a piece that gets none in the unpruned one.
         for more in range(_MORE):
             asked = {name: min(counts[name] + more, flow.layers[name].channels) for name in names}
-            parts = _shared_out(flow, routes, counts | asked, names)
+            parts, order = _shared_out(flow, routes, counts | asked, names, order)
             if parts:
                 for name in names:
                     found[name] = Share(counts[name], *parts[name])
@@ -365,24 +416,30 @@ def shares(flow: ChannelFlow, wanted: Mapping[str, int]) -> Shares:
     return found
 
 
-def _shared_out(flow: ChannelFlow, routes: Routes, counts: Mapping[str, int], names: list[str]) -> Parts:
-    """Return how many channels of each segment stay if layers keep ``counts``; empty if that isn't possible."""
+def _shared_out(
+    flow: ChannelFlow, routes: Routes, counts: Mapping[str, int], names: list[str], before: DenseOrder | None
+) -> tuple[Parts, DenseOrder]:
+    """Return how many channels of each segment stay if layers keep ``counts``; nothing if that isn't possible.
+
+    ``before``: the order with other counts, if it is known. The second result is the order with these.
+    """
     is_kept = np.ones(flow.size, dtype=np.bool_)
     for name, count in counts.items():
         is_kept[flow.group_ids_of(name)[count:]] = False
     # Which channels stay isn't decided yet, and doesn't matter: the dense model routes them by count and rank alone.
-    dense_routes, found = _routes(flow, DenseOrder(flow, is_kept).ids), Parts()
+    order = DenseOrder(flow, is_kept, before)
+    dense_routes, found = _routes(flow, order.ids), Parts()
     for name in names:
         group_ids = flow.group_ids_of(name).tolist()
         segments = [routes[group_id] for group_id in group_ids]
         wanted_routes = [dense_routes[group_id] for group_id in group_ids[: counts[name]]]
         sizes, wanted = Counter(segments), Counter(wanted_routes)
         if any(count > sizes[segment] for segment, count in wanted.items()):
-            return {}
+            return Parts(), order
         rank = {segment: at for at, segment in enumerate(sizes)}
         found[name] = tuple(rank[segment] for segment in segments), tuple(wanted[segment] for segment in rank)
         is_kept[group_ids] = chosen_of(*found[name], np.arange(len(group_ids))[::-1])
-    return found if stays_in_place(flow, is_kept, names) else {}
+    return (found if stays_in_place(flow, is_kept, names, order) else Parts()), order
 
 
 def chosen_of(segments: Sequence[int], counts: Sequence[int], order: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from speedup_nets import filter_mask, masks_of, same_output, shuffled
 from torch import nn
 
 import nni_topo
-from nni_topo.network.channels.constraints import stays_in_place
+from nni_topo.network.channels.constraints import DenseOrder, stays_in_place
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.network.speedup.reconcile import check_masks, union
@@ -52,6 +52,22 @@ def test_each_layer_loses_what_it_is_asked_for(half, units, ratio, pruner):
         found = dense(IMAGES)
         torch.testing.assert_close(found, masked_model(model, IMAGES, masks)(IMAGES), rtol=1e-12, atol=1e-12)
         assert (found - model(IMAGES)).abs().max() > 1e-3
+
+
+def test_an_order_that_begins_with_another_one_is_the_same():
+    flow = Analysis.on(shuffled(8, 3), IMAGES).trace.flow
+    generator, before = np.random.default_rng(0), None
+    for turn in range(12):
+        # Half of the channels of all layers go, or those of one layer more.
+        is_kept = generator.random(flow.size) < 0.5 if turn % 4 == 0 else before.is_kept.copy()
+        is_kept[flow.group_ids_of([*flow.layers][turn % len(flow.layers)])[turn % 3 :: 2]] = False
+        is_kept[[0, *flow.at_output]] = True
+        fresh, before = DenseOrder(flow, is_kept), DenseOrder(flow, is_kept, before)
+        for name, ids in fresh.ids.items():
+            torch.testing.assert_close(before.ids[name], ids, rtol=0, atol=0)
+        assert before.entering.keys() == fresh.entering.keys()
+        assert all(np.array_equal(before.entering[name], ids) for name, ids in fresh.entering.items())
+        assert (before.failed, before.reordered) == (fresh.failed, fresh.reordered)
 
 
 def test_where_a_number_cant_be_a_few_more_stay(caplog):
