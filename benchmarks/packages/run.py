@@ -13,8 +13,9 @@ For each class a line of JSON says: whether it runs or is refused, with the erro
 layers can go, and of the requested ones how many went, with the reasons of those that stay; the share of the MACs that
 is left, and that of one head, group or channel where it costs most; the largest difference between the dense and the
 masked network, relative to the largest output, for other values, another batch and another size, as far as the unpruned
-network takes them; and whether the smaller network is written and read by the class's own ``save_pretrained`` and
-``from_pretrained``, and by ``nni_topo.save`` and ``nni_topo.load``.
+network takes them (in double precision and with the same choices among equal values where a plain run differs); and
+whether the smaller network is written and read by the class's own ``save_pretrained`` and ``from_pretrained``, and by
+``nni_topo.save`` and ``nni_topo.load``.
 
 A class has a process of its own with a limit on its memory and its processor's time. Classes whose line is already in
 the file are skipped, so a stopped run goes on where it was.
@@ -43,7 +44,10 @@ from benchmarks.networks.zoo_nets import lively
 from benchmarks.networks.zoo_reference import difference
 from benchmarks.packages.classes import PACKAGES, listed
 from benchmarks.packages.examples import Inputs, Listed
+from benchmarks.packages.report import EQUAL
 from nni_topo.errors import ConfigError, NniTopoError
+from nni_topo.network.runtime.choices import ChoicesNoted, ChoicesRepeated
+from nni_topo.network.runtime.copies import in_double
 from nni_topo.network.runtime.switches import DrawnInOrder
 from nni_topo.runs.provenance import provenance
 
@@ -207,6 +211,30 @@ def saved(model: nn.Module, small: nn.Module, fresh: Any, inputs: Inputs, folder
     return means
 
 
+def apart(masked: nn.Module, small: nn.Module, inputs: Inputs) -> tuple[float, float]:
+    """Return by how much a dense network differs from the masked one: in the end, and in a plain run.
+
+    If they differ in a plain run, they are run in double precision, where the rounding of a deep network with random
+    weights isn't seen, and the dense one repeats the masked one's choices among equal values, such as the scores of
+    boxes.
+    """
+    plain = difference(run(masked, inputs), run(small, inputs))
+    if plain <= EQUAL:
+        return plain, plain
+    pair: tuple[Any, Any] = masked, small
+    try:
+        pair = in_double(masked).eval(), in_double(small).eval()
+        inputs_then = tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, inputs)
+        run(pair[0], inputs_then)
+    except Exception:  # a forward may make its own tensors in single precision
+        pair, inputs_then = (masked, small), inputs
+    with ChoicesNoted() as noted:
+        expected = run(pair[0], inputs_then)
+    with ChoicesRepeated(noted.choices):
+        actual = run(pair[1], inputs_then)
+    return difference(expected, actual), plain
+
+
 def measure(one: Listed) -> dict[str, Any]:
     """Make one class smaller, and say what came of it."""
 
@@ -253,7 +281,9 @@ def measure(one: Listed) -> dict[str, Any]:
         masked = nni_topo.masked_model(whole, inputs, Recorded.masks, reconcile=True).eval()
         small.eval()
         others = other_inputs(model, inputs)
-        record["differences"] = {what: difference(run(masked, x), run(small, x)) for what, x in others.items()}
+        found = {what: apart(masked, small, x) for what, x in others.items()}
+        record["differences"] = {what: off for what, (off, _) in found.items()}
+        record["plain differences"] = {what: plain for what, (off, plain) in found.items() if plain > off}
         record["change"] = difference(run(model, inputs), run(masked, inputs))
     except Exception as error:  # a difference in structure, or a size that the smaller network doesn't take
         record["differences"] = {short(error): math.inf}
