@@ -62,7 +62,7 @@ def locked_by_threads() -> Iterator[None]:
         yield
     finally:
         with suppress(AttributeError):  # another thread came first
-            del tqdm._lock
+            del tqdm._lock  # type: ignore[attr-defined]
 
 
 @contextmanager
