@@ -151,6 +151,21 @@ def test_blocks_of_two_widths_are_refused(tmp_path):
         save_pretrained(torch.nn.Linear(2, 2), tmp_path)
 
 
+def test_a_model_whose_padding_was_set_after_loading_is_written(tmp_path):
+    model = make("LlamaForCausalLM")
+    model.config.pad_token_id = 1
+    save_pretrained(model, tmp_path)
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    inputs = inputs_of(model)
+    assert torch.equal(logits(loaded, inputs), logits(model, inputs))
+    # RoBERTa counts positions from the id of padding.
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.RobertaModel(transformers.RobertaConfig(vocab_size=50, **sizes))
+    model.config.pad_token_id = 3
+    with pytest.raises(ConfigError, match=r"got 1 where the config makes 3 .*position_embeddings.padding_idx"):
+        save_pretrained(model, tmp_path)
+
+
 def test_what_is_padding_does_not_count_in_compensation():
     model = make("BertForSequenceClassification")
     inputs = inputs_of(model, samples=10)

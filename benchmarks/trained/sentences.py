@@ -18,6 +18,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from nni_topo.network.runtime.progress import bar
+
 TOKENS = 32
 Part = Literal["calibration", "validation", "test"]
 
@@ -106,7 +108,7 @@ def _of_package(name: str) -> Iterator[str]:
     found = importlib.util.find_spec(name)
     if found is None or found.origin is None:
         raise ModuleNotFoundError(f"the package {name} must be installed, whose docstrings are read")
-    for file in sorted(Path(found.origin).parent.rglob("*.py")):
+    for file in bar(f"docstrings of {name}", None, sorted(Path(found.origin).parent.rglob("*.py"))):
         try:
             tree = ast.parse(file.read_text(encoding="utf-8", errors="replace"))
         except (SyntaxError, ValueError):  # templates, and files for other versions of Python

@@ -1,21 +1,22 @@
-"""Trim MiniLM's vocabulary to the tokens of 16,000 sentences, prune it to half of its MACs, and look at new sentences.
+"""Trim the vocabulary of MiniLM, and of MiniLM with half of its MACs, and look at new sentences.
 
     python -m benchmarks.trained.vocabulary --out runs/trained
+    python -m benchmarks.trained.vocabulary --out runs/trained --python PYTHON
 
-Two cells, lines of ``vocabulary.jsonl``: trimmed, and trimmed and pruned by `shrink` on 512 sentences, without
-distillation. Each is written into a folder, which a fresh process reads with Transformers and, where it is installed,
-with sentence-transformers; the megabytes are those of this folder. Figures are of 2,000 test sentences, as in
-``run.py``. The same command goes on where it was stopped. Seconds are those of the processor, on one thread.
+Three cells, lines of ``vocabulary.jsonl``: trimmed to the tokens of 16,000 sentences; pruned to half of the MACs and
+distilled, as ``docs/embedding_model.md`` has it and as the row "shrink, more sentences" of ``run.py`` makes it; and
+this model trimmed. Each is written into a folder, which a fresh process reads with Transformers and, where it is
+installed, with sentence-transformers, in this environment or that of ``--python``; the megabytes are those of this
+folder. Figures are of 2,000 test sentences, as in ``run.py``. The same command goes on where it was stopped. Seconds
+are those of the processor, on one thread.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,13 +27,13 @@ from torch import Tensor
 
 import nni_topo
 from benchmarks.trained import measures, pretrained, sentences
+from benchmarks.trained.run import Encoder, timed
 from nni_topo.network.cost.cost import NetworkCost
 from nni_topo.runs.provenance import provenance
 from nni_topo.studies.records import Record, append_record, read_records
 from nni_topo.studies.tables import markdown_table
 
-LEARNED, SELECTING, TESTED = 16_000, 512, 2000
-TRIMMED, PRUNED = "trimmed", "trimmed, half of the MACs"
+TRIMMED, PRUNED, BOTH = "trimmed", "half of the MACs", "half of the MACs, trimmed"
 _FRESH = 8  # sentences on which a fresh process is compared
 _TRANSFORMERS = """
 import sys, torch
@@ -59,64 +60,67 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and measure the cells that are missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the records, the model and the sentences")
+    parser.add_argument("--python", default=sys.executable, help="reads the folders (default: this Python)")
+    parser.add_argument("--seconds", type=float, default=780, help="wall time of distillation's steps (default 780)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "vocabulary.jsonl"
     done = {record["key"] for record in read_records(path)}
-    if done >= {TRIMMED, PRUNED}:
+    if done >= {TRIMMED, PRUNED, BOTH}:
         return
-    folder = pretrained.minilm_folder(options.out)
-    model, tokenizer = pretrained.minilm(folder), pretrained.tokenizer(folder)
-    learned = sentences.read("calibration", LEARNED, cache=options.out)
-    tested = sentences.read("test", TESTED, cache=options.out)
+    subject = Encoder(options.out)
+    model, tokenizer = subject.model, pretrained.tokenizer(pretrained.minilm_folder(options.out))
+    learned = sentences.read("calibration", Encoder.learned, cache=options.out)
+    tested = sentences.read("test", 2000, cache=options.out)
     theirs = measures.embeddings(model, _batches(tokenizer, tested))
     ones = torch.ones(2, sentences.TOKENS, dtype=torch.int64)  # an id that all have
     example = {"input_ids": ones, "attention_mask": ones}
     before = NetworkCost.on(model, example)({})
+    megabytes_unpruned = _written(model, tokenizer, [], options.python)[0]
 
-    began = time.process_time()
-    trimmed = nni_topo.trim_vocabulary(model, tokenizer, learned, held_out=tested)
-    seconds = time.process_time() - began
-    unpruned_megabytes = _written(model, tokenizer, [])[0]
-    for name in (TRIMMED, PRUNED):
-        if name in done:
-            continue
-        net = trimmed.model
-        if name == PRUNED:
-            began = time.process_time()
-            selecting = _batches(trimmed.tokenizer, learned[:SELECTING])
-            net = nni_topo.shrink(net, selecting, {"flops": 0.5}, outputs=_embedding, distill=False, progress=False)
-            seconds += time.process_time() - began
+    def add(name: str, net: Any, words: Any, seconds: float, **more: Any) -> None:
+        """Measure a network with its tokenizer, and add a record."""
         cost = NetworkCost.on(net, example)({})
-        megabytes, loads = _written(net, trimmed.tokenizer, tested)
-        mine = measures.embeddings(net, _batches(trimmed.tokenizer, tested))
+        megabytes, loads = _written(net, words, tested, options.python)
+        mine = measures.embeddings(net, _batches(words, tested))
         record = {
             "key": name,
-            "vocabulary": asdict(trimmed.report),
             "figures": {key: asdict(figure) for key, figure in measures.like_encoder(mine, theirs).items()},
             "macs": cost.macs / before.macs,
             "params": cost.params / before.params,
             "megabytes": megabytes,
-            "megabytes_unpruned": unpruned_megabytes,
+            "megabytes_unpruned": megabytes_unpruned,
             "loads": loads,
             "seconds": seconds,
-            "data": {"learned": LEARNED, "selecting": SELECTING, "test sentences": sentences.digest(tested)},
+            "data": subject.facts,
+            **more,
             **provenance(),
         }
         append_record(path, record)
-        print(f"{name}: {trimmed.report} {record['figures']} {loads}", flush=True)
+        print(f"{name}: {more} {record['figures']} {loads}", flush=True)
+
+    if TRIMMED not in done:
+        trimmed, seconds = timed(lambda: nni_topo.trim_vocabulary(model, tokenizer, learned, held_out=tested))
+        add(TRIMMED, trimmed.model, trimmed.tokenizer, seconds, vocabulary=asdict(trimmed.report))
+    half = options.out / "minilm-half"
+    if PRUNED not in done:
+        (small, verdict), seconds = timed(lambda: subject.shrunk(0.5, options.seconds, has_more=True))
+        nni_topo.save_pretrained(small, half)
+        course = {"steps": verdict.steps, "lr": verdict.lr, "is_kept": verdict.is_kept, "limit": options.seconds}
+        add(PRUNED, small, tokenizer, seconds, distillation=course)
+    if BOTH not in done:
+        small = pretrained.minilm(half)
+        trimmed, seconds = timed(lambda: nni_topo.trim_vocabulary(small, tokenizer, learned, held_out=tested))
+        pruning = next(record["seconds"] for record in read_records(path) if record["key"] == PRUNED)
+        add(BOTH, trimmed.model, trimmed.tokenizer, pruning + seconds, vocabulary=asdict(trimmed.report))
 
 
 def _batches(tokenizer: Any, texts: list[str]) -> list[dict[str, Tensor]]:
     return sentences.batches(sentences.tokens(tokenizer, texts))
 
 
-def _embedding(output: Any, batch: dict[str, Tensor]) -> Tensor:
-    return pretrained.embedding(output, batch["attention_mask"])
-
-
-def _written(net: Any, tokenizer: Any, texts: list[str]) -> tuple[float, dict[str, bool]]:
+def _written(net: Any, tokenizer: Any, texts: list[str], python: str) -> tuple[float, dict[str, bool]]:
     """Write a folder; return its megabytes, and which packages read embeddings of texts in it as they are here."""
     with tempfile.TemporaryDirectory() as home:
         folder, wanted = Path(home) / "folder", Path(home) / "wanted.pt"
@@ -132,8 +136,8 @@ def _written(net: Any, tokenizer: Any, texts: list[str]) -> tuple[float, dict[st
         torch.save((few, measures.embeddings(net, [batch])), wanted)
         programs = {"transformers": _TRANSFORMERS, "sentence_transformers": _SENTENCE_TRANSFORMERS}
         for package, program in programs.items():
-            if importlib.util.find_spec(package) is not None:
-                command = [sys.executable, "-c", program, str(folder), str(wanted)]
+            if subprocess.run([python, "-c", f"import {package}"], check=False, capture_output=True).returncode == 0:
+                command = [python, "-c", program, str(folder), str(wanted)]
                 loads[package] = subprocess.run(command, check=False).returncode == 0
     return megabytes, loads
 
@@ -147,12 +151,12 @@ def table(records: Sequence[Record]) -> str:
             scale, digits = (100.0, 1) if name.startswith("recall") else (1.0, 3)
             half = (figure["high"] - figure["low"]) / 2
             figures[name] = f"{scale * figure['value']:.{digits}f} ± {scale * half:.{digits}f}"
-        vocabulary = record["vocabulary"]
+        vocabulary = record.get("vocabulary")
         rows.append(
             [
                 record["key"],
-                f"{vocabulary['tokens']:,} of {vocabulary['tokens_before']:,}",
-                f"{100 * vocabulary['split']:.2f}",
+                f"{vocabulary['tokens']:,} of {vocabulary['tokens_before']:,}" if vocabulary else "all",
+                f"{100 * vocabulary['split']:.2f}" if vocabulary else "",
                 f"{100 * record['macs']:.1f}",
                 f"{100 * record['params']:.1f}",
                 f"{record['megabytes']:.1f} of {record['megabytes_unpruned']:.1f}",

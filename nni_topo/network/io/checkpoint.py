@@ -510,13 +510,19 @@ def why_undescribed(dense: Any) -> str:
     return ""
 
 
-def _structure(model: nn.Module) -> dict[str, Any]:
+def _structure(model: Any) -> dict[str, Any]:
     """Return what a config must reproduce, by name: heads, sizes of layers and shapes of tensors."""
     heads = {name: f"{each.heads} heads of {each.head_size}" for name, each in find_attention(model).items()}
     sizes = {}
+    tokens = getattr(model.config.get_text_config(), "vocab_size", None)
     for name, key, value in _layer_attributes(model):
-        # A norm of PyTorch may replace one of Transformers.
-        if numbers_in(value) is not None and key != "normalized_shape":
+        if key == "normalized_shape":  # a norm of PyTorch may replace one of Transformers
+            continue
+        if key == "padding_idx" and model.get_submodule(name).num_embeddings == tokens:
+            # config.pad_token_id may have been set after loading. This stops a gradient only; of embeddings of
+            # positions, as of RoBERTa, it is where positions start.
+            continue
+        if numbers_in(value) is not None:
             sizes[f"{name}.{key}"] = value
     shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
     return heads | sizes | shapes

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, DataError, out_of_memory, raised
+from nni_topo.errors import ConfigError, DataError, listed, out_of_memory, raised
 from nni_topo.network.attention.config import is_pretrained
 from nni_topo.network.cost.measure import count_params
 from nni_topo.network.runtime.arguments import MODEL, check_unwrapped
@@ -28,6 +28,7 @@ from nni_topo.network.runtime.comparison import difference, same_program
 from nni_topo.network.runtime.copies import evaluation_mode
 from nni_topo.network.runtime.inputs import returned_tensors
 from nni_topo.network.runtime.modules import device_of
+from nni_topo.network.runtime.progress import bar
 from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.switches import random_state_kept
 from nni_topo.rules import NONE, Rule, all_of, instance
@@ -36,14 +37,21 @@ from nni_topo.sharing import named_tensors
 _KINDS = ("WordPiece", "BPE", "Unigram")
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # a byte of a character that has no token of its own
 _COMPARED, _LENGTH = 4, 32  # texts, and tokens of each, on which the outputs before and after are compared
-# Settings of configs that hold ids of tokens: a number, or lists or mappings of such.
+_AT_ONCE = 1000  # texts between two updates of the progress bar
+_PADDING, _MULTIPLE, _MOST_PADDING = 128, 32, 0.1  # rows that embeddings may have beyond the tokens: `_check_fit`
+_SPECIAL = tuple(f"{name}_token_id" for name in ("pad", "bos", "eos", "unk", "sep", "cls", "mask"))
+# Settings that hold ids of tokens, as a number or within lists and mappings: of configs and modules of Transformers,
+# and (the last four) of post-processors and padding in a tokenizer's JSON form.
 _SETTINGS_OF_IDS = re.compile(
-    r".*_token_(id|ids|index)|(pad|bos|eos|unk|mask)_index|(begin_)?suppress_tokens|forced_decoder_ids|bad_words_ids"
-    r"|force_words_ids|sequence_bias|(lang|task)_to_id"
+    r".*_token_(id|ids|index)|(pad|bos|eos|unk|mask)_index|padding_idx|(begin_)?suppress_tokens|forced_decoder_ids"
+    r"|bad_words_ids|force_words_ids|sequence_bias|(lang|task)_to_id|ids|sep|cls|pad_id"
 )
 _Number = Callable[[int], int]  # maps the id of a token to its new id
 
-TEXTS = all_of(instance(str), Collection, 1)
+TEXTS = Rule(
+    "a list of texts, at least one",
+    lambda value: not isinstance(value, Mapping) and all_of(instance(str), Collection, 1).holds(value),
+)
 TOKENIZER = Rule(
     "a fast tokenizer of Transformers, which has a backend_tokenizer (AutoTokenizer.from_pretrained makes one)",
     lambda value: callable(getattr(getattr(value, "backend_tokenizer", None), "to_str", None)),
@@ -112,7 +120,12 @@ class TrimmedVocabulary:
 
 @public(model=MODEL, tokenizer=TOKENIZER, texts=TEXTS, held_out=TEXTS | NONE)
 def trim_vocabulary(
-    model: nn.Module, tokenizer: Any, texts: Collection[str], *, held_out: Collection[str] | None = None
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Collection[str],
+    *,
+    held_out: Collection[str] | None = None,
+    progress: bool | None = None,
 ) -> TrimmedVocabulary:
     """Remove tokens that texts don't need from a tokenizer, and their rows from the model's embeddings and head.
 
@@ -127,6 +140,9 @@ def trim_vocabulary(
     held_out : collection of str, optional
         Other texts, for the share of tokens that fall into smaller pieces. None: every eighth of the ``texts``, by the
         tokens that the other texts use; all texts decide which tokens stay.
+    progress : bool or None, default=None
+        Show on standard error how far it is: in a terminal a bar, elsewhere a line every half minute. None: after
+        five seconds.
 
     Returns
     -------
@@ -136,8 +152,9 @@ def trim_vocabulary(
     Raises
     ------
     ConfigError
-        If the model isn't one of Transformers, the tokenizer isn't a fast one of these kinds or has ids that the model
-        has no embedding for, Transformers can't resize the model's embeddings, or outputs would change.
+        If the model isn't one of Transformers or needs more than ``input_ids``, the tokenizer isn't a fast one of these
+        kinds or can't be the model's, Transformers can't resize the model's embeddings, or the smaller model's outputs
+        for some of the texts differ from the model's.
     DataError
         If the texts have no tokens, or need every token, so that there is nothing to gain.
     SpeedupError
@@ -152,12 +169,12 @@ def trim_vocabulary(
     Notes
     -----
     Further tokens stay: added and special tokens, single characters (of byte-level BPE all bytes), tokens that BPE
-    makes on the way to another token, and those whose ids the configs name. A text whose tokens all stay is split into
-    the same tokens. Other words fall into smaller pieces; none becomes unknown that wasn't before.
+    makes on the way to another token, and those whose ids the configs name. Where a model computes positions from the
+    id of padding, as RoBERTa does, this id and those below it stay as they are. A text whose tokens all stay is split
+    into the same tokens. Other words fall into smaller pieces; none becomes unknown that wasn't before.
 
     Tokens keep their order. Rows of embeddings beyond the tokenizer's tokens, as from padding to a multiple of 64, go,
-    unless a config names their ids. Ids in the config and in the generation config follow. Outputs of some texts are
-    compared with the unchanged model's.
+    unless a config names their ids. Ids in the config and in the generation config follow.
 
     Examples
     --------
@@ -167,17 +184,15 @@ def trim_vocabulary(
     """
     check_unwrapped(model)
     params_before = count_params(model)
-    vocabulary = Vocabulary.of(model, tokenizer, texts, held_out)
-    inputs = vocabulary.examples(model)
-    before = _outputs(model, inputs)
+    vocabulary = Vocabulary(model, tokenizer, texts, held_out, progress=progress)
+    before = _outputs(model, vocabulary.examples)
     vocabulary.put_into(model)
-    after = _outputs(model, [vocabulary.renumbered(ids) for ids in inputs])
+    after = _outputs(model, [vocabulary.renumbered(ids) for ids in vocabulary.examples])
     kept = vocabulary.ids
     for old, new in zip(before, after, strict=True):
-        if old.shape != new.shape:
-            for dim, (size, left) in enumerate(zip(old.shape, new.shape, strict=False)):
-                if (size, left) == (vocabulary.rows, len(kept)):
-                    old = old.index_select(dim, kept.to(old.device))
+        for dim, sizes in enumerate(zip(old.shape, new.shape, strict=False)):
+            if sizes == (vocabulary.rows, len(kept)):
+                old = old.index_select(dim, kept.to(old.device))
         if old.shape != new.shape or not difference(old, new) <= same_program([old]):
             raise ConfigError(
                 "a model must compute the same on the rows that stay, got other outputs: it reads more from ids than "
@@ -186,105 +201,83 @@ def trim_vocabulary(
     return TrimmedVocabulary(model, vocabulary.tokenizer, kept, vocabulary.report(params_before, count_params(model)))
 
 
-@dataclass(frozen=True)
 class Vocabulary:
-    """Which tokens stay, and the tokenizer that has these alone."""
+    """The tokens that stay for texts, and the tokenizer that has these alone.
 
-    tokenizer: Any
-    ids: Tensor  # (rows,), the old id of each new one
-    new_ids: Mapping[int, int]
-    rows: int  # of the embeddings before
-    tokens_before: int
-    split: float
-    held_out: int
-    _encode: Callable[[str, int], list[int]]  # old ids of a text, at most so many
-    _texts: Sequence[str]
+    ``needed``: further ids that stay. ``ids`` (rows,) has the old id of each new one, ``rows`` is the number of rows of
+    the embeddings before, ``examples`` are the old ids of some texts, each (tokens,).
+    """
 
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         model: Any,
         tokenizer: Any,
         texts: Collection[str],
         held_out: Collection[str] | None = None,
+        *,
         needed: Iterable[int] = (),
-    ) -> Vocabulary:
-        """Choose the tokens of texts; ``needed``: further ids that stay."""
+        progress: bool | None = None,
+    ) -> None:
         kind = type(model).__name__
         if not is_pretrained(model):
             raise ConfigError(f"a model must be one of Transformers, with adapters merged, got {kind} (model)")
-        rows = _rows_of(model)
         content = json.loads(tokenizer.backend_tokenizer.to_str())
         pieces = _Pieces(content)
-        size = max(pieces.ids.values()) + 1
-        if size > rows:
-            raise ConfigError(
-                f"a tokenizer must fit its model, which has an embedding for each token, got ids up to {size - 1} and "
-                f"{rows} rows ({kind}, tokenizer)"
-            )
+        self.rows, self.tokens_before = _rows_of(model), len(pieces.ids)
+        _check_fit(model, tokenizer, max(pieces.ids.values()) + 1, self.rows)
 
-        backend = _plain_backend(content)
-        tokens = _encoded(backend, texts)
-        always = pieces.always({int(each) for each in tokenizer.all_special_ids})
-        used = {number for text in tokens for number in text}
+        backend = _backend(content, padding=None, truncation=None)
+        tokens = _encoded(backend, texts, progress)
+        used = set[int]().union(*tokens)
         if not used - pieces.added:
             raise DataError(f"texts must have at least one token that isn't a special one, got none in {len(texts)}")
-        of_configs = _Seen()
-        _renumber_configs(model, of_configs, rows)
-        further = {int(number) for number in needed} | {number for number in of_configs.ids if 0 <= number < rows}
-
+        always = pieces.always() | set(tokenizer.all_special_ids) | set(needed) | _ids_named_by(model, self.rows)
         if held_out is None:
             judges = tokens[HELD_OUT - 1 :: HELD_OUT]
-            by_others = {n for place, text in enumerate(tokens, 1) if place % HELD_OUT for n in text}
+            by_others = set[int]().union(*(text for place, text in enumerate(tokens, 1) if place % HELD_OUT))
         else:
-            judges, by_others = _encoded(backend, held_out), used
-        likely = pieces.closed(by_others | always | further)
-        count = sum(map(len, judges))
-        split = sum(number not in likely for text in judges for number in text) / count if count else math.nan
+            judges, by_others = _encoded(backend, held_out, progress), used
+            if not any(judges):
+                raise DataError(f"held_out must have at least one token, got none in {len(held_out)} (held_out)")
+        likely = pieces.closed(by_others | always)
+        self.held_out = sum(map(len, judges))
+        split = sum(number not in likely for text in judges for number in text)
+        self.split = split / self.held_out if self.held_out else math.nan
 
-        kept = pieces.closed(used | always | further)
-        # Tokens that only the list of added tokens has get the ids after those of all others when a file is read.
-        order = sorted(kept & pieces.ids_of_model) + sorted(kept & (pieces.added - pieces.ids_of_model))
-        order += sorted(kept - pieces.ids_of_model - pieces.added)  # rows without a token that are needed
-        if len(order) == rows:
+        kept = pieces.closed(used | always)
+        # Tokens that only the list of added tokens has get the ids after those of all others when a file is read. Rows
+        # without a token come last.
+        of_model, added = pieces.of_model, pieces.added
+        order = sorted(kept, key=lambda number: (number not in of_model, number not in of_model | added, number))
+        if len(order) == self.rows:
             raise DataError(f"the texts need all {len(pieces.ids):,} tokens: there is nothing to gain ({kind}, texts)")
-        new_ids = {old: new for new, old in enumerate(order)}
-        trimmed = _with_backend(tokenizer, pieces.kept(new_ids))
-        again = _encoded(_plain_backend(json.loads(trimmed.backend_tokenizer.to_str())), texts)
+        self.ids = torch.tensor(order, device="cpu")
+        self._new_ids = {old: new for new, old in enumerate(order)}
+        self.tokenizer = _with_backend(tokenizer, pieces.kept(self._new_ids))
+        written = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        again = _encoded(_backend(written, padding=None, truncation=None), texts, progress)
         for text, old, new in zip(texts, tokens, again, strict=True):
-            if [new_ids[number] for number in old] != new:
+            if [self.number(each) for each in old] != new:
                 raise ConfigError(
                     "a tokenizer must split a text into the same tokens when all of these stay, got others for "
                     f"{text[:40]!r} ({type(tokenizer).__name__}, tokenizer)"
                 )
-
-        def encode(text: str, most: int) -> list[int]:
-            backend.enable_truncation(most)
-            return list(backend.encode(text).ids)
-
-        nonempty = [text for text, ids in zip(texts, tokens, strict=True) if ids]
-        return cls(
-            tokenizer=trimmed,
-            ids=torch.tensor(order, device="cpu"),
-            new_ids=new_ids,
-            rows=rows,
-            tokens_before=len(pieces.ids),
-            split=split,
-            held_out=count,
-            _encode=encode,
-            _texts=nonempty[:_COMPARED],
-        )
+        # With special tokens, as a head may read that of the end, which some tokenizers leave to the user.
+        config = model.config.get_text_config()
+        positions = getattr(config, "max_position_embeddings", None) or 0  # XLNet has -1, for any number
+        backend.enable_truncation(min(_LENGTH, positions // 2) if positions > 1 else _LENGTH)
+        self.examples = []
+        for text in [text for text, ids in zip(texts, tokens, strict=True) if ids][:_COMPARED]:
+            ids = backend.encode(text).ids
+            end = getattr(config, "eos_token_id", None)
+            if type(end) is int and end in self._new_ids and end not in ids:
+                ids.append(end)
+            self.examples.append(torch.tensor(ids, device="cpu"))
 
     def report(self, params_before: int, params: int) -> VocabularyReport:
         """Return the report, with the model's parameters before and after."""
         tokens = len(self.tokenizer)
         return VocabularyReport(self.tokens_before, tokens, params_before, params, self.split, self.held_out)
-
-    def examples(self, model: Any) -> list[Tensor]:
-        """Return the old ids of some texts, each (tokens,)."""
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2 * _LENGTH
-        most = min(_LENGTH, positions // 2)
-        return [torch.tensor(self._encode(text, most), device="cpu") for text in self._texts]
 
     def put_into(self, model: Any) -> None:
         """Remove the rows of a model, in place, and renumber the ids in its configs; layers may be on the meta device.
@@ -292,7 +285,12 @@ class Vocabulary:
         Transformers resizes the model; tensors whose shapes it changed get the rows that stay.
         """
         before = {name: tensor.detach() for name, tensor in named_tensors(model).items()}
-        padding = {name: module.padding_idx for name, module in model.named_modules() if hasattr(module, "padding_idx")}
+        numbers = {
+            (name, key): value
+            for name, module in model.named_modules()
+            for key, value in vars(module).items()
+            if type(value) is int and _SETTINGS_OF_IDS.fullmatch(key)
+        }
         try:
             with random_state_kept():
                 model.resize_token_embeddings(len(self.ids))
@@ -310,12 +308,8 @@ class Vocabulary:
                     if size != left:
                         old = old.index_select(dim, self.ids.to(old.device))
                 tensor.data = old.contiguous()
-        for name, module in model.named_modules():
-            if padding.get(name) is not None:
-                module.padding_idx = self.number(padding[name])
-            for key, value in vars(module).items():
-                if type(value) is int and _SETTINGS_OF_IDS.fullmatch(key):
-                    setattr(module, key, self.number(value))
+        for (name, key), value in numbers.items():
+            setattr(model.get_submodule(name), key, self.number(value))
         _renumber_configs(model, self.number, self.rows)
 
     def put_into_config(self, config: Any) -> None:
@@ -323,38 +317,73 @@ class Vocabulary:
         text = config.get_text_config()
         sizes = {self.rows, text.vocab_size, len(self.ids)}
         text.vocab_size = len(self.ids)
-        renumber_config(config, self.number, sizes)
+        _renumber(config, self.number, sizes)
 
     def renumbered(self, ids: Tensor) -> Tensor:
         """Return new ids for old ones, of any shape."""
-        new = [self.new_ids[number] for number in ids.flatten().tolist()]
+        new = [self._new_ids[number] for number in ids.flatten().tolist()]
         return torch.tensor(new, device=ids.device, dtype=ids.dtype).view_as(ids)
 
     def number(self, old: int) -> int:
         """Return the new id of an old one; an id without a row, such as -1, stays."""
-        return self.new_ids.get(old, old)
+        return self._new_ids.get(old, old)
 
 
 def _rows_of(model: Any) -> int:
     """Return the number of rows of a model's token embeddings; ConfigError if it has none of the usual kind."""
-    rule = "a model must have an nn.Embedding of its tokens (get_input_embeddings)"
     try:
         embeddings = model.get_input_embeddings()
-    except (NotImplementedError, AttributeError) as error:
-        raise ConfigError(f"{rule}, got none ({type(model).__name__})") from error
+    except (NotImplementedError, AttributeError):
+        embeddings = None
     if not isinstance(embeddings, nn.Embedding):
-        raise ConfigError(f"{rule}, got {type(embeddings).__name__} ({type(model).__name__})")
+        found = "none" if embeddings is None else type(embeddings).__name__
+        raise ConfigError(
+            f"a model must have an nn.Embedding of its tokens (get_input_embeddings), got {found} "
+            f"({type(model).__name__})"
+        )
     return embeddings.num_embeddings
 
 
-class _Seen:
+def _check_fit(model: Any, tokenizer: Any, size: int, rows: int) -> None:
+    """Raise ConfigError if a tokenizer whose ids are below ``size`` can't be the model's.
+
+    Embeddings may have more rows, for a round number (Phi-2: 50,295 tokens, 51,200 rows). Settings of special tokens
+    differ in some pairs, but not all of them.
+    """
+    config, spare = model.config.get_text_config(), rows - size
+    named = [(name, getattr(tokenizer, name, None), getattr(config, name, None)) for name in _SPECIAL]
+    both = [(name, mine, own) for name, mine, own in named if mine is not None and own is not None]
+    others = [f"{name} {mine}, {own} in the config" for name, mine, own in both if own not in (mine, [mine])]
+    reason = ""
+    if spare < 0 or (spare >= _PADDING and (rows % _MULTIPLE or spare > _MOST_PADDING * rows)):
+        reason = f"{size:,} ids for {rows:,} rows of embeddings"
+    elif spare and both and len(others) == len(both):
+        reason = listed(others)
+    if reason:
+        raise ConfigError(
+            f"a tokenizer must be the model's own, got {reason} ({type(model).__name__}, tokenizer); if it is, correct "
+            "the config, or call model.resize_token_embeddings(len(tokenizer)), before"
+        )
+
+
+def _ids_named_by(model: Any, rows: int) -> set[int]:
+    """Return the ids that a model's configs name, and those that can't change because positions start at padding's."""
+    ids = _Noted()
+    _renumber_configs(model, ids, rows)
+    for module in model.modules():
+        padding = getattr(module, "padding_idx", None)
+        is_of_tokens = isinstance(module, nn.Embedding) and module.num_embeddings == rows
+        # An embedding of positions: those of RoBERTa and M2M100 are counted from the id of padding.
+        if padding is not None and not is_of_tokens and not list(module.children()):
+            ids.update(range(padding + 1))
+    return {number for number in ids if 0 <= number < rows}
+
+
+class _Noted(set[int]):
     """Collects the ids that a renumbering asks for, and leaves each as it is."""
 
-    def __init__(self) -> None:
-        self.ids = set[int]()
-
     def __call__(self, number: int) -> int:
-        self.ids.add(number)
+        self.add(number)
         return number
 
 
@@ -365,66 +394,54 @@ class _Pieces:
         model = content["model"]
         if model.get("type") not in _KINDS:
             raise ConfigError(f"a tokenizer must be of kind {', '.join(_KINDS)}, got {model.get('type')} (tokenizer)")
-        if model.get("dropout"):
-            raise ConfigError(
-                f"a tokenizer must split a text the same way each time, got dropout {model['dropout']} (tokenizer)"
-            )
         self._content, self._model, self._is_unigram = content, model, model["type"] == "Unigram"
-        of_model = {piece: number for number, (piece, _) in enumerate(model["vocab"])} if self._is_unigram else None
-        vocab: dict[str, int] = model["vocab"] if of_model is None else of_model
+        vocab = model["vocab"]
+        self._vocab: dict[str, int] = {piece: at for at, (piece, _) in enumerate(vocab)} if self._is_unigram else vocab
         added = {each["content"]: each["id"] for each in content["added_tokens"]}
-        self.ids = {**vocab, **added}  # by token
-        self.ids_of_model, self.added = set(vocab.values()), set(added.values())
-        self._vocab, self._names = vocab, {number: token for token, number in vocab.items()}
-        self._prefix = model.get("continuing_subword_prefix") or ""
+        self.ids = {**self._vocab, **added}  # by token
+        self.of_model, self.added = set(self._vocab.values()), set(added.values())
+        self._names = {number: token for token, number in self._vocab.items()}
         self._suffix = model.get("end_of_word_suffix") or ""
         self._ranks = {(left, right): rank for rank, (left, right) in enumerate(model.get("merges", ()))}
         self._known = dict[int, list[tuple[str, str]]]()  # merges by the token that they make
 
-    def always(self, special: set[int]) -> set[int]:
-        """Return the ids of tokens that stay for any texts; ``special``: some of these."""
-        kept = self.added | special | {self.ids[each] for each in (self._model.get("unk_token"),) if each in self.ids}
+    def always(self) -> set[int]:
+        """Return the ids of tokens that stay for any texts."""
+        kept = _Noted(self.added | {self.ids.get(self._model.get("unk_token"), -1)})
+        prefix = self._model.get("continuing_subword_prefix") or ""
         for token, number in self._vocab.items():
-            bare = token.removeprefix(self._prefix) if self._prefix and token != self._prefix else token
-            bare = bare.removesuffix(self._suffix) if self._suffix and bare != self._suffix else bare
+            bare = token.removeprefix(prefix) or token
+            bare = bare.removesuffix(self._suffix) or bare
             if len(bare) == 1 or _BYTE.fullmatch(token):
                 kept.add(number)
         if self._is_unigram:
             # The lowest score says what an unknown character costs.
             scores = [score for _, score in self._model["vocab"]]
-            kept.add(scores.index(min(scores)))
-            kept |= {self._model["unk_id"]} - {None}
-        of_processor = _Seen()
-        _renumber_processor(self._content.get("post_processor"), of_processor)
-        return kept | of_processor.ids
+            kept |= {scores.index(min(scores)), self._model["unk_id"]}
+        _renumber(_parts_with_ids(self._content), kept)
+        return kept & set(self.ids.values())
 
     def closed(self, ids: set[int]) -> set[int]:
         """Return ids with those of all tokens that BPE makes on its way to them."""
         steps = [step for number in ids for step in self._steps(number)]
-        return ids | {self._vocab[part] for step in steps for part in (*step, self._merged(*step))}
-
-    def _merged(self, left: str, right: str) -> str:
-        return left + right[len(self._prefix) :]
+        return ids | {self._vocab[part] for left, right in steps for part in (left, right, left + right)}
 
     def _steps(self, number: int) -> list[tuple[str, str]]:
         """Return the merges by which BPE makes a token of its characters."""
         if not self._ranks or number not in self._names:
             return []
         if number not in self._known:
-            token = self._names[number]
-            end = self._suffix if token.endswith(self._suffix) and token != self._suffix else ""
-            start = self._prefix if token.startswith(self._prefix) and token != self._prefix else ""
-            bare = token[len(start) : len(token) - len(end)]
-            parts = [(self._prefix if place else start) + each for place, each in enumerate(bare)]
-            parts[-1] += end
-            steps = []
+            token, steps = self._names[number], []
+            bare = token.removesuffix(self._suffix) or token
+            parts = list(bare)
+            parts[-1] += token[len(bare) :]
             while len(parts) > 1:
                 ranks = [self._ranks.get(pair, math.inf) for pair in pairwise(parts)]
                 at = ranks.index(min(ranks))
                 if ranks[at] == math.inf:
                     break
                 steps.append((parts[at], parts[at + 1]))
-                parts[at : at + 2] = [self._merged(*steps[-1])]
+                parts[at : at + 2] = [parts[at] + parts[at + 1]]
             self._known[number] = steps
         return self._known[number]
 
@@ -432,63 +449,47 @@ class _Pieces:
         """Return the tokenizer's JSON form with some tokens alone, by their new ids."""
         content = copy.deepcopy(self._content)
         model = content["model"]
-        order = sorted((new_ids[number], token) for token, number in self._vocab.items() if number in new_ids)
-        if self._is_unigram:
-            scores = dict(model["vocab"])
-            model["vocab"] = [[token, scores[token]] for _, token in order]
-            if model["unk_id"] is not None:
-                model["unk_id"] = new_ids[model["unk_id"]]
+        if self._is_unigram:  # an id is a place in the list
+            model["vocab"] = [entry for number, entry in enumerate(model["vocab"]) if number in new_ids]
+            model["unk_id"] = new_ids.get(model["unk_id"])
         else:
-            model["vocab"] = {token: number for number, token in order}
+            model["vocab"] = {token: new_ids[number] for token, number in self._vocab.items() if number in new_ids}
         if self._ranks:
             made = {step for number in new_ids for step in self._steps(number)}
             model["merges"] = [list(pair) for pair in self._ranks if pair in made]
         for token in content["added_tokens"]:
             token["id"] = new_ids[token["id"]]
         content["added_tokens"].sort(key=lambda token: token["id"])
-        content["post_processor"] = _renumber_processor(content.get("post_processor"), new_ids.__getitem__)
-        if content.get("padding"):
-            content["padding"]["pad_id"] = self._padding(content["padding"], new_ids)
+        _renumber(_parts_with_ids(content), lambda number: new_ids.get(number, number))
         return content
 
-    def _padding(self, padding: Mapping[str, Any], new_ids: Mapping[int, int]) -> int:
-        return new_ids.get(padding["pad_id"], new_ids.get(self.ids.get(padding["pad_token"], -1), 0))
+
+def _parts_with_ids(content: Mapping[str, Any]) -> list[Any]:
+    return [content.get("post_processor"), content.get("padding")]
 
 
-def _renumber_processor(value: Any, number: _Number, key: str = "") -> Any:
-    """Return a post-processor's JSON form with other ids: lists under ``ids``, and pairs of a token and its id."""
-    if isinstance(value, dict):
-        return {name: _renumber_processor(each, number, name) for name, each in value.items()}
-    if not isinstance(value, list):
-        return value
-    if key == "ids":
-        return [number(each) for each in value]
-    if len(value) == 2 and isinstance(value[0], str) and type(value[1]) is int:
-        return [value[0], number(value[1])]
-    return [_renumber_processor(each, number) for each in value]
-
-
-def _plain_backend(content: Mapping[str, Any]) -> Any:
-    """Return a tokenizer of the library ``tokenizers`` that neither pads nor cuts."""
+def _backend(content: Mapping[str, Any], **changes: None) -> Any:
+    """Return the tokenizer of the library ``tokenizers`` for a JSON form."""
     from tokenizers import Tokenizer
 
-    backend = Tokenizer.from_str(json.dumps(content))
-    backend.no_padding()
-    backend.no_truncation()
-    return backend
+    return Tokenizer.from_str(json.dumps({**content, **changes}))
 
 
-def _encoded(backend: Any, texts: Collection[str]) -> list[list[int]]:
+def _encoded(backend: Any, texts: Collection[str], progress: bool | None) -> list[list[int]]:
     """Return the ids of each text, without special tokens that the tokenizer adds."""
-    return [encoding.ids for encoding in backend.encode_batch(list(texts), add_special_tokens=False)]
+    given, ids = list(texts), []
+    with bar("splitting texts", progress, total=len(given)) as shown:
+        for start in range(0, len(given), _AT_ONCE):
+            encodings = backend.encode_batch(given[start : start + _AT_ONCE], add_special_tokens=False)
+            ids += [encoding.ids for encoding in encodings]
+            shown.update(len(encodings))
+    return ids
 
 
 def _with_backend(tokenizer: Any, content: Mapping[str, Any]) -> Any:
     """Return a tokenizer of the same class that was written and read with another JSON form."""
-    from tokenizers import Tokenizer
-
     other = copy.deepcopy(tokenizer)
-    other._tokenizer = Tokenizer.from_str(json.dumps(content))
+    other._tokenizer = _backend(content)
     other.vocab_file = None  # a model of sentencepiece has the old ids
     with tempfile.TemporaryDirectory() as folder:
         other.save_pretrained(folder)
@@ -500,35 +501,35 @@ def _with_backend(tokenizer: Any, content: Mapping[str, Any]) -> Any:
 def _renumber_configs(model: Any, number: _Number, rows: int) -> None:
     """Renumber the ids in a model's config, in those within it that have the same vocabulary, and for generation."""
     sizes = {rows, getattr(model.config.get_text_config(), "vocab_size", rows)}
-    renumber_config(model.config, number, sizes)
-    if getattr(model, "generation_config", None) is not None:
-        renumber_config(model.generation_config, number, sizes)
+    for config in (model.config, getattr(model, "generation_config", None)):
+        _renumber(config, number, sizes)
 
 
-def renumber_config(holder: Any, number: _Number, sizes: Collection[int]) -> None:
-    """Renumber the ids of tokens in a config of Transformers, in place; ``sizes``: of the vocabulary."""
-    values = holder if isinstance(holder, dict) else vars(holder)
+def _renumber(settings: Any, number: _Number, sizes: Collection[int] = ()) -> None:
+    """Renumber ids in place, in JSON or in a config and those within it whose vocabularies have one of the sizes."""
+    if isinstance(settings, list):
+        for each in settings:
+            _renumber(each, number, sizes)
+    is_config = hasattr(settings, "to_dict")
+    values = settings if isinstance(settings, dict) else vars(settings) if is_config else {}
     for key, value in list(values.items()):
         if isinstance(key, str) and _SETTINGS_OF_IDS.fullmatch(key):
             values[key] = _renumbered(value, number, key)
-        elif isinstance(value, dict) or (hasattr(value, "to_dict") and getattr(value, "vocab_size", None) in sizes):
-            renumber_config(value, number, sizes)
+        elif not hasattr(value, "to_dict") or getattr(value, "vocab_size", None) in sizes:
+            _renumber(value, number, sizes)
 
 
-def _renumbered(value: Any, number: _Number, key: str) -> Any:
+def _renumbered(value: Any, number: _Number, key: str = "") -> Any:
+    """Return the value of a setting with other ids; of ``forced_decoder_ids``, pairs of a place and an id."""
     if type(value) is int:
         return number(value)
     if isinstance(value, dict):  # ids of languages by name, or biases by ids
-        if key == "sequence_bias":
-            return {_renumbered(ids, number, ""): bias for ids, bias in value.items()}
-        return {name: _renumbered(each, number, "") for name, each in value.items()}
+        return {_renumbered(name, number): _renumbered(each, number) for name, each in value.items()}
     if not isinstance(value, (list, tuple)):
         return value
-    if key == "forced_decoder_ids":  # pairs of a place and an id
-        return [[place, _renumbered(each, number, "")] for place, each in value]
-    if key == "sequence_bias":  # pairs of ids and a bias
-        return [[_renumbered(ids, number, ""), bias] for ids, bias in value]
-    return type(value)(_renumbered(each, number, "") for each in value)
+    if key == "forced_decoder_ids":
+        return [[place, _renumbered(each, number)] for place, each in value]
+    return type(value)(_renumbered(each, number) for each in value)
 
 
 def _outputs(model: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -545,6 +546,7 @@ def _outputs(model: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
         if out_of_memory(error):
             raise
         raise ConfigError(
-            f"a model must run on the ids of tokens alone (input_ids), got {raised(error)} ({type(model).__name__})"
+            f"a model must be a text model, which runs on ids of tokens alone (input_ids), got {raised(error)} "
+            f"({type(model).__name__})"
         ) from error
     return outputs

@@ -213,8 +213,8 @@ def shrink_pretrained(
         )
     if vocabulary is not None and wanted.kind != "params":
         raise ConfigError(
-            f"a vocabulary is trimmed under a budget of params, because embeddings multiply nothing, got {wanted.kind} "
-            "(budget)"
+            "with vocabulary=texts the budget must be one of params, because fewer tokens save no "
+            f"multiply-accumulates, got {wanted.kind} (budget)"
         )
     settings.check_together(wanted, "shrink_pretrained")
     if target.resolve() == place.resolve():
@@ -289,7 +289,8 @@ class _Trimmed:
             tokenizer = transformers.AutoTokenizer.from_pretrained(skeleton.folder)
         except Exception as error:  # each tokenizer has errors of its own
             raise ConfigError(
-                f"a folder must hold a tokenizer whose vocabulary is trimmed, got {raised(error)} ({skeleton.folder})"
+                "with vocabulary=texts the source must hold the model's tokenizer, got none that AutoTokenizer reads: "
+                f"{raised(error)} ({skeleton.folder})"
             ) from error
         TOKENIZER.check("tokenizer", tokenizer, place)
         batches = [bind_arguments(model, call) for call in given]
@@ -299,7 +300,7 @@ class _Trimmed:
         if has_generation:
             model.generation_config = transformers.GenerationConfig.from_pretrained(skeleton.folder)
         needed = {number for batch in batches for number in batch[_IDS].unique().tolist()}
-        vocabulary = Vocabulary.of(model, tokenizer, texts, needed=needed)
+        vocabulary = Vocabulary(model, tokenizer, texts, needed=needed)
         params_before, states = count_params(model), states_in(skeleton.entering(given[0], 0))
         vocabulary.put_into(model)
         vocabulary.put_into_config(skeleton.config)

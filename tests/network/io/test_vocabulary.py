@@ -93,12 +93,18 @@ def t5(rows, **changes):
     return built("T5ForConditionalGeneration", "T5Config", vocab_size=rows, **sizes | changes)
 
 
-def bart(rows):
+def bart(rows, kind="BartForConditionalGeneration"):
     sizes = {"d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "encoder_layers": 1, "decoder_layers": 1}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 64}
     ids = {"bos_token_id": 2, "pad_token_id": 0, "eos_token_id": 3, "decoder_start_token_id": 3}
     forced = {"forced_eos_token_id": 3, "scale_embedding": True}
-    return built("BartForConditionalGeneration", "BartConfig", vocab_size=rows, **sizes, **heads, **ids, **forced)
+    return built(kind, "BartConfig", vocab_size=rows, **sizes, **heads, **ids, **forced)
+
+
+def xlnet(rows):  # its config has -1 for the number of positions
+    sizes = {"d_model": 16, "d_inner": 24, "n_layer": 1, "n_head": 2}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    return built("XLNetLMHeadModel", "XLNetConfig", vocab_size=rows, **sizes, **ids)
 
 
 def gemma(rows):
@@ -137,6 +143,7 @@ CASES = {
     "GPT-2": (byte_pairs, gpt2),
     "GPT-2 with an untied head": (byte_pairs, lambda rows: gpt2(rows, tie_word_embeddings=False)),
     "Gemma": (unigram, gemma),
+    "XLNet": (unigram, xlnet),
     "T5": (unigram, t5),
     "T5 with an untied head": (unigram, lambda rows: t5(rows, tie_word_embeddings=False)),
 }
@@ -338,16 +345,60 @@ def test_padding_and_modes_follow():
     assert torch.equal(again.ids, trimmed.ids)
 
 
+def test_positions_that_are_counted_from_the_id_of_padding_stay():
+    tokenizer = letters("b", "<pad>", "[UNK]", "a", "aa", "ab", "##b", pad_token="<pad>")
+    model = bert(7, "RobertaForMaskedLM", "RobertaConfig", pad_token_id=1, bos_token_id=None, eos_token_id=None)
+    trimmed = nni_topo.trim_vocabulary(model, tokenizer, ["a aa"])
+    assert trimmed.ids.tolist() == [0, 1, 2, 3, 4, 6]  # "ab" goes
+    assert trimmed.model.config.pad_token_id == trimmed.tokenizer.pad_token_id == 1
+    same_outputs(model, trimmed.model, [3, 4, 3], trimmed.ids)
+
+
+def test_a_head_that_reads_the_last_token_can_be_trimmed_without_it_in_the_texts():
+    tokenizer = letters("<pad>", "[UNK]", "b", "</s>", "a", "aa", "##b", pad_token="<pad>", eos_token="</s>")
+    model = bart(7, "BartForSequenceClassification")
+    trimmed = nni_topo.trim_vocabulary(model, tokenizer, ["a"])
+    end = trimmed.tokenizer.eos_token_id
+    assert trimmed.ids.tolist() == [0, 1, 2, 3, 4, 6]
+    with torch.no_grad():
+        before = model(input_ids=torch.tensor([[4, 3]])).logits
+        after = trimmed.model(input_ids=torch.tensor([[trimmed.tokenizer("a")["input_ids"][0], end]])).logits
+    assert torch.equal(before, after)
+
+
+def test_a_long_call_shows_how_far_it_is(capsys):
+    nni_topo.trim_vocabulary(bert(8), letters(), ["a b"], progress=True)
+    assert "splitting texts" in capsys.readouterr().err
+    nni_topo.trim_vocabulary(bert(8), letters(), ["a b"], progress=False)
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes"),
+    [
+        (320, {}),  # rounded up to a multiple of 64
+        (320, {"pad_token_id": None}),
+        (320, {"pad_token_id": 7, "eos_token_id": 3}),  # a user's own padding
+        (261, {}),
+    ],
+)
+def test_usual_pairs_of_model_and_tokenizer_pass(rows, changes):
+    tokenizer = word_piece()
+    tokenizer.eos_token = "[SEP]"
+    trimmed = nni_topo.trim_vocabulary(bert(rows, **changes), tokenizer, FEW)
+    assert trimmed.report.tokens < len(tokenizer)
+
+
 class Slow:
     is_fast = False
 
 
-def letters():
-    """A tokenizer of five tokens."""
-    vocab = {token: place for place, token in enumerate(["[UNK]", "a", "b", "##b", "aa"])}
+def letters(*names, **special):
+    """A tokenizer of a few tokens."""
+    vocab = {token: place for place, token in enumerate(names or ["[UNK]", "a", "b", "##b", "aa"])}
     backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token="[UNK]"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
 
 def words():
@@ -369,6 +420,14 @@ class Counting(transformers.BertModel):
         return output
 
 
+def whisper():
+    sizes = {"d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "encoder_layers": 1, "decoder_layers": 1}
+    ids = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, "decoder_start_token_id": 0}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_mel_bins": 8}
+    rows = len(word_piece())
+    return built("WhisperForConditionalGeneration", "WhisperConfig", vocab_size=rows, **sizes, **heads, **ids)
+
+
 def of_class(kind):
     torch.manual_seed(0)
     return kind(transformers.BertConfig(vocab_size=len(word_piece()), **BERT)).eval()
@@ -377,9 +436,11 @@ def of_class(kind):
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
-        (lambda: {"texts": []}, ConfigError, r"texts must be a collection of at least 1"),
-        (lambda: {"texts": FEW[0]}, ConfigError, r"texts must be a collection of at least 1"),
-        (lambda: {"texts": [FEW[0], 3]}, ConfigError, r"each value a str"),
+        (lambda: {"texts": []}, ConfigError, r"texts must be a list of texts, at least one, got \[\]"),
+        (lambda: {"texts": FEW[0]}, ConfigError, r"texts must be a list of texts, at least one, got '"),
+        (lambda: {"texts": [FEW[0], 3]}, ConfigError, r"texts must be a list of texts"),
+        (lambda: {"texts": {"text": FEW[0]}}, ConfigError, r"texts must be a list of texts"),
+        (lambda: {"held_out": [""]}, DataError, r"held_out must have at least one token, got none in 1"),
         (lambda: {"texts": ["", "  ", "[PAD]"]}, DataError, r"texts must have at least one token .* in 3"),
         (
             lambda: {"model": bert(5), "tokenizer": letters(), "texts": ["a b aa", "ab"]},
@@ -388,7 +449,12 @@ def of_class(kind):
         ),
         (lambda: {"tokenizer": Slow()}, ConfigError, r"tokenizer must be a fast tokenizer .*got a Slow"),
         (lambda: {"tokenizer": words()}, ConfigError, r"of kind WordPiece, BPE, Unigram, got WordLevel"),
-        (lambda: {"tokenizer": byte_pairs()}, ConfigError, r"must fit its model.*got ids up to 420 and 2\d\d rows"),
+        (lambda: {"tokenizer": byte_pairs()}, ConfigError, r"the model's own, got 421 ids for 2\d\d rows"),
+        # Fewer ids than rows: too few for rows that were only rounded up, or with other special tokens.
+        (lambda: {"model": bert(480)}, ConfigError, r"got 260 ids for 480 rows.*resize_token_embeddings"),
+        (lambda: {"model": bert(389)}, ConfigError, r"own, got 260 ids for 389 rows"),
+        (lambda: {"model": bert(280, pad_token_id=1)}, ConfigError, r"got pad_token_id 0, 1 in the config"),
+        (lambda: {"model": whisper()}, ConfigError, r"runs on ids of tokens alone.*WhisperForCondition"),
         (lambda: {"model": nn.Linear(2, 2)}, ConfigError, r"must be one of Transformers.*got Linear \(model\)"),
         (
             lambda: {"model": of_class(Adaptive)},

@@ -688,9 +688,9 @@ def test_a_vocabulary_is_trimmed_before_the_blocks(tmp_path):
 
 def test_a_vocabulary_that_cannot_be_trimmed_is_refused(source, tmp_path):
     knobs = FAST | {"vocabulary": ["a"]}
-    with pytest.raises(ConfigError, match=r"under a budget of params.*got flops \(budget\)"):
+    with pytest.raises(ConfigError, match=r"budget must be one of params.*got flops \(budget\)"):
         nni_topo.shrink_pretrained(source, tokens(), tmp_path / "small", {"flops": 0.7}, **knobs)
-    with pytest.raises(ConfigError, match=r"a folder must hold a tokenizer whose vocabulary is trimmed"):
+    with pytest.raises(ConfigError, match=r"the source must hold the model's tokenizer, got none"):
         nni_topo.shrink_pretrained(source, tokens(), tmp_path / "small", {"params": 0.7}, **knobs)
-    with pytest.raises(ConfigError, match=r"vocabulary must be .*each value a str"):
+    with pytest.raises(ConfigError, match=r"vocabulary must be a list of texts.*got 'a'"):
         nni_topo.shrink_pretrained(source, tokens(), tmp_path / "small", {"params": 0.7}, **FAST, vocabulary="a")
