@@ -41,11 +41,12 @@ _AT_ONCE = 1000  # texts between two updates of the progress bar
 _PADDING, _MULTIPLE, _MOST_PADDING = 128, 32, 0.1  # rows that embeddings may have beyond the tokens: `_check_fit`
 _SPECIAL = tuple(f"{name}_token_id" for name in ("pad", "bos", "eos", "unk", "sep", "cls", "mask"))
 # Settings that hold ids of tokens, as a number or within lists and mappings: of configs and modules of Transformers,
-# and (the last four) of post-processors and padding in a tokenizer's JSON form.
+# and of post-processors and padding in a tokenizer's JSON form.
 _SETTINGS_OF_IDS = re.compile(
     r".*_token_(id|ids|index)|(pad|bos|eos|unk|mask)_index|padding_idx|(begin_)?suppress_tokens|forced_decoder_ids"
-    r"|bad_words_ids|force_words_ids|sequence_bias|(lang|task)_to_id|ids|sep|cls|pad_id"
+    r"|bad_words_ids|force_words_ids|sequence_bias|(lang|task)_to_id"
 )
+_JSON_OF_IDS = re.compile("ids|sep|cls|pad_id")
 _Number = Callable[[int], int]  # maps the id of a token to its new id
 
 TEXTS = Rule(
@@ -418,7 +419,7 @@ class _Pieces:
             # The lowest score says what an unknown character costs.
             scores = [score for _, score in self._model["vocab"]]
             kept |= {scores.index(min(scores)), self._model["unk_id"]}
-        _renumber(_parts_with_ids(self._content), kept)
+        _renumber_json(self._content, kept)
         return kept & set(self.ids.values())
 
     def closed(self, ids: set[int]) -> set[int]:
@@ -460,12 +461,12 @@ class _Pieces:
         for token in content["added_tokens"]:
             token["id"] = new_ids[token["id"]]
         content["added_tokens"].sort(key=lambda token: token["id"])
-        _renumber(_parts_with_ids(content), lambda number: new_ids.get(number, number))
+        _renumber_json(content, lambda number: new_ids.get(number, number))
         return content
 
 
-def _parts_with_ids(content: Mapping[str, Any]) -> list[Any]:
-    return [content.get("post_processor"), content.get("padding")]
+def _renumber_json(content: Mapping[str, Any], number: _Number) -> None:
+    _renumber([content.get("post_processor"), content.get("padding")], number, names=_JSON_OF_IDS)
 
 
 def _backend(content: Mapping[str, Any], **changes: None) -> Any:
@@ -505,18 +506,20 @@ def _renumber_configs(model: Any, number: _Number, rows: int) -> None:
         _renumber(config, number, sizes)
 
 
-def _renumber(settings: Any, number: _Number, sizes: Collection[int] = ()) -> None:
+def _renumber(
+    settings: Any, number: _Number, sizes: Collection[int] = (), names: re.Pattern[str] = _SETTINGS_OF_IDS
+) -> None:
     """Renumber ids in place, in JSON or in a config and those within it whose vocabularies have one of the sizes."""
     if isinstance(settings, list):
         for each in settings:
-            _renumber(each, number, sizes)
+            _renumber(each, number, sizes, names)
     is_config = hasattr(settings, "to_dict")
     values = settings if isinstance(settings, dict) else vars(settings) if is_config else {}
     for key, value in list(values.items()):
-        if isinstance(key, str) and _SETTINGS_OF_IDS.fullmatch(key):
+        if isinstance(key, str) and names.fullmatch(key):
             values[key] = _renumbered(value, number, key)
         elif not hasattr(value, "to_dict") or getattr(value, "vocab_size", None) in sizes:
-            _renumber(value, number, sizes)
+            _renumber(value, number, sizes, names)
 
 
 def _renumbered(value: Any, number: _Number, key: str = "") -> Any:
