@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,8 @@ from nni_topo.recovery.batchnorm import batch_norms
 _MOMENTUM = 0.1  # of batch norms that have none of their own
 _FUSED = ("cpu", "cuda")  # devices that have a fused AdamW
 _RISE, _FALL = 0.1, 0.4  # first and last share of a course, in which the rate rises and falls
-_LOOKS = 25  # number of times that a course of full length measures the held-out loss
+LOOKS = 25
+"""Number of times that a course of full length measures the held-out loss."""
 _WINDOW = 4  # looks; the mean of the last four is compared with the mean of the four before: single losses are noisy
 _PROGRESS = 0.02  # least relative fall of that mean that counts as progress
 MOST_LOST = 20.0
@@ -46,9 +48,13 @@ After few steps the loss is smallest at low rates, after a whole course at high 
 smallest loss: it takes the highest rate that doesn't break the network.
 """
 _TRIED_RISE = 0.3  # share of the steps at each rate in which the rate rises; it falls in the others
-_TRIED_SHARE, _LEAST_TRIED = 0.03, 10  # steps at each rate: a share of the course's, and their minimum
-# Under a time limit: share of the remaining time for each rate, least steps of each, and least steps after the test.
-_SHARE_OF_TIME, _LEAST_KNOWN, _LEAST_LEFT = 0.03, 3, 20
+# Steps at each rate: a share of all steps, and their minimum; fewer, but at least three, where else not three rates can
+# be tried.
+_TRIED_SHARE, _LEAST_TRIED, _FEWEST_TRIED = 0.03, 10, 3
+_SEARCHED = 0.25  # largest share of the steps that the range test takes
+ONE_RATE = 2e-4
+"""The rate if the steps are too few to try two: after few steps the loss is smallest at low rates."""
+_TIMED, _TIMED_SECONDS = 5, 1.0  # most runs that are timed, and most seconds of these but for the first one
 
 Batches = Iterator[tuple[Any, list[Tensor]]]
 """Inputs and targets of each step."""
@@ -93,6 +99,10 @@ class Clock:
         yield
         self._seconds_a_sample = min(self._seconds_a_sample, (time.perf_counter() - began) / samples)
 
+    def seconds_to_judge(self, samples: int) -> float:
+        """Return the seconds that a judgement of ``samples`` samples takes, by those so far."""
+        return self._seconds_a_sample * samples if samples else 0.0
+
     @property
     def spent(self) -> float:
         """Seconds since the beginning."""
@@ -103,8 +113,7 @@ class Clock:
         """Remaining seconds for steps; infinite without a limit."""
         if self.seconds is None:
             return math.inf
-        at_end = self._seconds_a_sample * self.judged_at_end if self.judged_at_end else 0.0
-        return self.seconds - at_end - self.spent
+        return self.seconds - self.seconds_to_judge(self.judged_at_end) - self.spent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +175,7 @@ class Course:
                         shown.total = min(total, step + 1 + int(clock.left / a_step))
                     taken = clock.spent - spent_before
                     share = max(share, taken / max(taken + clock.left, 1e-9))
-                if step and int(share * _LOOKS) > int(looked * _LOOKS):
+                if step and int(share * LOOKS) > int(looked * LOOKS):
                     is_fifth = looked < _NO_GAIN_AT <= share and step >= _LEAST_STEPS
                     looked = share
                     self._look()
@@ -231,9 +240,21 @@ class Course:
         self.curve.append(Look(self.done, self.optimizer.param_groups[0]["lr"], loss))
 
 
-def tried_steps(total: int) -> int:
-    """Return the steps of the range test at each rate, for a course of ``total`` steps."""
-    return max(_LEAST_TRIED, round(_TRIED_SHARE * total))
+def range_test(steps: int, *, rates: int = 2) -> tuple[int, int]:
+    """Return how many learning rates may be tried, and the steps at each, if there are ``steps`` for everything.
+
+    If these don't allow to try as many as ``rates``, none is tried.
+    """
+    most = int(_SEARCHED * steps)
+    steps_of_each = max(_FEWEST_TRIED, round(_TRIED_SHARE * steps), min(_LEAST_TRIED, most // 3))
+    count = most // steps_of_each
+    return (count if count >= rates else 0), steps_of_each
+
+
+def most_tried_steps(steps: int) -> int:
+    """Return the steps of the range test at most."""
+    count, steps_of_each = range_test(steps)
+    return min(count, len(RATES)) * steps_of_each
 
 
 def seconds_of_a_step(training: Training) -> float:
@@ -244,38 +265,37 @@ def seconds_of_a_step(training: Training) -> float:
 
 
 def timed(work: Callable[[], object], student: nn.Module) -> float:
-    """Return the seconds of the second of two runs; the first one also loads libraries and selects kernels."""
+    """Return the median seconds of up to five runs, fewer if they are slow.
+
+    The run before these isn't counted, because it also loads libraries and selects kernels.
+    """
+    seconds: list[float] = []
     work()
-    began = time.perf_counter()
-    work()
-    next(student.parameters()).flatten()[:1].cpu()  # waits until the device has finished
-    return time.perf_counter() - began
+    while not seconds or (len(seconds) < _TIMED and sum(seconds) < _TIMED_SECONDS):
+        began = time.perf_counter()
+        work()
+        next(student.parameters()).flatten()[:1].cpu()  # waits until the device has finished
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
 
 
 def try_rates(
     training: Training,
     judge: Callable[[nn.Module], float],
     rates: Sequence[float],
-    a_step: float,
+    steps: int,
     progress: bool | None = None,
 ) -> tuple[RateTrial, ...]:
-    """Try learning rates from the highest on until one is accepted; return the results.
+    """Try learning rates in their order, with so many steps at each, until one is accepted; return the results.
 
-    ``judge`` returns the held-out loss of a network that has learned. No rate is accepted if all break the network.
-    Under a time limit each rate takes 3 % of the remaining time, but at least three steps, of ``a_step`` seconds each.
-    No further rate is tried if the time left is less than twenty steps.
+    ``judge`` returns the held-out loss of a network that has learned. No rate is accepted if all break the network, or
+    time doesn't allow to try more of them.
     """
     clock, first = training.clock, training.first
-    if clock.left <= 0.0:
-        return ()
-    steps, least_left = tried_steps(training.total), -math.inf
-    if clock.seconds is not None:
-        least_left = _LEAST_LEFT * a_step
-        steps = min(steps, max(_LEAST_KNOWN, int(_SHARE_OF_TIME * clock.left / a_step)))
     most = min(_MOST_LOSS * first, first + _MOST_GROWTH * abs(training.constant - first))
-    found: list[RateTrial] = []
+    trials: list[RateTrial] = []
     for rate in bar("learning rate", progress, rates):
-        if clock.left < least_left:
+        if clock.left <= 0.0:
             break
         course = Course(training, rate)
         with learning(course.student, is_normed=training.is_normed):
@@ -284,10 +304,10 @@ def try_rates(
                 rising, falling = max(share, 1.0 / steps) / _TRIED_RISE, (1.0 - share) / (1.0 - _TRIED_RISE)
                 course.step(batch, rate * min(rising, falling, 1.0))
         loss = judge(course.student)
-        found.append(RateTrial(rate, steps, loss, loss <= most))
-        if found[-1].is_taken:
+        trials.append(RateTrial(rate, steps, loss, loss <= most))
+        if trials[-1].is_taken:
             break
-    return tuple(found)
+    return tuple(trials)
 
 
 @contextmanager

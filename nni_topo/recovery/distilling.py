@@ -39,7 +39,9 @@ from nni_topo.network.runtime.public import public
 from nni_topo.network.runtime.reports import hand_on_report, solved_on, tell_solved_on
 from nni_topo.recovery.batchnorm import batch_norms, recalibrate_batch_norm
 from nni_topo.recovery.course import (
+    LOOKS,
     MOST_LOST,
+    ONE_RATE,
     RATES,
     Clock,
     Course,
@@ -47,9 +49,10 @@ from nni_topo.recovery.course import (
     RateTrial,
     Training,
     learning,
+    most_tried_steps,
+    range_test,
     seconds_of_a_step,
     timed,
-    tried_steps,
     try_rates,
 )
 from nni_topo.recovery.frozen import frozen_layers, told_of_frozen
@@ -134,7 +137,9 @@ class Verdict:
         if not self.has_anything_to_learn:
             return f"{text}. No step was taken: there is nothing to learn"
         if not math.isnan(self.lr):
-            text += f". It took {self.steps} of at most {self.most_steps} steps at a learning rate of up to {self.lr:g}"
+            searched = sum(trial.steps for trial in self.rates)
+            text += f". It took {self.steps} of at most {self.most_steps - searched} steps at a learning rate of up to "
+            text += f"{self.lr:g}{f', which {searched} steps before these found' if searched else ''}"
             text += ", until the time limit" if self.is_out_of_time else ""
             text += ", and ended early because the loss hadn't fallen" if self.gains_nothing else ""
             if not math.isnan(self.discarded_lr):
@@ -143,9 +148,8 @@ class Verdict:
                 text += f"; the weights are those after {self.weights_of} steps"
                 text += ", because those at the end are no better than without distillation"
         elif self.rates:
-            tried = ", ".join(f"{each.lr:g}" for each in self.rates)
+            tried = ", ".join(dict.fromkeys(f"{each.lr:g}" for each in self.rates))
             text += f". No step was taken: a few at each of the learning rates {tried} make the loss too large"
-            text += ", and seconds= allows no lower one" if self.is_out_of_time else ""
         else:
             text += ". No step was taken: seconds= allows too few"
         if self.held_out < _FEW:
@@ -190,15 +194,17 @@ class Distillation(Verdict):
     lr : float
         Highest learning rate; NaN if no step was taken.
     steps, most_steps : int
-        Gradient steps at that rate, and steps of a course of full length.
+        Gradient steps at that rate, and the largest number of steps in all, with those of the range test.
     seconds : float
         Wall time.
     rates : tuple of RateTrial
-        The range test, the highest rate first: the held-out loss after a few steps at each. Empty if ``lr`` was given.
+        The range test, the highest rate first: the held-out loss after a few steps at each. Empty if ``lr`` was given,
+        or the steps were too few. Where batch norms first took their statistics from the batches and then kept their
+        own, it has rates twice.
     curve : tuple of Look
         Step, learning rate and held-out loss along the course.
     is_out_of_time : bool
-        Whether ``seconds`` ended the steps, or the range test before a rate could be taken.
+        Whether ``seconds`` ended the steps.
     weights_of : int
         The step whose weights are kept, the last one or an earlier one; 0 if they are discarded.
     gains_nothing : bool
@@ -313,7 +319,7 @@ def distillation(
         is_normed=is_normed,
         clock=clock,
     )
-    clock.judged_at_end = pool.samples(judge.looked_at) + pool.samples(split.held)
+    clock.judged_at_end = judge.samples_looked_at + pool.samples(split.held)
     if is_normed:  # the result is judged twice, and its batch norms measured on the images
         clock.judged_at_end += len(split.held) + len(split.learned)
 
@@ -355,7 +361,7 @@ def distillation(
         curve=tuple(course.curve) if course else (),
         held_out=pool.samples(split.held),
         solved_on=split.solved_on,
-        is_out_of_time=trial.is_out_of_time or learned.is_out_of_time,
+        is_out_of_time=learned.is_out_of_time,
         weights_of=learned.weights_of if is_kept else 0,
         gains_nothing=course is not None and course.gains_nothing,
         discarded_lr=math.nan if learned.discarded is None else trial.rate,
@@ -434,6 +440,7 @@ class _Judge:
     def __init__(self, lesson: Lesson, split: _Split, clock: Clock) -> None:
         self._lesson, self._split, self._clock = lesson, split, clock
         self.looked_at = split.pool.first(split.held, _LOOKED_AT)
+        self.samples_looked_at = split.pool.samples(self.looked_at)
 
     def all(self, net: nn.Module) -> Judgement:
         """Judge on all held-out samples."""
@@ -442,7 +449,7 @@ class _Judge:
 
     def look(self, net: nn.Module) -> float:
         """Return the loss on some of them, which is looked at during a course."""
-        with self._clock.judging(self._split.pool.samples(self.looked_at)):
+        with self._clock.judging(self.samples_looked_at):
             return self._lesson.judge(net, self.looked_at).loss
 
     def after_few_steps(self, net: nn.Module, is_normed: bool) -> float:
@@ -471,50 +478,69 @@ class _Judge:
 class _Trial:
     """What the range test found."""
 
-    training: Training  # with the batch norms' statistics that the network bears
+    training: Training  # the steps that are left, with the batch norms' statistics that the network bears
     rate: float = math.nan  # NaN: none, or nothing is left to learn
     rates: tuple[RateTrial, ...] = ()
-    is_out_of_time: bool = False
 
 
 def _tried(training: Training, judge: _Judge, lr: float | None, progress: bool | None) -> _Trial:
-    """Say how long the steps take, and find the learning rate unless it is given."""
+    """Say how long the steps take, and find the learning rate unless it is given.
+
+    The steps of the range test are some of all steps. If they don't allow to try further rates, the next lower one is
+    taken.
+    """
     clock = training.clock
+    if clock.left <= 0.0:
+        return _Trial(training, math.nan if lr is None else lr)
 
     def after_few_steps(net: nn.Module) -> float:
         return judge.after_few_steps(net, training.is_normed)
 
-    if training.is_normed and clock.left > 0.0:
+    if training.is_normed:
         # Networks trained with fixed statistics, or on other images, break by the statistics of the batches.
         is_normed = after_few_steps(training.student()) <= MOST_LOST * training.first
         training = replace(training, is_normed=is_normed)
-    a_step = 0.0
-    if clock.left > 0.0:
-        a_step = seconds_of_a_step(training)
-        tried = len(RATES) * tried_steps(training.total) if lr is None else 0
-        again = training.total if lr is None else 0
-        needed = (training.total + tried + again) * a_step
-        text = f"the steps of distillation take at most about {duration(needed)}: {training.total} of "
-        text += f"{duration(a_step)} each"
-        if lr is None:
-            text += f", {tried} more to find the learning rate, and if the result is discarded as many again at a "
-            text += "sixth of the rate"
-        limit = clock.seconds
-        text += "; seconds= limits it" if limit is None else f"; seconds= ends it after {duration(limit)}"
-        _logger.log(logging.WARNING if clock.seconds is None and needed > LONG else logging.INFO, "%s", text)
+    a_step = seconds_of_a_step(training)
+    looks = LOOKS * clock.seconds_to_judge(judge.samples_looked_at)
+    _tell_time(training, a_step, looks, is_searched=lr is None)
+    steps = training.total
+    if clock.seconds is not None:
+        steps = max(0, min(steps, int((clock.left - looks) / a_step)))
     rates: tuple[RateTrial, ...] = ()
     if lr is None or training.is_normed:
-        candidates = RATES if lr is None else (lr,)
-        rates = try_rates(training, after_few_steps, candidates, a_step, progress)
+        candidates: tuple[float, ...] = RATES if lr is None else (lr,)
+        most, steps_of_each = range_test(steps, rates=min(2, len(candidates)))
+        rates = try_rates(training, after_few_steps, candidates[:most], steps_of_each, progress)
         if training.is_normed and rates and not rates[-1].is_taken:
             training = replace(training, is_normed=False)
             if lr is None:
-                rates = try_rates(training, after_few_steps, candidates, a_step, progress) or rates
+                candidates = RATES[: max(most - len(rates), 0)]
+                rates += try_rates(training, after_few_steps, candidates, steps_of_each, progress)
+    training = replace(training, total=training.total - sum(trial.steps for trial in rates))
     if lr is not None:
         return _Trial(training, lr)
-    rate = next((each.lr for each in rates if each.is_taken), math.nan)
-    is_out_of_time = math.isnan(rate) and bool(rates) and rates[-1].lr > min(RATES)
-    return _Trial(training, rate, rates, is_out_of_time)
+    if not rates:
+        return _Trial(training, ONE_RATE)
+    last = rates[-1]
+    if last.is_taken:
+        return _Trial(training, last.lr, rates)
+    lower = [rate for rate in RATES if rate < last.lr]
+    return _Trial(training, lower[0] if lower else math.nan, rates)
+
+
+def _tell_time(training: Training, a_step: float, looks: float, *, is_searched: bool) -> None:
+    """Log how long distillation takes at most: as a warning if that is more than ten minutes without a limit."""
+    total, limit = training.total, training.clock.seconds
+    courses = 2 if is_searched else 1  # the second one if the result of the first one is discarded
+    needed = courses * (total * a_step + looks)
+    text = f"distillation takes at most about {duration(needed)}: {total} steps of {duration(a_step)} each"
+    if is_searched:
+        tried = most_tried_steps(total)
+        text += f", at most {tried} of them to find the learning rate" if tried else ""
+        text += ", as many again at a sixth of the rate if the result is discarded"
+    text += ", and comparisons with the unpruned network"
+    text += "; seconds= limits it" if limit is None else f"; seconds= ends it after {duration(limit)}"
+    _logger.log(logging.WARNING if limit is None and needed > LONG else logging.INFO, "%s", text)
 
 
 @dataclass(frozen=True)
@@ -589,17 +615,19 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     temperature : float, default=2.0
         Divisor of the logits for ``"kl"``, above 0.
     steps : int, optional
-        Maximum number of gradient steps, at least 1; by default the larger of 600 and ten passes over the images.
+        Maximum number of gradient steps, at least 1, with those that find the learning rate; by default the larger of
+        600 and ten passes over the images.
     seconds : float, optional
         Limit of wall time, above 0, for the whole call. No step begins that wouldn't end in time; comparing both
         networks before the first step isn't limited. If the limit ends the steps, the result depends on the machine's
-        speed. Before the first step a message says how long the steps take at most; it is a warning if that is more
-        than ten minutes without a limit.
+        speed. Before the first step a message says how long they take at most; it is a warning if that is more than
+        ten minutes without a limit.
     batch_size : int, default=64
         Images per step, at least 1.
     lr : float, optional
         Highest learning rate of AdamW, above 0. By default a range test finds it: the first of 6e-3, 2e-3, 6e-4,
-        2e-4 and 6e-5 that doesn't break the network in a few steps. If the weights that are learned at this rate are
+        2e-4 and 6e-5 that doesn't break the network in a few steps. It takes at most a quarter of the steps, or of the
+        time; if that isn't enough for two rates, 2e-4 is taken. If the weights that are learned at this rate are
         discarded, the steps are taken once more at a sixth of it. If there is no such rate, the result is a copy of
         ``dense``.
     outputs : callable, optional

@@ -52,7 +52,7 @@ from nni_topo.pruners.budget import (
     warn_if_missed,
 )
 from nni_topo.pruners.registry import create_pruner, pruner_info
-from nni_topo.recovery.course import RATES, Clock, tried_steps
+from nni_topo.recovery.course import Clock, most_tried_steps
 from nni_topo.recovery.distilling import course_on
 from nni_topo.recovery.frozen import frozen_layers
 from nni_topo.recovery.lesson import judged
@@ -196,12 +196,13 @@ class Prepared:
             size = knobs.get("batch_size", 64)
             steps, samples_of_a_step = course_on(self.model, self.images.learned, size)
             steps = knobs.get("steps") or steps
-            tried = 0 if "lr" in knobs else len(RATES) * tried_steps(steps)
+            tried = 0 if "lr" in knobs else most_tried_steps(steps)
             a_step = samples_of_a_step * self.seconds_of_a_step
             again = 0 if "lr" in knobs else steps  # if what was learned is discarded
-            seconds = distilled * min((steps + tried + again) * a_step, knobs.get("seconds", math.inf))
+            seconds = distilled * min((steps + again) * a_step, knobs.get("seconds", math.inf))
             seconds = min(seconds, max(self.clock.left - total, 0.0))
-            finding = f", {tried} to find the learning rate, {again} at a lower one if needed" if tried else ""
+            finding = f", {tried} of them to find the learning rate" if tried else ""
+            finding += f", {again} more at a lower one if needed" if again else ""
             told.append(
                 f"distilling at most {duration(seconds)} ({steps} steps of at most {duration(a_step)} each{finding})"
             )

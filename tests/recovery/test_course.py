@@ -10,7 +10,7 @@ from distill_nets import inputs, pair
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from nni_topo.recovery.course import RATES, Clock, Course, Training, learning, try_rates
+from nni_topo.recovery.course import RATES, Clock, Course, Training, learning, range_test, try_rates
 from nni_topo.recovery.lesson import Lesson
 
 
@@ -179,9 +179,9 @@ def test_time_left_is_what_neither_the_past_nor_the_last_judgements_take(watch):
     assert clock.left == 77.0
 
 
-def tried(judge, total=300, rates=RATES, **knobs):
+def tried(judge, steps=10, rates=RATES, **knobs):
     """Return what the range test finds for a network whose loss is 1 before any step, and 100 if it is constant."""
-    return try_rates(training(total=total, **{"first": 1.0, "constant": 100.0} | knobs), judge, rates, 0.5, False)
+    return try_rates(training(**{"first": 1.0, "constant": 100.0} | knobs), judge, rates, steps, False)
 
 
 @pytest.mark.parametrize(("losses", "expected"), [([0.5], 6e-3), ([4.0, 2.0], 2e-3), ([4.0, float("nan"), 1.9], 6e-4)])
@@ -202,10 +202,17 @@ def test_a_rate_must_not_lead_to_a_network_that_always_gives_the_same_answer(con
     assert tried(lambda _: left.pop(0), constant=constant)[-1].lr == expected
 
 
-@pytest.mark.parametrize(("total", "steps"), [(1000, 30), (10, 10)])
-def test_none_is_taken_where_all_break_the_network_and_each_costs_few_steps(total, steps):
-    found = tried(lambda _: 2.1, total)
-    assert [(each.lr, each.steps, each.is_taken) for each in found] == [(rate, steps, False) for rate in RATES]
+def test_none_is_taken_where_all_break_the_network():
+    found = tried(lambda _: 2.1, 7)
+    assert [(each.lr, each.steps, each.is_taken) for each in found] == [(rate, 7, False) for rate in RATES]
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [(1000, (8, 30)), (600, (8, 18)), (120, (3, 10)), (80, (3, 6)), (40, (3, 3)), (24, (2, 3)), (23, (0, 3))],
+)
+def test_the_range_test_has_a_quarter_of_the_steps(steps, expected):
+    assert range_test(steps) == expected
 
 
 def test_each_rate_begins_with_the_same_network():
@@ -216,16 +223,8 @@ def test_each_rate_begins_with_the_same_network():
     assert torch.allclose(seen[1], pair()[0].first.weight, atol=1e-10)
 
 
-@pytest.mark.parametrize(
-    ("seconds", "trials", "steps"),
-    [
-        (2000.0, 5, 12),
-        (100.0, 5, 6),  # 3 % of 100 seconds
-        (13.0, 3, 3),  # 13, 11.5 and 10 seconds are left: twenty more steps take 10
-        (0.5, 0, 0),
-    ],
-)
-def test_time_allows_few_steps_and_few_rates(watch, seconds, trials, steps):
+@pytest.mark.parametrize(("seconds", "trials"), [(2000.0, 5), (11.0, 3), (0.0, 0)])
+def test_no_rate_is_tried_when_time_has_ended(watch, seconds, trials):
     """A step takes half a second."""
     usual = training()
 
@@ -233,8 +232,8 @@ def test_time_allows_few_steps_and_few_rates(watch, seconds, trials, steps):
         watch.now += 0.5
         return usual.objective(*given)
 
-    found = tried(lambda _: 9.0, 400, clock=Clock(seconds), objective=objective)
-    assert [each.steps for each in found] == [steps] * trials
+    found = tried(lambda _: 9.0, clock=Clock(seconds), objective=objective)
+    assert [each.steps for each in found] == [10] * trials
 
 
 def test_the_rate_rises_in_three_tenths_of_the_steps_and_falls_in_the_others():

@@ -611,8 +611,8 @@ def test_time_that_cannot_be_limited_is_refused(knobs, words):
         (
             {},
             "selecting channels about TIME, reconstructing weights about TIME, distilling at most TIME (600 steps of "
-            "at most TIME each, 90 to find the learning rate, 600 at a lower one if needed); distill={'seconds': ...} "
-            "limits distillation",
+            "at most TIME each, 90 of them to find the learning rate, 600 more at a lower one if needed); "
+            "distill={'seconds': ...} limits distillation",
         ),
         (
             {"pruner": "l1", "distill": {"steps": 2, "lr": 1e-3, "seconds": 60}},
@@ -635,4 +635,4 @@ def test_more_than_ten_minutes_are_a_warning_beforehand(caplog):
     prepared = prepare(toy_model(), nni_topo.Calibration([toy_images(64)]), Settings(), nni_topo.Budget(flops=0.5))
     replace(prepared, seconds_of_a_step=0.1).tell_cost()
     assert [each.levelname for each in caplog.records] == ["WARNING"]
-    assert "distilling at most 2 hours (600 steps of at most 5.6 s each" in caplog.text
+    assert "distilling at most 1.9 hours (600 steps of at most 5.6 s each" in caplog.text
