@@ -19,6 +19,7 @@ from torch import nn
 from nni_topo import zoo
 from nni_topo.clustering import Growth, grow
 from nni_topo.maths.least_squares.greedy import Products, SampleMatrix, forward_selection
+from nni_topo.runs.expected import RECORDED
 
 PROJECT = Path(__file__).parents[1]
 MANY = 1000
@@ -157,6 +158,16 @@ def test_the_split_is_even_and_takes_no_image_that_a_default_was_chosen_on():
     assert not set(train) & set(test)
     assert np.bincount(labels[test]).tolist() == [500] * 10
     assert np.bincount(labels[train]).tolist() == [2_500] * 10
+
+
+def test_what_distillation_leaves_is_the_table_of_the_package():
+    module = bench("fresh_networks", "left_by_distillation")
+    rows = module.shares_left(module.read())
+    found = [(share, *module.limits([left for _, left in cells])) for share, cells in rows.items()]
+    assert found == [pytest.approx(row, abs=0.005) for row in RECORDED]
+    # Of two kinds each is judged by the other: 0.5 isn't between 0.1 and 0.3, and one of these is 0.3.
+    assert module.held_for_others([("a", 0.1), ("a", 0.3), ("b", 0.5)]) == 0
+    assert module.held_for_others([("a", 0.1), ("a", 0.5), ("b", 0.3)]) == 1
 
 
 def test_holm_is_that_of_its_definition():

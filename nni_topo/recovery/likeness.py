@@ -97,6 +97,8 @@ class Answers:
         """The same in words."""
         self.have_answers = any(kind.has_answer for kind in self.kinds)
         """Whether outputs are classes or decisions, on which networks can agree."""
+        self.is_classifier = len(self.kinds) == 1 and self.kinds[0].is_class_of_sample(first.outputs[0])
+        """Whether the only output holds classes, one for each sample."""
         stores = self._wanted[-1:] if parts[-1].samples > 1 else self._wanted
         self._scales = _scales([self._aligned(answer) for store in stores for answer in store])
 

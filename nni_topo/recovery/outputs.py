@@ -80,6 +80,10 @@ class OutputKind(NamedTuple):
         """Whether there is an answer to agree on: a class, or a decision."""
         return self.holds in ("classes", "decisions")
 
+    def is_class_of_sample(self, output: Tensor) -> bool:
+        """Return whether an output holds classes, one for each sample and not for each place."""
+        return self.holds == "classes" and output.dim() == 2
+
     def aligned(self, output: Tensor) -> Tensor:
         """Return an output with the classes, or a vector's numbers, in its last dimension."""
         return output if self.axis == -1 or output.dim() < -self.axis else output.movedim(self.axis, -1)

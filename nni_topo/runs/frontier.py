@@ -59,6 +59,10 @@ class FrontierPoint:
     is_distilled: bool  # whether learned weights were kept
     is_knee: bool  # whether the curve of the losses has its knee here
     seconds: float  # wall time
+    # Without distillation, the range of `changed` that distillation is expected to leave, by recorded networks; else
+    # NaN, as where no network is like this one.
+    distilled_low: float = math.nan
+    distilled_high: float = math.nan
 
 
 class Frontier(dict[float, nn.Module]):
@@ -133,8 +137,18 @@ class Frontier(dict[float, nn.Module]):
         return figure
 
     def __repr__(self) -> str:
-        names = ["share", "left", "macs", "params", "changed", "distance", "accuracy", "start", "is_distilled"]
-        frame = self.to_frame()[[*names, "seconds"]].dropna(axis="columns", how="all")
+        names = [
+            "share",
+            "left",
+            "macs",
+            "params",
+            "changed",
+            "distilled_low",
+            "distilled_high",
+            "distance",
+            "accuracy",
+        ]
+        frame = self.to_frame()[[*names, "start", "is_distilled", "seconds"]].dropna(axis="columns", how="all")
         lines = [frame.to_string(index=False, float_format=lambda value: f"{value:.4g}")]
         if self.held_out:
             lines.append(
@@ -144,6 +158,11 @@ class Frontier(dict[float, nn.Module]):
         else:
             lines.append(
                 f"measured on the {self.images} calibration samples, on which networks look better than they are"
+            )
+        if "distilled_low" in frame:
+            lines.append(
+                "distilled_low and distilled_high are the range of the answers that change after distillation, by the "
+                "recorded networks"
             )
         if self.knee is None:
             lines.append("the curve has no knee")
@@ -200,7 +219,8 @@ def frontier(
         As for :func:`nni_topo.shrink`; the order of the blocks is found once. No network then starts from a larger one.
     distill : mapping or bool, default=True
         As for :func:`nni_topo.shrink`. Unless ``steps`` or ``seconds`` of each network are given, all networks share
-        the steps of a single one, and smaller ones get more of them.
+        the steps of a single one, and smaller ones get more of them. With False the points of a classifier have the
+        range of changed answers that distillation is expected to leave, by recorded networks.
 
     Returns
     -------
@@ -291,9 +311,14 @@ def frontier(
         final = steps.distil(made, steps=count)
         measured.add("reconstructed" if final is made else "distilled", final.dense, perf_counter() - began)
         stages = (measured.stages[0], measured.stages[-1])
-        steps.report(final.dense, final, stages=stages, budget=outcome)
+        expectation = steps.expect() if distill is False and compensate is not None else None
+        steps.report(final.dense, final, stages=stages, budget=outcome, expectation=expectation)
         networks[share] = final.dense
-        points.append(_point(share, made.left, stages[1], start, final.verdict is not None and final.verdict.is_kept))
+        point = _point(share, made.left, stages[1], start, final.verdict is not None and final.verdict.is_kept)
+        if expectation is not None:
+            low, high = 1.0 - expectation.high, 1.0 - expectation.low
+            point = replace(point, distilled_low=low, distilled_high=high)
+        points.append(point)
     if kind == "latency" and template.latency_table is None:
         times = time_shares(list(networks.values()), model, steps.batch, wanted[-1])
         timed = [replace(point, left=left) for point, (left, _) in zip(points[1:], times, strict=True)]

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
@@ -58,6 +58,7 @@ from nni_topo.recovery.frozen import frozen_layers
 from nni_topo.recovery.lesson import judged
 from nni_topo.recovery.outputs import OutputKind
 from nni_topo.runs.depth import Depth, with_depth
+from nni_topo.runs.expected import Expectation, expected
 from nni_topo.runs.images import ImageParts
 from nni_topo.runs.measurements import UNPRUNED, Measurements
 from nni_topo.runs.pipeline import Pipeline, Tried
@@ -73,6 +74,16 @@ _POSITIONS = 16  # approximate number of positions of large feature maps drawn f
 _PLANS = 3  # networks made for one budget at most, where they cost more or less than planned
 _LEAST_AIM = 0.1  # of a budget: less isn't planned for it
 _logger = logging.getLogger(__name__)
+
+
+class TimeOfDistillation(NamedTuple):
+    """What distilling a network takes at most."""
+
+    steps: int
+    again: int  # steps at a lower rate, if needed
+    a_step: float  # seconds
+    seconds: float  # of all of these, within the limit of distillation
+    is_short: bool  # whether these are fewer steps than by default, or the limit allows fewer
 
 
 @dataclass(frozen=True)
@@ -192,27 +203,56 @@ class Prepared:
         told = [f"{name} about {duration(seconds)}" for name, seconds in known.items()]
         total, hint = sum(known.values()), ""
         if not math.isnan(self.seconds_of_a_step):
-            knobs = {name: value for name, value in settings.distillation_knobs.items() if value is not None}
-            size = knobs.get("batch_size", 64)
-            steps, samples_of_a_step = course_on(self.model, self.images.learned, size)
-            steps = knobs.get("steps") or steps
-            tried = 0 if "lr" in knobs else most_tried_steps(steps)
-            a_step = samples_of_a_step * self.seconds_of_a_step
-            again = 0 if "lr" in knobs else steps  # if what was learned is discarded
-            seconds = distilled * min((steps + again) * a_step, knobs.get("seconds", math.inf))
-            seconds = min(seconds, max(self.clock.left - total, 0.0))
+            time = self.time_of_distillation
+            seconds = min(distilled * time.seconds, max(self.clock.left - total, 0.0))
+            tried = 0 if time.again == 0 else most_tried_steps(time.steps)
             finding = f", {tried} of them to find the learning rate" if tried else ""
-            finding += f", {again} more at a lower one if needed" if again else ""
+            finding += f", {time.again} more at a lower one if needed" if time.again else ""
             told.append(
-                f"distilling at most {duration(seconds)} ({steps} steps of at most {duration(a_step)} each{finding})"
+                f"distilling at most {duration(seconds)} ({time.steps} steps of at most {duration(time.a_step)} each"
+                f"{finding})"
             )
             total += seconds
-            if "seconds" not in knobs and self.clock.seconds is None:
+            if settings.distillation_knobs.get("seconds") is None and self.clock.seconds is None:
                 hint = "; distill={'seconds': ...} limits distillation"
         if told:
             text = f"{settings.place} takes about {duration(total)}: {', '.join(told)}"
             text += f"; not counted: {', '.join(unknown)}" if unknown else ""
             _logger.log(logging.WARNING if total > LONG else logging.INFO, "%s", text + hint)
+
+    @cached_property
+    def time_of_distillation(self) -> TimeOfDistillation:
+        """What distilling a network takes at most, based on the unpruned one."""
+        knobs = {name: value for name, value in self.settings.distillation_knobs.items() if value is not None}
+        steps, samples_of_a_step = course_on(self.model, self.images.learned, knobs.get("batch_size", 64))
+        wanted = knobs.get("steps") or steps
+        a_step = samples_of_a_step * self.seconds_of_a_step
+        again = 0 if "lr" in knobs else wanted  # if what was learned is discarded
+        seconds = min((wanted + again) * a_step, knobs.get("seconds", math.inf))
+        return TimeOfDistillation(wanted, again, a_step, seconds, is_short=wanted < steps or seconds < wanted * a_step)
+
+    def expect(self) -> Expectation | None:
+        """Log what distillation is expected to reach, by the last stage; None if no networks like this are recorded.
+
+        Recorded are classifiers, weight reconstruction by least squares, and all steps of distillation.
+        """
+        first, last = self.measured.stages[0], self.measured.stages[-1]
+        figure = f"distance {last.distance:.3g}"
+        if not math.isnan(last.agreement):
+            figure = f"{last.agreement:.3g} of the answers"
+        text, range_of_agreement = f"reconstructed: {figure}", None
+        is_distilled = not math.isnan(self.seconds_of_a_step)
+        is_recorded = self.settings.recovery_name.lower() == "reconstruct" and self.depth is None
+        if is_distilled and (self.time_of_distillation.is_short or self.clock.seconds is not None):
+            is_recorded = False
+        if is_recorded and self.measured.answers.is_classifier and self.images.held_out is not None:
+            samples = self.images.held_out.samples
+            range_of_agreement = expected(last.agreement, last.macs / first.macs, samples)
+            text = text if range_of_agreement is None else repr(range_of_agreement)
+        if is_distilled:
+            text += f"; takes at most {duration(min(self.time_of_distillation.seconds, max(self.clock.left, 0.0)))}"
+        _logger.info("%s", text)
+        return range_of_agreement
 
     def for_search(self) -> Prepared:
         """Return a copy for networks of several sizes, with one pruner and, for a latency budget, one table."""

@@ -17,6 +17,7 @@ from nni_topo.recovery.frozen import FROZEN, told_of_frozen
 from nni_topo.recovery.outputs import ComparedOutputs
 from nni_topo.recovery.report import CompensationReport
 from nni_topo.runs.depth import DepthOutcome
+from nni_topo.runs.expected import Expectation
 from nni_topo.runs.measurements import Stage
 from nni_topo.runs.pipeline import Tried
 from nni_topo.runs.tolerance import ToleranceOutcome
@@ -51,6 +52,8 @@ class ShrinkReport(ModelReport):
     whole: dict[str, str] = field(default_factory=dict)
     # Whether the distilled weights were kept, and the figures that decided; None without distillation.
     distillation: Verdict | None = None
+    # Agreement that distillation was expected to reach, by recorded networks; None if no network is like this one.
+    expectation: Expectation | None = None
     tolerance: ToleranceOutcome | None = None  # with a tolerance, the outcome of the search
     # With depth=True, the removed blocks by their names in the unpruned network; `layers` has names in the smaller one.
     depth: DepthOutcome | None = None
@@ -129,6 +132,8 @@ class ShrinkReport(ModelReport):
             lines.append(str(self.time))
         if self.depth is not None:
             lines.append(str(self.depth))
+        if self.expectation is not None:
+            lines.append(str(self.expectation))
         if self.distillation is not None:
             lines.append(str(self.distillation))
         lines += [f"warning: {each}" for each in self.warnings]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from nni.compression.utils import Evaluator
@@ -158,7 +159,9 @@ def shrink(
 
     Notes
     -----
-    Before the work a message estimates its time; it is a warning if that is more than ten minutes.
+    Before the work a message estimates its time; it is a warning if that is more than ten minutes. Before distillation
+    another one has the agreement after weight reconstruction, and for classifiers the range of the agreement that
+    recorded networks reached by distillation; ``report.expectation`` says whether it held.
 
     With a ``tolerance``, three of eight images are calibration data, two judge the candidates of a search, and three,
     which the search never saw, confirm the result: the upper 95 % limit of the difference there is at most the
@@ -205,10 +208,14 @@ def shrink(
     made = prepared.make(wanted.share)
     outcome = prepared.outcome(wanted.share, made)
     prepared.measure(made)
+    expectation = prepared.expect() if settings.compensate is not None else None
     final = prepared.distil(made)
     if final is not made:
         prepared.measured.add("distilled", final.dense, final.seconds_of_distillation)
-    prepared.report(final.dense, final, prepared.measured.warnings(made.layers.rows), budget=outcome)
+        if expectation is not None:
+            expectation = replace(expectation, distilled=prepared.measured.stages[-1].agreement)
+    warnings = prepared.measured.warnings(made.layers.rows)
+    prepared.report(final.dense, final, warnings, budget=outcome, expectation=expectation)
     network: nn.Module = final.dense
     return network
 
