@@ -131,6 +131,17 @@ def test_without_an_operation_values_say_what_outputs_hold(rows, holds):
         assert read(Given(), list(rows.split(size)))[0][0][0] == holds
 
 
+@pytest.mark.parametrize(("ratio", "holds"), [(0.1, "classes"), (0.58, "classes"), (0.64, "numbers"), (3.0, "numbers")])
+def test_scores_of_classes_may_rise_together_as_those_of_a_recurrent_classifier_do(ratio, holds):
+    """Of k outputs with deviation 2 and a common part of variance c the sum varies k c / (4 + c) times as much."""
+    generator = torch.Generator().manual_seed(0)
+    apart = torch.randn(4096, 10, generator=generator)
+    apart = apart - apart.mean(1, keepdim=True)
+    apart = 2.0 * apart / apart.std(0, keepdim=True)
+    common = torch.randn(4096, 1, generator=generator) * (4.0 * ratio / (10.0 - ratio)) ** 0.5
+    assert read(Given(), list((apart + common).split(512)))[0][0][0] == holds
+
+
 class Ends(nn.Module):
     """A layer, and a function of its output."""
 
