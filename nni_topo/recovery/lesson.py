@@ -163,7 +163,7 @@ class Lesson:
         if self._pool.samples(held) > 1:
             self._scales = self._variances(held)
         if self._pool.samples(learned) > 1:
-            self._learned_scales = self._variances(learned)
+            self._learned_scales = self._variances(learned, of_scores=True)
             # The distance of a network with constant outputs is about 1; its divergence depends on the scale of the
             # scores. With this weight both terms are equal for such a network.
             losses = self._losses_of_a_constant(learned)
@@ -223,7 +223,8 @@ class Lesson:
                 wanted = self.answer(call, self.precision)
         with blocks_seen(student, names) as mine:
             found, wanted = self._compared(student, call, wanted, self.precision)
-        distances = mean_distances(found, wanted, self._learned_scales)
+        # Probabilities of unlikely classes hardly differ; their scores do, whatever the last operation is.
+        distances = mean_distances(self._scores(found), self._scores(wanted), self._learned_scales)
         losses = self._losses(found, wanted, distances)
         # The divergence hardly depends on the scores of unlikely classes, and not at all on a constant added to all
         # scores. Without the distance these would drift.
@@ -389,9 +390,13 @@ class Lesson:
         # A masked class has probability 0 and contributes nothing.
         return t * t * loss.masked_fill(theirs == -math.inf, 0.0).sum(-1).mean()
 
-    def _variances(self, index: Tensor) -> list[float]:
+    def _scores(self, outputs: list[Tensor]) -> list[Tensor]:
+        """Return outputs with scores in place of probabilities."""
+        return [kind.scores(output) for kind, output in zip(self.kinds, outputs, strict=True)]
+
+    def _variances(self, index: Tensor, *, of_scores: bool = False) -> list[float]:
         """Return the variance of each output of the unpruned network over some images, or a sample of many."""
-        rows = self._rows(index)
+        rows = self._scores(self._rows(index)) if of_scores else self._rows(index)
         return [float(finite(each).var(0, correction=0).mean()) + _LEAST_VARIANCE for each in rows]
 
 

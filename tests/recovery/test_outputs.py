@@ -356,6 +356,28 @@ def test_classifiers_give_classes_before_and_after_training(load):
     assert read(fresh, [images])[0] == [("classes", "scores")]
 
 
+@pytest.mark.parametrize("is_by_place", [False, True])
+def test_a_hundred_classes_whose_scores_rise_together_are_classes(is_by_place):
+    """Adam lets the scores of many classes rise and fall together, which those of few or of SGD don't."""
+    data, draw = load_digits(), torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    images, labels = torch.tensor(data.data / 16.0, dtype=torch.float32), torch.tensor(data.target)
+    one, other = torch.randint(len(images), (2, 6000), generator=draw)
+    inputs, targets = torch.cat([images[one], images[other]], 1), labels[one] * 10 + labels[other]
+    net = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 100))
+    optimizer = torch.optim.Adam(net.parameters(), 2e-3)
+    for rows in (rows for _ in range(6) for rows in torch.randperm(6000, generator=draw).split(64)):
+        optimizer.zero_grad()
+        cross_entropy(net(inputs[rows]), targets[rows]).backward()
+        optimizer.step()
+    net.eval()
+    with torch.no_grad():
+        scores = net(inputs[:512])
+    assert float(scores.sum(1).var() / scores.var(0).sum()) > 1.0
+    shown = inputs[:512].unflatten(0, (64, 8)) if is_by_place else inputs[:512]
+    assert read(net, list(shown.split(32)))[0] == [("classes", "scores")]
+
+
 class Block(nn.Module):
     """A residual block, with a hidden layer of any width."""
 
