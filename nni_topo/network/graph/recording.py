@@ -665,7 +665,7 @@ _RUNNING: ContextVar[_Recorder | None] = ContextVar("running", default=None)  # 
 
 @contextmanager
 def _functions_replaced(model: nn.Module) -> Iterator[None]:
-    """Record functions that make attention masks as one node each, and follow the lengths of tensors.
+    """Record functions that make attention masks as one node each, and follow lengths and what was compiled.
 
     Within the block, wrappers that use this thread's recorder replace them in the modules that define the layers.
     """
@@ -674,6 +674,12 @@ def _functions_replaced(model: nn.Module) -> Iterator[None]:
         # The module of a class made by exec, for example, isn't imported.
         space = vars(sys.modules[name]) if name in sys.modules else {}
         for key, function in list(space.items()):
+            # What torch.jit.script has compiled shows nothing of what it does: its Python code does the same.
+            written = getattr(function, "_torchdynamo_inline", None)
+            if isinstance(function, torch.jit.ScriptFunction) and written is not None:
+                before.append((space, key, function))
+                space[key] = written
+                continue
             if key.startswith("create_") and key.endswith("_mask") and callable(function):
                 before.append((space, key, function))
                 space[key] = partial(_call_whole, function)

@@ -313,6 +313,36 @@ def test_what_is_written_into_a_part_of_a_tensor_is_in_the_tensor(compute):
         torch.testing.assert_close(graph(x), model(x))
 
 
+@torch.jit.script
+def snake(x, alpha):
+    return x + (alpha + 1e-9).reciprocal() * torch.sin(alpha * x).pow(2)
+
+
+class Snake(nn.Module):
+    """The activation of codecs for speech and music, with a frequency for each channel and compiled as theirs is."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.rand(1, channels, 1) + 0.5)
+
+    def forward(self, x):
+        return snake(x, self.alpha)
+
+
+def test_channels_go_through_functions_that_torch_jit_has_compiled():
+    torch.manual_seed(0)
+    layers = [nn.Conv1d(1, 8, 7, padding=3), Snake(8), nn.Conv1d(8, 6, 3), Snake(6), nn.Conv1d(6, 2, 1)]
+    model, sounds = nn.Sequential(*layers).eval(), torch.randn(3, 1, 32)
+    groups = dependency_groups(model, sounds, [{"op_types": ["Conv1d"], "sparse_ratio": 0.5}])
+    masks = create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
+    dense = to_dense(model, sounds, masks)
+    assert [dense[0].out_channels, dense[2].out_channels] == [4, 3]
+    assert [dense[1].alpha.shape[1], dense[3].alpha.shape[1]] == [4, 3]
+    others = torch.randn(2, 1, 40)
+    torch.testing.assert_close(dense(others), masked_model(model, sounds, masks)(others))
+    assert isinstance(snake, torch.jit.ScriptFunction)
+
+
 class OfGraphs(nn.Module):
     """Puts the nodes of several graphs into one padded tensor, as torch_geometric's to_dense_batch does."""
 
