@@ -553,15 +553,19 @@ def _uses(node: Node, ids: dict[str, Any], groups: np.ndarray) -> Iterator[tuple
     """Yield the numbers in a node's arguments, each with the ids of the channels that it counts; None if unknown."""
     name, args, leaving = plain_name(node), node.args, ids.get(node.name)
     nothing = np.zeros(0, dtype=np.int64)
-    if name == "repeat_interleave":  # a number of repetitions counts no channels
+    if name == "repeat_interleave":
+        # A number of repetitions counts no channels, unless the neighbours made of one entry are some, such as heads.
+        dim: Any = node.kwargs.get("dim", args[2] if len(args) > 2 else None)
+        rows = _first_along(leaving, dim)
         for size in attribute_sizes_in((args, node.kwargs)):
-            yield size, nothing
+            made = rows[: plain(size)]
+            yield size, made if len(np.unique(made)) == plain(size) > 1 else nothing
     elif name in ("view", "reshape", "unflatten", "expand", "broadcast_to", *_MAKING, *_REPEATING):
         is_made = name in _MAKING
         sizes: Any = args if is_made and not name.startswith("new_") else args[1:]
         sizes = sizes[0] if sizes and isinstance(sizes[0], (tuple, list)) else sizes
         if name == "unflatten":
-            dim: Any = node.kwargs.get("dim", args[1] if len(args) > 1 else 0)
+            dim = node.kwargs.get("dim", args[1] if len(args) > 1 else 0)
             shape = tensor_shape(node.all_input_nodes[0])
             parts: Any = node.kwargs.get("sizes", args[-1])
             sizes = (1,) * (dim % len(shape or (1,))) + tuple(parts if isinstance(parts, (tuple, list)) else ())
@@ -616,6 +620,14 @@ def _counted(ids: Any, dim: int, size: int, groups: np.ndarray) -> np.ndarray | 
     if (rows == rows[:, :1]).all():
         return ids.movedim(dim, 0).flatten(1)[:, 0].numpy()
     return np.zeros(0, dtype=np.int64) if (rows == rows[:1]).all() else None
+
+
+def _first_along(ids: Any, dim: Any) -> np.ndarray:
+    """Return the ids along a dimension at the first place of the others; none if that isn't known."""
+    if not isinstance(ids, Tensor) or not isinstance(dim, int) or not ids.numel():
+        return np.zeros(0, dtype=np.int64)
+    first: np.ndarray = ids.movedim(dim, -1).reshape(-1, ids.shape[dim])[0].numpy()
+    return first
 
 
 def _ids_in(ids: Any, dim: Any, size: int | None = None) -> np.ndarray | None:

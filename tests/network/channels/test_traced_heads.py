@@ -136,3 +136,33 @@ def test_a_number_that_a_forward_checks_gets_smaller() -> None:
     dense = nni_topo.to_dense(model, images, masks)
     assert (dense.channels, dense.one.out_channels, model.channels) == (4, 4, 8)
     torch.testing.assert_close(dense(images), silenced(model, masks)(images))
+
+
+class Captioner(nn.Module):
+    """The model repeats a mask for each head of its blocks, as CoCa does; nothing else reads its number of heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.heads = HEADS
+        self.blocks = nn.ModuleList(nn.MultiheadAttention(8, HEADS, batch_first=True) for _ in range(2))
+        self.mlp, self.leave = nn.Linear(8, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.zeros(len(x), x.shape[1], x.shape[1], dtype=x.dtype)
+        mask = mask.masked_fill(x[:, None, :, 0] > 1.0, -10.0).repeat_interleave(self.heads, 0)
+        for block in self.blocks:
+            x = x + block(x, x, x, need_weights=False, attn_mask=mask)[0]
+        return self.leave(self.mlp(x).relu())
+
+
+def test_a_mask_that_is_repeated_by_an_attribute_loses_heads_with_all_blocks() -> None:
+    model, x, other = Captioner().eval(), torch.randn(2, 6, 8), torch.randn(3, 9, 8)
+    groups = nni_topo.dependency_groups(model, x, [{"op_types": ["MultiheadAttention", "Linear"], "sparse_ratio": 0.5}])
+    assert [entry["op_names"] for entry in groups if entry["op_names"] == ["mlp"]] == [["mlp"]]
+    masks = nni_topo.create_pruner("random", copy.deepcopy(model), groups).compress()[1]
+    dense, masked = nni_topo.to_dense(model, x, masks), nni_topo.masked_model(model, x, masks)
+    assert (dense.heads, *(block.num_heads for block in dense.blocks)) == (2, 2, 2)
+    assert (dense.mlp.out_features, model.heads) == (6, HEADS)
+    for inputs in (x, other):
+        torch.testing.assert_close(dense(inputs), masked(inputs))
