@@ -36,13 +36,14 @@ from nni_topo.studies.records import append_record, read_records
 from nni_topo.studies.tables import interval, markdown_table
 
 SOURCE = "benchmarks/selection/when_to_stop.py"  # as the comments around a page's tables say
-RESNET = "ResNet-18"
-KINDS = ("LeNet-5-like", "ResNet-20", "MobileNetV2, small", "ViT, small", "VGG-16, a quarter of its width", RESNET)
+RESNET, VGG = "ResNet-18", "VGG-16, a quarter of its width"
+KINDS = ("LeNet-5-like", "ResNet-20", "MobileNetV2, small", "ViT, small", VGG, RESNET)
 SEEDS = range(700, 705)
 SHARES = (0.5, 0.25, 0.1)
 BASE, UNREFINED = "no stop", "no refining"
 STOPS = {BASE: 0.0, "stop 1e-4": 1e-4, "stop 1e-3": 1e-3, "stop 1e-2": 1e-2, UNREFINED: 0.0}
 IMAGES = {RESNET: 512}  # 1,024 otherwise
+SIDES = {VGG: 32}  # pixels to which images are padded with black; 28 otherwise
 
 Record = dict[str, Any]
 
@@ -50,7 +51,7 @@ Record = dict[str, Any]
 def untrained(kind: str, seed: int) -> tuple[nn.Module, zoo.Recipe]:
     """Return a network of a kind, and how it is trained."""
     torch.manual_seed(seed)
-    sizes = {"num_classes": 10, "in_channels": 1, "image_size": 28}
+    sizes = {"num_classes": 10, "in_channels": 1, "image_size": SIDES.get(kind, 28)}
     if kind == "MobileNetV2, small":
         return mobilenet_like(num_classes=10, in_channels=1), zoo.Recipe(epochs=10, lr=0.1)
     if kind == RESNET:
@@ -66,12 +67,12 @@ def untrained(kind: str, seed: int) -> tuple[nn.Module, zoo.Recipe]:
 
 def measure(images: Path, out: Path) -> None:
     """Measure the rows that aren't there yet."""
-    data = zoo.load_data(str(images), limit=5_000)
     measured = {tuple(record["key"]) for record in read_records(out)} if out.exists() else set()
     for seed, kind in product(SEEDS, KINDS):
         missing = [key for key in product([kind], [seed], SHARES, STOPS) if key not in measured]
         if not missing:
             continue
+        data = zoo.load_data(str(images), limit=5_000, pad_to=SIDES.get(kind))
         model, recipe = untrained(kind, seed)
         zoo.train(model, data, recipe, seed=seed, device=torch.device("cpu"), progress=False)
         model.eval()
