@@ -280,7 +280,7 @@ README_CODE = [
         Figure(only, _step("distilled"), lambda record: record["macs"] / record["macs_before"]),
     ),
     Quote(
-        "and {} images take {} ms on one thread of a busy machine in place of {}",
+        "and {} images take {} ms on one thread in place of {}",
         Figure(only, _step("distilled"), entry("batch")),
         Figure(only, _step("distilled"), entry("ms", 0)),
         Figure(only, _step("unpruned"), entry("ms", 0)),

@@ -13,8 +13,10 @@ import argparse
 import copy
 import functools
 import json
+import os
 import re
 import sys
+import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -186,9 +188,15 @@ def run_diff(names: dict[str, Any]) -> dict[str, float]:
 
 def keep_readme() -> None:
     """Run README's code and keep a line for each step of its report, and for both scripts of its diff."""
-    began = time.process_time()
-    names = run_readme()
-    seconds = time.process_time() - began
+    here = os.getcwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            began = time.process_time()
+            names = run_readme()
+            seconds = time.process_time() - began
+        finally:
+            os.chdir(here)
     report = names["dense"].report
     milliseconds = {"unpruned": report.time.unpruned_ms, "distilled": report.time.ms}
     of_run = {
