@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import nni_topo
-from nni_topo.network.runtime.choices import ChoicesNoted, ChoicesRepeated
 from benchmarks.networks import zoo_transformers
+from nni_topo.network.runtime.choices import ChoicesNoted, ChoicesRepeated
 
 transformers = pytest.importorskip("transformers")
 
