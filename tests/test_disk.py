@@ -161,6 +161,7 @@ with whole_file(Path(sys.argv[1])) as part:
 """
 
 
+@pytest.mark.slow
 def test_a_save_clears_what_killed_saves_left_and_nothing_of_running_ones(tmp_path):
     file = tmp_path / "dense.safetensors"
     command = [sys.executable, "-c", KILLED, str(file)]

@@ -48,7 +48,7 @@ FAMILIES = {
     # A single head keeps its queries, keys and values, and not what it reads.
     "pvt_v2": 0.35,
 }
-FAST = ("xglm_logits", "olmo2")
+FAST = ("xglm_logits",)
 
 
 class Outputs(torch.nn.Module):

@@ -242,6 +242,7 @@ def test_functions_of_sizes_that_cache_their_results_are_traced(name):
     assert (dense.one.out_channels, dense.two.out_channels) == (8, 8)
 
 
+@pytest.mark.slow
 def test_objects_that_the_collector_leaves_out_stay_left_out():
     model = Convolved(lambda _, x: kept(*x.shape[1:3]) and rearrange(x, "b c h w -> b c (h w)").mean(2)).eval()
     model(images(2, 3, 4, 4))
@@ -253,6 +254,7 @@ def test_objects_that_the_collector_leaves_out_stay_left_out():
     assert {type(size) for sizes in (*KEPT, *KEPT.values()) for size in sizes} == {int}
 
 
+@pytest.mark.slow
 def test_caches_and_containers_hold_plain_numbers_afterwards():
     KEPT.clear()
     SEEN.clear()

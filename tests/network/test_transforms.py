@@ -39,6 +39,7 @@ def seed() -> None:
 
 
 @pytest.mark.parametrize("kind", [BySample, Gradient])
+@pytest.mark.slow
 def test_a_network_of_transformed_layers_alone_says_why_it_stays(kind):
     model, inputs = kind().eval(), torch.randn(20, 6)
     skipped = nni_topo.dependency_groups(model, inputs, LINEAR).skipped

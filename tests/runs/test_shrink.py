@@ -256,6 +256,7 @@ def test_a_budget_of_time_in_onnxruntime_is_timed_there(monkeypatch):
 
 
 @pytest.mark.parametrize(("runtime", "kind"), [("pytorch", torch.nn.Module), ("onnxruntime", exporting.OnnxNetwork)])
+@pytest.mark.slow
 def test_a_budget_of_time_counts_batches_as_large_as_the_first_one_in_its_runtime(monkeypatch, runtime, kind):
     sizes = []
 
@@ -582,6 +583,7 @@ def test_where_no_time_is_left_the_network_is_not_distilled_and_a_warning_says_s
 
 
 @pytest.mark.parametrize(("seconds", "of_distillation"), [(4.0, None), (1000.0, 1.0)])
+@pytest.mark.slow
 def test_distillation_ends_when_the_time_of_the_call_or_its_own_is_over(seconds, of_distillation):
     images = torch.randn(2048, 16, generator=torch.Generator().manual_seed(0))
     model = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8))

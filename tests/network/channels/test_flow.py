@@ -252,6 +252,7 @@ class Biasing(nn.Module):
 
 @pytest.mark.parametrize("is_by_sample", [True, False])
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_layer_that_makes_biases_of_heads_loses_channels_with_them(is_by_sample):
     torch.manual_seed(0)
     model, inputs = Biasing(is_by_sample).eval(), torch.randn(2, 5, WIDTH)

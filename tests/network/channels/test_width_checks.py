@@ -172,6 +172,7 @@ class Tower(nn.Module):
         return (self.first(x) + self.positions[: x.shape[1]]).mean(1) @ self.projection
 
 
+@pytest.mark.slow
 def test_a_projection_matrix_loses_rows_with_the_positions_before_it():
     dense, _ = halved(Tower().eval(), torch.randn(2, 7, 12), torch.randn(5, 6, 12), "Linear")
     assert (dense.first.out_features, dense.positions.shape, dense.projection.shape) == (16, (7, 16), (16, 16))

@@ -88,6 +88,7 @@ class Measured(nn.Module):
         return self.head(weighted.reshape(len(x), -1, self.heads * self.size))
 
 
+@pytest.mark.slow
 def test_attributes_stay_traced_while_another_attribute_keeps_a_size():
     torch.manual_seed(0)
     model, x = Measured().eval(), torch.randn(2, 6, 5)

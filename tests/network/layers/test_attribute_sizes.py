@@ -145,6 +145,7 @@ class TextAndImage(nn.Module):
         return self.head(torch.cat([self.words(words), self.places(places)], 1).relu())
 
 
+@pytest.mark.slow
 def test_a_length_along_which_no_channel_goes_is_no_number_of_channels():
     model, x, other = TextAndImage().eval(), torch.randn(2, 9, 3), torch.randn(3, 11, 3)
     groups = nni_topo.dependency_groups(model, x, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])

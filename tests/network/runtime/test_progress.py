@@ -86,6 +86,7 @@ def test_how_long_something_takes_is_told_in_words(seconds, words):
     assert duration(seconds) == words
 
 
+@pytest.mark.slow
 def test_how_processes_are_started_stays_the_users_choice():
     program = """
 import multiprocessing

@@ -436,6 +436,7 @@ def with_state(net, x):
 @pytest.mark.parametrize(
     "scaled", [with_attribute, with_values_of_the_first_input, with_dict, with_list, with_buffer, with_state]
 )
+@pytest.mark.slow
 def test_caches_that_the_forward_itself_reads_again_keep_no_channels(scaled):
     torch.manual_seed(0)
     model = Caching(scaled).eval()
