@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Generic, TypeVar
 
-from nni_topo.errors import ConfigError, shown, unknown_name
+from nni_topo.errors import ConfigError, raised, shown, unknown_name
 from nni_topo.rules import check_fields, is_class
 
 Made = TypeVar("Made")  # type of the objects that a registered class makes
@@ -31,9 +31,8 @@ def imported(path: str, what: str) -> Any:
     module, _, name = path.rpartition(":")
     try:
         return attrgetter(name)(_of_file(module) if module.endswith(".py") else importlib.import_module(module))
-    # TypeError: a module name begins with "."
-    except (ImportError, AttributeError, ValueError, TypeError, OSError, SyntaxError) as error:
-        raise ConfigError(f"{what} that can be imported, got {path!r}: {error}") from error
+    except Exception as error:  # code of a user's file runs, and may raise anything
+        raise ConfigError(f"{what} that can be imported, got {path!r}: {raised(error)}") from error
 
 
 def _of_file(path: str) -> ModuleType:

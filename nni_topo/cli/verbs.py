@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 import nni_topo
 from nni_topo.disk import check_output_file, output_folder, write_figure, write_json
-from nni_topo.errors import ConfigError
+from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.io.exporting import FORMATS
 from nni_topo.pruners.budget import BUDGETS
 from nni_topo.pruners.registry import list_pruners, pruner_info
@@ -292,7 +292,12 @@ class Shrink(TrainedVerb):
     def _given(self, console: Console, *, is_file: bool) -> tuple[Any, list[Any], dict[str, Any]]:
         """Return the model, batches of inputs, and arguments of `shrink` that depend on both."""
         if not is_file and has_labels(self.data) and (not self.unlabelled or self.data in list_data()):
-            start = self.start(self.test_limit)
+            try:
+                start = self.start(self.test_limit)
+            except DataError as error:
+                if not Path(self.data).is_dir():
+                    raise
+                raise DataError(f"{error}; --unlabelled uses the images without their folders as classes") from error
             choice = DistillationChoice(self.images, seconds=self.distill_seconds)
             how = {"distill": distillation_knobs(start, choice), "evaluate": start.tested}
             return start.net, start.images(self.images), how
@@ -324,6 +329,8 @@ class Shrink(TrainedVerb):
             classes=self.classes,
             device=self.device,
         )
+        if self.checkpoint is None:
+            console.print(f"weights: those that {self.model} has; --checkpoint reads others", markup=False)
         place = resolve_device(self.device)
         return network, tree_map_only(Tensor, lambda tensor: tensor.to(place), images), {"distill": distill}
 

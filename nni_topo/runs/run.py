@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nni_topo import zoo
 from nni_topo.disk import DELETE
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.errors import ConfigError, DataError, NniTopoError, raised
 from nni_topo.network.cost.cost import cost_of
 from nni_topo.network.layers.kinds import output_channels, weights_left, zeros_held
 from nni_topo.network.runtime.calibration import HELD_OUT, Calibration
@@ -383,7 +383,14 @@ def weighted_model(
     classes = classes if classes is not None or is_own else _IMAGENET
     arguments = {**sizes, "width": model.width, **({} if classes is None else {"num_classes": classes})}
     build = model_info(model.name).build
-    net = build(**accepted(build, arguments))
+    given = accepted(build, arguments)
+    try:
+        net = build(**given)
+    except NniTopoError:
+        raise
+    except Exception as error:  # a user's code runs, and may raise anything
+        names = ", ".join(given) or "no arguments"
+        raise ConfigError(f"a model factory must take {names}, got {raised(error)} ({model.name})") from error
     if not isinstance(net, nn.Module):
         raise ConfigError(f"a model factory must return an nn.Module, got {type(net).__name__} ({model.name})")
     if checkpoint is not None:

@@ -64,7 +64,7 @@ class Verb:
 class ModelVerb(Verb):
     """A verb for a model, given by name."""
 
-    model: str  # a listed name, torchvision/NAME, timm/NAME or package.module:factory
+    model: str  # a listed name, torchvision/NAME, timm/NAME, package.module:factory or file.py:factory
     width: float = 1.0  # factor on the layers' widths, above 0
 
     @property

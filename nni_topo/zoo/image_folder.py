@@ -232,5 +232,5 @@ def _opened(path: str) -> Iterator[Image.Image]:
 
 
 def _other_size(side: int, size: tuple[int, int], path: str) -> DataError:
-    rule = "images must be squares of one size unless image_size is given"
+    rule = "images must be squares of one size unless image_size (--image-size) is given"
     return DataError(f"{rule}, got {size[1]}x{size[0]} beside {side}x{side} ({path})")

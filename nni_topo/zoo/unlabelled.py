@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nni_topo.disk import reading
-from nni_topo.errors import ConfigError, DataError, raised
+from nni_topo.errors import ConfigError, DataError, NniTopoError, raised
 from nni_topo.network.runtime.inputs import tensors_of
 from nni_topo.registry import imported
 from nni_topo.zoo.data import list_data
@@ -172,7 +172,17 @@ def _tokenized(texts: list[str], tokenizer: str | None, path: Path) -> list[Any]
 def _yielded(source: str, count: int) -> list[Any]:
     """Call a user's function, and return as many of its batches as hold the number of samples."""
     found = imported(source, "data must be a function or a list of batches")
-    found = found() if callable(found) else found
+    try:
+        found = found() if callable(found) else found
+        return _first_of(found, count, source)
+    except NniTopoError:
+        raise
+    except Exception as error:  # a user's code runs, and may raise anything
+        raise DataError(f"a function of data must return batches, got {raised(error)} ({source})") from error
+
+
+def _first_of(found: Any, count: int, source: str) -> list[Any]:
+    """Return as many batches as hold the number of samples."""
     if isinstance(found, (str, bytes, Tensor)) or not isinstance(found, Iterable):
         raise ConfigError(f"a function of data must return batches, got {type(found).__name__} ({source})")
     batches, samples = list[Any](), 0

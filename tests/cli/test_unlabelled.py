@@ -57,6 +57,13 @@ def batches():
 
 def nothing():
     return []
+
+def broken():
+    yield torch.zeros(4, 3, 8, 8)
+    raise OSError("no more")
+
+def asks(size):
+    return Segmenter()
 """
 
 
@@ -64,6 +71,7 @@ def nothing():
 def folder(tmp_path, monkeypatch):
     """A user's folder: a file with networks, and data of all kinds."""
     (tmp_path / "mine_unlabelled.py").write_text(textwrap.dedent(MINE))
+    (tmp_path / "wrong.py").write_text("half = 1 / 0")
     draw = np.random.default_rng(0)
     places = {"flat": "", "nested": "holidays/2024", "classes/cats": "", "classes/dogs": ""}
     for name, place in places.items():
@@ -178,6 +186,10 @@ def test_images_are_scaled_as_the_flags_say(folder, capsys):
         (["--model", "mine_unlabelled.py:ready", "--data", "mine_unlabelled.py:nothing"], "at least one batch"),
         (["--model", "mine_unlabelled.py:ready", "--data", "photos"], "data must be one of"),
         (["--model", "missing.py:Net", "--data", "flat"], "that can be imported"),
+        (["--model", "wrong.py:Net", "--data", "flat"], "ZeroDivisionError"),
+        (["--model", "mine_unlabelled.py:asks", "--data", "flat"], "a model factory must take no arguments"),
+        (["--model", "mine_unlabelled.py:ready", "--data", "mine_unlabelled.py:broken"], "no more"),
+        (["--model", "mine_unlabelled.py:ready", "--data", "mine_unlabelled.py:asks"], "must return batches"),
     ],
 )
 def test_data_that_can_not_be_used_are_named_before_any_work(folder, flags, message, capsys):
