@@ -20,7 +20,7 @@ from nni_topo.pruners.budget import BUDGETS
 from nni_topo.pruners.registry import list_pruners, pruner_info
 from nni_topo.recovery import list_recoveries, recovery_info
 from nni_topo.recovery.registry import RECOVERIES
-from nni_topo.rules import NONE, check_knobs, one_of, whole
+from nni_topo.rules import NONE, check_knobs, number, one_of, whole
 from nni_topo.runs.choices import Cell, CompensationChoice, DistillationChoice, PrunerChoice, Target, load_prune_config
 from nni_topo.runs.provenance import provenance
 from nni_topo.runs.prune import empty_folder, prune_checkpoint
@@ -340,6 +340,14 @@ class Shrink(TrainedVerb):
         one_of(("outputs", "distance")).check("measure", self.measure, place)
         RECOVERIES.info(self.method, place, "method")
         (whole(1) | NONE).check("round_to", self.round_to, place)
+        (whole(1) | NONE).check("classes", self.classes, place)
+        for name, values, rule in (("mean", self.mean, number(0, 1)), ("std", self.std, number(0, closed="neither"))):
+            if len(values) not in (0, 3):
+                raise ConfigError(f"--{name} must be three numbers (red, green, blue), got {len(values)} ({place})")
+            for value in values:
+                rule.check(name, value, place)
+        if self.export is not None and Path(self.model).suffix.lower() in FORMATS:
+            raise ConfigError(f"--export can't be combined with a file, whose format stays, got {self.model} ({place})")
         DistillationChoice(self.images, seconds=self.distill_seconds)
         check_knobs(place, {"tolerance": self.tolerance}, KNOBS)
         settings = Settings(pruner=self.pruner, compensate=self.method, depth=self.depth, place=place)

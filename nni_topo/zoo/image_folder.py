@@ -70,7 +70,8 @@ def has_classes(folder: Path) -> bool:
     entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
     if any(entry.name.lower().endswith(_SUFFIXES) for entry in entries if not entry.is_dir()):
         return False
-    return sum(any(True for _ in _images_below(str(entry))) for entry in entries if entry.is_dir()) > 1
+    of_images = [entry for entry in entries if entry.is_dir() and next(_images_below(str(entry)), None)]
+    return len(of_images) > 1
 
 
 def unlabelled_images(
