@@ -16,6 +16,7 @@ import nni_topo
 from nni_topo.disk import check_output_file, output_folder, write_figure, write_json
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.io.exporting import FORMATS
+from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.pruners.budget import BUDGETS
 from nni_topo.pruners.registry import list_pruners, pruner_info
 from nni_topo.recovery import list_recoveries, recovery_info
@@ -289,7 +290,7 @@ class Shrink(TrainedVerb):
             self.put_out(console, document["stages"], [repr(report), files])
             return 0
 
-    def _given(self, console: Console, *, is_file: bool) -> tuple[Any, list[Any], dict[str, Any]]:
+    def _given(self, console: Console, *, is_file: bool) -> tuple[Any, Calibration, dict[str, Any]]:
         """Return the model, batches of inputs, and arguments of `shrink` that depend on both."""
         if not is_file and has_labels(self.data) and (not self.unlabelled or self.data in list_data()):
             try:
@@ -300,7 +301,7 @@ class Shrink(TrainedVerb):
                 raise DataError(f"{error}; --unlabelled uses the images without their folders as classes") from error
             choice = DistillationChoice(self.images, seconds=self.distill_seconds)
             how = {"distill": distillation_knobs(start, choice), "evaluate": start.tested}
-            return start.net, start.images(self.images), how
+            return start.net, start.calibration(self.images), how
         known = (None if is_file else pretrained_preprocessing(self.model)) or Preprocessing()
         scaling = replace(known, mean=self.mean or known.mean, std=self.std or known.std)
         images = read_inputs(
@@ -332,7 +333,8 @@ class Shrink(TrainedVerb):
         if self.checkpoint is None:
             console.print(f"weights: those that {self.model} has; --checkpoint reads others", markup=False)
         place = resolve_device(self.device)
-        return network, tree_map_only(Tensor, lambda tensor: tensor.to(place), images), {"distill": distill}
+        moved = [tree_map_only(Tensor, lambda tensor: tensor.to(place), batch) for batch in images]
+        return network, images.with_batches(moved), {"distill": distill}
 
     def _check(self, budget: str | dict[str, Any] | None) -> None:
         """Check all flags before anything is loaded or trained."""

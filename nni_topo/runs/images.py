@@ -1,14 +1,18 @@
-"""The images for making a network smaller: calibration data, images that judge, and images of the report alone."""
+"""The images for making a network smaller: calibration data, images that judge, and images of the report alone.
+
+Where images come from sources, such as photos or speakers, the images of the report are of new sources. A few others,
+new images of the sources of the calibration data, show how much of the loss is due to the sources.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from nni_topo.errors import DataError
-from nni_topo.network.runtime.calibration import Calibration
+from nni_topo.network.runtime.calibration import HELD_OUT, Calibration
 from nni_topo.network.runtime.fits import check_samples_first, structure_call, with_whole_batches
 
 
@@ -25,6 +29,7 @@ class ImageParts:
     judges: Calibration | None  # decide between networks; None if images are too few
     held_out: Calibration | None  # give the report's figures; None if images are too few
     example: Any  # example inputs; only their shapes matter
+    known: Calibration | None = None  # new images of the sources in `learned`, which no step uses either
 
     def judging(self, what: str) -> Calibration:
         """Return the images that judge; without any, a DataError says that ``what`` needs them."""
@@ -34,6 +39,13 @@ class ImageParts:
                 "(images)"
             )
         return self.judges
+
+    def with_known_sources(self) -> ImageParts:
+        """Return the parts with a sixteenth of the calibration data as new images of its sources, if it has any."""
+        if not self.all.has_sources or self.judges is self.held_out:
+            return self
+        learned, known = self.learned.new_samples(2 * HELD_OUT)
+        return replace(self, learned=learned, known=known)
 
     @classmethod
     def of(

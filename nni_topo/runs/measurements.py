@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,6 +52,14 @@ class Stage:
     calibration_agreement: float
     accuracy: float  # what `evaluate` returns; NaN without it
     seconds: float  # wall time of the step
+    # The same as the first figures, where samples have sources, and held-out samples are of new ones: on new samples of
+    # the calibration data's sources. NaN without them.
+    known_distance: float = math.nan
+    known_distance_low: float = math.nan
+    known_distance_high: float = math.nan
+    known_agreement: float = math.nan
+    known_agreement_low: float = math.nan
+    known_agreement_high: float = math.nan
 
 
 class Measurements:
@@ -68,7 +76,7 @@ class Measurements:
     ) -> None:
         # Calibration images first, held-out images last, and in between the images that decide, if they are others.
         parts = [data.learned]
-        for part in (data.judges, data.held_out):
+        for part in (data.judges, data.known, data.held_out):
             if part is not None and part is not parts[-1]:
                 parts.append(part)
         began = time.perf_counter()
@@ -78,6 +86,7 @@ class Measurements:
         self.seconds_of_a_network = 0.0
         """Seconds that measuring the last network took."""
         self._data, self._evaluate = data, evaluate
+        self._known = None if data.known is None else len(parts) - 2  # place of these samples among the parts
         self.stages: list[Stage] = []
         self._warnings: list[str] = []
         if self.answers.named.left_out:
@@ -127,6 +136,17 @@ class Measurements:
             accuracy=accuracy,
             seconds=seconds,
         )
+        if self._known is not None:
+            distance, agreement = found[self._known].distance, found[self._known].agreement
+            stage = replace(
+                stage,
+                known_distance=distance.value,
+                known_distance_low=distance.low,
+                known_distance_high=distance.high,
+                known_agreement=agreement.value,
+                known_agreement_low=agreement.low,
+                known_agreement_high=agreement.high,
+            )
         self.stages.append(stage)
         self.seconds_of_a_network = time.perf_counter() - began
 

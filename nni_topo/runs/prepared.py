@@ -467,6 +467,7 @@ class Prepared:
     ) -> None:
         """Give a network its report; ``found`` are other fields of it."""
         images, measured, compensation = self.images, self.measured, made.compensation
+        is_grouped = images.all.has_sources
         timed = None
         if self.is_timed:
             runtime = self.budget.runtime
@@ -489,7 +490,9 @@ class Prepared:
             read_as=measured.answers.read_as,
             frozen=frozen_layers(self.model),
             undescribed=why_undescribed(network) if is_pretrained(network) else "",
-            grouped=images.all.groups is not None,
+            known=0 if images.known is None else images.known.samples,
+            sources=len(images.held_out.units.unique()) if images.held_out is not None and is_grouped else 0,
+            grouped=is_grouped,
             time=timed,
         )
         if not give_report(network, report):
@@ -515,6 +518,8 @@ def prepare(
     """
     model, warnings = plain_weights(model)
     data = ImageParts.of(images, model, parts)
+    if parts is None:
+        data = data.with_known_sources()
     seconds_of_a_step = settings.check_distillation(model, data.all, is_held_out=data.judges is not None)
     prepared = Prepared.of(model, data, settings, budget)
     prepared.left_out.extend(warnings)

@@ -63,7 +63,10 @@ class ShrinkReport(ModelReport):
     frozen: tuple[str, ...] = ()  # layers with parameters that don't require gradients, which no recovery changes
     # Changes by functions of the package after the figures were measured.
     changed_since: tuple[str, ...] = ()
-    grouped: bool = False  # whether the calibration data said which samples belong together
+    grouped: bool = False  # whether the calibration data said which samples come from one source
+    sources: int = 0  # number of sources of the held-out images, none of which is in the calibration data
+    # New images of the calibration data's sources, which no step uses: the second figures of each stage, `known_...`.
+    known: int = 0
     time: TimedPair | None = None  # milliseconds of both networks, with time=True or a latency budget
 
     def to_frame(self) -> pandas.DataFrame:
@@ -85,7 +88,19 @@ class ShrinkReport(ModelReport):
             others = f"{self.judges} others judged, and {self.images} others are the calibration data"
         if self.tolerance is not None and self.tolerance.measure != "evaluate":
             others = f"{self.images} other samples are the calibration data, the rest judged the candidates"
-        return f"{measured} measured on {self.held_out} held-out samples, with 95 % intervals; {others}"
+        held_out = f"{self.held_out} held-out samples"
+        if self.sources:
+            held_out += f" of {self.sources} new {'source' if self.sources == 1 else 'sources'}"
+        return f"{measured} measured on {held_out}, with 95 % intervals; {others}"
+
+    @property
+    def _on_known_sources(self) -> str:
+        """A sentence with the figures on new samples of sources that the calibration data have."""
+        last = self.stages[-1]
+        distance = _with_interval(last.known_distance, last.known_distance_low, last.known_distance_high)
+        agreement = _with_interval(last.known_agreement, last.known_agreement_low, last.known_agreement_high)
+        told = f"on {self.known} new samples of the calibration data's sources: distance {distance}"
+        return told if agreement is None else f"{told}, agreement {agreement}"
 
     def _rows(self) -> list[dict[str, Any]]:
         """Return the table's rows, with numbers and intervals as text."""
@@ -118,6 +133,8 @@ class ShrinkReport(ModelReport):
         lines = [frame.to_string(index=False, na_rep="", float_format=lambda value: f"{value:.4g}")]
         if self.held_out:
             lines.append(self._measured_on("agreement" in frame))
+        if self.known:
+            lines.append(self._on_known_sources)
         if self.read_as:
             lines.append(self.read_as)
         if self.held_out and not self.grouped:

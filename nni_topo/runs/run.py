@@ -45,7 +45,7 @@ from nni_topo.runs.provenance import Record
 from nni_topo.runs.widths import as_entries, reasons_of_unpruned_layers
 from nni_topo.zoo.evaluation import bits
 from nni_topo.zoo.external import accepted, pretrained_preprocessing
-from nni_topo.zoo.labelled import ImageFiles, subset
+from nni_topo.zoo.labelled import ImageFiles, sources_of, subset
 from nni_topo.zoo.models import model_info
 
 LATENCY_BATCH = 64
@@ -115,6 +115,13 @@ class Start:
             return {f"accuracy_{step}": self.tested(net)}
         loss, accuracy = zoo.loss_and_accuracy(net, self.data.test, device=self.device)
         return {f"accuracy_{step}": accuracy, f"bits_{step}": bits(loss)}
+
+    def calibration(self, count: int) -> Calibration:
+        """Return the first training images, without labels; folders within those of the classes are groups."""
+        rows = subset(self.data.train, slice(count))
+        inputs = Calibration(self.images(count), groups=sources_of(rows, in_classes=True))
+        inputs.name = "images"
+        return inputs
 
     def images(self, count: int, skip: int = 0) -> list[Tensor]:
         """Return ``count`` training images after the first ``skip``, without labels, in batches on the device."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from nni_topo.errors import DataError
+from nni_topo.network.runtime.calibration import HELD_OUT
 from nni_topo.network.runtime.memory import check_memory
 
 _FILES_AT_ONCE = 32  # number of files that a process reads and returns together: 5 MB at 224x224
@@ -103,6 +104,18 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
 
 
 LabelledImages = TensorDataset | ImageFiles
+
+
+def sources_of(images: LabelledImages, *, in_classes: bool) -> list[str] | None:
+    """Return the source of each image, which is the folder of its file; None without files, or with too few folders.
+
+    A folder of a class is no source: ``in_classes``, images must lie in folders within it.
+    """
+    if not isinstance(images, ImageFiles):
+        return None
+    folders = [os.path.dirname(os.fsdecode(file)) for file in images.files]
+    is_deep = all(os.path.dirname(folder) for folder in folders)
+    return folders if len(set(folders)) >= HELD_OUT and (is_deep or not in_classes) else None
 
 
 def labels_of(dataset: LabelledImages) -> Tensor:

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from nni_topo.disk import reading
 from nni_topo.errors import ConfigError, DataError, NniTopoError, raised
+from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.inputs import tensors_of
 from nni_topo.registry import imported
 from nni_topo.zoo.data import list_data
-from nni_topo.zoo.labelled import Preprocessing
+from nni_topo.zoo.labelled import Preprocessing, sources_of, subset
 
 SAMPLES = 64
 """Samples of a batch, of data that don't come in batches."""
@@ -57,7 +58,7 @@ def read_inputs(
     preprocessing: Preprocessing | None = None,
     workers: int | None = None,
     tokenizer: str | None = None,
-) -> list[Any]:
+) -> Calibration:
     """Read the first samples of data without labels, in batches.
 
     Parameters
@@ -79,8 +80,9 @@ def read_inputs(
 
     Returns
     -------
-    list
-        Tensors, or dicts of tensors by argument.
+    Calibration
+        Batches of tensors, or of dicts of tensors by argument. The folder of an image's file is its group, if there are
+        eight or more.
 
     Raises
     ------
@@ -89,20 +91,24 @@ def read_inputs(
     DataError
         If there is nothing to read, or it is damaged.
     """
-    path = Path(source)
+    path, folders = Path(source), None
     if path.is_dir():
         from nni_topo.zoo.image_folder import unlabelled_images  # torchvision is slow to import
 
-        images, _ = unlabelled_images(path, image_size, preprocessing, workers)[:count]
-        return list(images.split(SAMPLES))
-    if path.suffix in _ARRAYS:
-        return _in_batches(_arrays(path, count), path)
-    if path.suffix in _TEXTS:
-        return _tokenized(_texts(path, count), tokenizer, path)
-    if ":" in source:
-        return _yielded(source, count)
-    kinds = "a folder of images, an .npz, .npy, .safetensors, .txt or .jsonl file, or package.module:function"
-    raise DataError(f"data must be one of {', '.join(list_data())}, {kinds}, got {source!r} (data)")
+        files = subset(unlabelled_images(path, image_size, preprocessing, workers), slice(count))
+        batches, folders = list[Any](files[:][0].split(SAMPLES)), sources_of(files, in_classes=False)
+    elif path.suffix in _ARRAYS:
+        batches = _in_batches(_arrays(path, count), path)
+    elif path.suffix in _TEXTS:
+        batches = _tokenized(_texts(path, count), tokenizer, path)
+    elif ":" in source:
+        batches = _yielded(source, count)
+    else:
+        kinds = "a folder of images, an .npz, .npy, .safetensors, .txt or .jsonl file, or package.module:function"
+        raise DataError(f"data must be one of {', '.join(list_data())}, {kinds}, got {source!r} (data)")
+    inputs = Calibration(batches, groups=folders)
+    inputs.name = "images"
+    return inputs
 
 
 def _arrays(path: Path, count: int) -> dict[str, Tensor]:

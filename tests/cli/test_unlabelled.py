@@ -16,6 +16,9 @@ from torch import nn
 
 import nni_topo
 from nni_topo.cli import main
+from nni_topo.zoo.image_folder import list_image_folder
+from nni_topo.zoo.labelled import sources_of
+from nni_topo.zoo.unlabelled import read_inputs
 
 MINE = """
 import torch
@@ -113,6 +116,27 @@ def tokenizer(folder):
 
 def shrunk(*flags):
     return main(["shrink", *flags, "--flops", "0.5", "--distill-seconds", "0.01", "--out", "small"])
+
+
+def test_the_folders_of_images_are_their_sources(folder):
+    """Of ten folders the fifth judges and the tenth reports, on no image of which anything was solved."""
+    draw = np.random.default_rng(1)
+    for place in range(10):
+        inner = folder / "photos" / f"photo{place}" / "crops"
+        inner.mkdir(parents=True)
+        for number in range(6):
+            PIL.Image.fromarray(draw.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(inner / f"{number}.png")
+    inputs = read_inputs("photos", 60)
+    assert inputs.groups.tolist() == [number // 6 for number in range(60)]
+    assert read_inputs("photos", 40).groups is None  # seven folders are too few to hold out some of them
+    # Folders of classes are no sources, but folders within them are.
+    files, _, _ = list_image_folder(folder / "photos", None, None, None, 0)
+    assert len(set(sources_of(files, in_classes=True))) == 10
+    files, _, _ = list_image_folder(folder / "classes", None, None, None, 0)
+    assert sources_of(files, in_classes=True) is None
+    assert shrunk("--model", "mine_unlabelled.py:ready", "--data", "photos", "--unlabelled") == 0
+    *_, last = json.loads((folder / "small" / "shrink.json").read_text())["stages"]
+    assert last["known_distance"] > 0.0
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import itertools
 import shutil
 import tempfile
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -60,7 +61,8 @@ class Calibration(Sequence[Any]):
         generator or a loader of a stream, must end within 1,000 batches.
     groups : sequence of int or str, optional
         For each sample, in order, its source, such as the photo of a crop or the speaker of a recording. Samples of one
-        group aren't independent, so a group is held out as a whole. By default each sample is a group of its own.
+        group aren't independent, so a group is held out as a whole. By default each sample is a group of its own. The
+        report of :func:`nni_topo.shrink` then has figures on new groups, and on new samples of the other groups.
         Samples with equal inputs are always held out together, and so are their groups.
         Batches of lists of samples, as for detectors, can't have groups.
     hold_out : bool, default=True
@@ -123,6 +125,8 @@ class Calibration(Sequence[Any]):
         self._holds_out = hold_out
         self._memory_bytes, self._max_batches = memory_bytes, max_batches
         self._labels: Sequence[int | str] | None = labels  # group of each sample
+        self.has_sources = groups is not None
+        """Whether groups were passed, which say which samples come from one source."""
         self._source: Iterable[Any] | None = batches
         self._kept: Sequence[Any] = ()
         self._sizes: tuple[int, ...] = ()
@@ -156,6 +160,10 @@ class Calibration(Sequence[Any]):
         for index, batch in enumerate(found):
             check_inputs(batch, index, self.name)
         return found
+
+    def with_batches(self, batches: Sequence[Any]) -> Calibration:
+        """Return the same samples, in the same batches, as other objects, such as tensors on another device."""
+        return self._of_read(batches, self.sizes, self._labels)
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -355,6 +363,20 @@ class Calibration(Sequence[Any]):
         """Whether batches aren't divided into samples."""
         return bool(self.why_whole) or self.holds_lists
 
+    def new_samples(self, every: int) -> tuple[Calibration, Calibration | None]:
+        """Split off every ``every``-th sample of the groups that have several; None if that is none.
+
+        Every group keeps samples, and samples with equal inputs stay together. Whole batches aren't cut.
+        """
+        if self.is_whole:
+            return self, None
+        pairs = sorted(dict.fromkeys(zip(self._numbers.tolist(), self.digests, strict=True)), key=lambda pair: pair[0])
+        sizes = Counter(number for number, _ in pairs)
+        several = [digest for number, digest in pairs if sizes[number] > 1]
+        chosen = set(several[every - 1 :: every])
+        marks = torch.tensor([digest in chosen for digest in self.digests])
+        return (self.marked(~marks), self.marked(marks)) if chosen else (self, None)
+
     def _part(self, pattern: Sequence[int], part: int) -> Calibration | None:
         """Return one part of `in_parts`; None if it has no samples."""
         if self.holds_lists and self._labels is not None:
@@ -424,7 +446,7 @@ class Calibration(Sequence[Any]):
         """Return batches that were read and checked as calibration data with the name and settings of this one."""
         found = Calibration((), groups=labels)
         found.name, found.instead, found.why_whole = self.name, self.instead, self.why_whole
-        found._holds_out = self._holds_out
+        found._holds_out, found.has_sources = self._holds_out, self.has_sources
         found._source, found._kept, found._sizes = None, batches, tuple(sizes)
         return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,18 +11,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.fx import Node
 
 from nni_topo.context import context, leaving_out
 from nni_topo.errors import LayerError, listed
 from nni_topo.network.attention.unfused.multihead import mixing_called
 from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.channels.ids import FIXED
+from nni_topo.network.channels.rules import operation_name
 from nni_topo.network.layers.derived import weight_used
 from nni_topo.network.layers.kinds import WEIGHTED, by_channel, is_depthwise, weight_of
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.fits import run, structure_call, structure_of
 from nni_topo.network.runtime.hooks import watched
-from nni_topo.network.runtime.inputs import Call, calls
+from nni_topo.network.runtime.inputs import Call, calls, tensors_of
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.pruners.clouds.moments import ChannelMoments, points_of_gram
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
@@ -141,7 +143,7 @@ def readers_of(
         )
     places = _reading(lead, flow, dict(context.model.named_modules()))
     if not places:
-        raise unread_error([unit.name])
+        raise unread_error([unit.name], flow)
     mixes = lead in flow.heads and not flow.heads[lead].recurrent
     return [ChannelReader(module, found, read_strength(module, found, order), mixes) for module, found in places]
 
@@ -162,17 +164,38 @@ def check_read(
             giving_output,
         )
     if unread:
-        raise unread_error(unread)
+        raise unread_error(unread, flow)
 
 
-def unread_error(names: list[str]) -> LayerError:
-    """Return the error for layers that no layer reads, with advice."""
+def unread_error(names: list[str], flow: ChannelFlow) -> LayerError:
+    """Return the error for layers that no linear layer or convolution reads: what reads them, and advice."""
+    readers = listed(list(dict.fromkeys(reader for name in names for reader in _other_readers(name, flow)))) or "none"
     return LayerError(
         "the channels of a pruned layer are scored by the linear layers and convolutions that read all of them, got "
-        f"none, as where only a recurrent layer does: {leaving_out('the pruned layer')}, or take a pruner that looks "
+        f"{readers}: {leaving_out('the pruned layer')}, or take a pruner that looks "
         f"at the layer's own weights, such as TopologicalPruner(cloud='weight') ({', '.join(names)})",
         names,
     )
+
+
+def _other_readers(name: str, flow: ChannelFlow) -> Iterator[str]:
+    """Yield in words the operations that take a layer's channels and give none of them."""
+    channels = set(flow.group_ids(flow.unit_channel_ids(name)).ravel().tolist()) - {FIXED}
+
+    def has_channels(node: Node) -> bool:
+        entries = [flow.group_ids(ids.numpy()) for ids in tensors_of(flow.ids[node.name])]
+        return any(not channels.isdisjoint(np.unique(ids).tolist()) for ids in entries)
+
+    for node in flow.traced.graph.nodes:
+        if has_channels(node) or not any(map(has_channels, node.all_input_nodes)):
+            continue
+        if node.op == "output":
+            yield "the model's output"
+        elif node.op == "call_module":
+            yield f"{type(flow.traced.get_submodule(str(node.target))).__name__} ({node.target})"
+        else:
+            parameters = [str(parent.target) for parent in node.all_input_nodes if parent.op == "get_attr"]
+            yield operation_name(node) + (f" with the parameter {listed(parameters)}" if parameters else "")
 
 
 def _reading(

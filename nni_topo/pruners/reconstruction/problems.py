@@ -99,7 +99,7 @@ class ReconstructionProblems:
                 found = readers_of(unit, analysis.flow, replace(context, model=original))
                 readers[unit.name] = [reader for reader in found if isinstance(reader.module, WEIGHTED)]
                 if not readers[unit.name]:
-                    raise unread_error([unit.name])
+                    raise unread_error([unit.name], analysis.flow)
             self.check_memory(readers, analysis)
             if self.sequential:
                 yield from self._one_after_the_other(context, kept, readers, analysis)

@@ -434,6 +434,18 @@ def test_copies_join_the_groups_that_hold_them():
     assert numbers.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 8, 0, 0]
 
 
+def test_new_samples_leave_something_of_every_group():
+    """Two groups of four, four groups of one, and one of two equal samples: every third of eight is split off."""
+    rows = torch.arange(14.0)[:, None]
+    rows[13] = rows[12]
+    groups = [0, 1, 0, 1, 0, 1, 0, 1, 2, 3, 4, 5, 6, 6]
+    rest, known = Calibration(rows.split(5), groups=groups).new_samples(3)
+    assert torch.cat(list(known)).flatten().tolist() == [3.0, 4.0]  # of 0, 2, 4, 6, 1, 3, 5, 7
+    assert rest.samples == 12
+    assert Calibration([rows]).new_samples(1)[1] is None
+    assert Calibration([rows], groups=groups).as_whole_batches("a reason").new_samples(3)[1] is None
+
+
 def test_equal_inputs_alone_are_never_held_out():
     data = Calibration([torch.ones(16, 3)])
     assert data.split()[1] is None

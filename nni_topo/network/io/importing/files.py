@@ -27,6 +27,7 @@ from nni_topo.network.io.importing.facts import (
     of_other_sizes,
     set_file_facts,
 )
+from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.comparison import difference, same_program
 
 _Given = ParamSpec("_Given")
@@ -535,7 +536,8 @@ def taking_files(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
                 calls.append(as_call(source.inputs, batch, f"batch {place} of images"))
             bound.arguments["model"] = _imported(source, calls[0] if calls else None)
             if is_read:
-                bound.arguments["images"] = [_as_batch(source.inputs, call) for call in calls]
+                batches = [_as_batch(source.inputs, call) for call in calls]
+                bound.arguments["images"] = images.with_batches(batches) if isinstance(images, Calibration) else batches
         return function(*bound.args, **bound.kwargs)
 
     return run
