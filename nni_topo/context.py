@@ -25,6 +25,7 @@ class Context:
     # Which positions of the model's current input aren't padding: bool tensor (samples, positions). None: all.
     real: Any = None
     kinds: Any = ()  # what the outputs hold that are compared, as is known; empty: distillation finds out
+    read_as: str | None = None  # the same in words, for the report of weight reconstruction; None: it finds out
 
 
 _NONE = Context()

@@ -31,6 +31,7 @@ from nni_topo.network.speedup.leaving_out import leave_out
 from nni_topo.network.speedup.reconcile import MasksLike
 from nni_topo.recovery.batchnorm import batch_norms, recalibrate_batch_norm
 from nni_topo.recovery.frozen import FROZEN
+from nni_topo.recovery.likeness import outputs_in_words
 from nni_topo.recovery.networks import Networks, build_networks, plan_of
 from nni_topo.recovery.plan import ATTENTION, Plan
 from nni_topo.recovery.reconstruct import Reconstruct
@@ -120,7 +121,11 @@ def compensation(
                 norm.running_var[alive] = measured.running_var[alive]
         plan.left_alone.update(dict.fromkeys(frozen, FROZEN))
     left = everything.samples - calibration.samples
-    report = CompensationReport(layers, plan.left_alone, sampler.images, time.perf_counter() - began, left)
+    read_as = context().read_as
+    if read_as is None:
+        read_as = outputs_in_words(model, calibration)
+    seconds = time.perf_counter() - began
+    report = CompensationReport(layers, plan.left_alone, sampler.images, seconds, left, read_as)
     if told:
         named = ", ".join(f"{listed(names)} ({why})" for why, names in by_reason(told).items())
         _logger.warning("layers after removed channels that couldn't be reconstructed: %s", named)

@@ -35,6 +35,7 @@ NO_SCALE = (
 )
 _Z = 1.959964  # 95 % of a normal distribution
 _TAIL = 0.975
+_MOST_ENTRIES = 2**26  # of outputs by whose values it is decided what they hold
 _ROUNDING = 1e-14  # relative, of a sum of squares in double precision
 
 
@@ -93,8 +94,10 @@ class Answers:
         """Which of the model's outputs are compared, and which aren't."""
         self.kinds: tuple[OutputKind, ...] = self._reading.kinds
         """What each of the compared outputs holds."""
-        self.read_as = self._reading.sentence(first.outputs)
+        self.hold = self._reading.sentence(first.outputs, with_agreement=False)
         """The same in words."""
+        self.read_as = self._reading.sentence(first.outputs)
+        """The same, and what agreement means."""
         self.have_answers = any(kind.has_answer for kind in self.kinds)
         """Whether outputs are classes or decisions, on which networks can agree."""
         self.is_classifier = len(self.kinds) == 1 and self.kinds[0].is_class_of_sample(first.outputs[0])
@@ -161,19 +164,33 @@ def have_answers(
     return any(kind.has_answer for kind in reading.kinds)
 
 
-def _reading(model: nn.Module, images: Calibration, outputs: Outputs | None, objective: str) -> Reading:
+def outputs_in_words(model: nn.Module, images: Calibration) -> str:
+    """Say what a model's outputs hold; empty if they have no floating tensor, or no entry per sample."""
+    try:
+        reading = _reading(model, images, None, "auto", are_whole=True)  # the model may not run on parts of batches
+        values = _first_values(_answers(model, images, reading))
+    except ConfigError:
+        return ""
+    reading.settle(values)
+    return reading.sentence(values[0], with_agreement=False)
+
+
+def _reading(
+    model: nn.Module, images: Calibration, outputs: Outputs | None, objective: str, *, are_whole: bool = False
+) -> Reading:
     with fitting(0, images):
         call = next(calls(model, images))
-        return Reading(model, call, outputs, objective, are_whole=bool(images.why_whole))
+        return Reading(model, call, outputs, objective, are_whole=are_whole or bool(images.why_whole))
 
 
 def _first_values(answers: Iterable[_Answer]) -> list[list[Tensor]]:
     """Return the outputs for the first samples, without padding."""
-    values, samples = [], 0
+    values, samples, entries = [], 0, 0
     for answer in answers:
         values.append(unpadded(answer.outputs, answer.real))
         samples += answer.samples
-        if samples >= KNOWN:
+        entries += sum(output.numel() for output in answer.outputs)
+        if samples >= KNOWN or entries >= _MOST_ENTRIES:
             break
     return values
 

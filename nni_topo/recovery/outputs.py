@@ -110,7 +110,7 @@ class OutputKind(NamedTuple):
             return output.argmax(-1)
         return output > (0.5 if self.form == "probabilities" else 0.0)
 
-    def sentence(self, output: Tensor) -> str:
+    def sentence(self, output: Tensor, *, with_agreement: bool = True) -> str:
         """Return in words what an output (samples, ...) holds, and what agreement means."""
         shape = self.aligned(output).shape[1:]
         by_place = " by place" if len(shape) > (self.holds != "decisions") else ""
@@ -125,7 +125,7 @@ class OutputKind(NamedTuple):
             what = f"vectors of length one with {shape[-1]} numbers{by_place}"
         else:
             what = "numbers"
-        return f"{what}{f' ({self.origin})' if self.origin else ''}{agreement}"
+        return f"{what}{f' ({self.origin})' if self.origin else ''}{agreement if with_agreement else ''}"
 
 
 NUMBERS = OutputKind("numbers")
@@ -368,9 +368,10 @@ class Reading:
         """Return outputs with classes, or a vector's numbers, in the last dimension."""
         return [self.kind(place).aligned(tensor) for place, tensor in enumerate(tensors)]
 
-    def sentence(self, tensors: Sequence[Tensor]) -> str:
+    def sentence(self, tensors: Sequence[Tensor], *, with_agreement: bool = True) -> str:
         """Return what the outputs hold, in words; empty if they have no entry per sample."""
-        sentences = [kind.sentence(tensor) for kind, tensor in zip(self.kinds, tensors, strict=False)]
+        pairs = zip(self.kinds, tensors, strict=False)
+        sentences = [kind.sentence(tensor, with_agreement=with_agreement) for kind, tensor in pairs]
         if len(sentences) > 1:
             names = (name or f"output[{place}]" for place, name in enumerate(self._names))
             sentences = [f"{name}: {sentence}" for name, sentence in zip(names, sentences, strict=True)]

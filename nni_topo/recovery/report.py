@@ -80,6 +80,8 @@ class CompensationReport:
         Wall time.
     held_out : int
         Number of calibration images that are left out, so that distillation can judge on them.
+    read_as : str
+        What the model's outputs hold, in words; empty if they have no entry per sample.
     """
 
     layers: tuple[LayerReport, ...]
@@ -87,6 +89,7 @@ class CompensationReport:
     images: int
     seconds: float
     held_out: int = 0
+    read_as: str = ""
 
     def __repr__(self) -> str:
         columns = ["layer", "place", "unknowns", "samples", "error_before", "error_after", "error_held_out", "note"]
@@ -95,6 +98,7 @@ class CompensationReport:
         lines = [shown] if len(table) else []
         others = f", {self.held_out} others left for distillation to judge on" if self.held_out else ""
         lines.append(f"{self.images} calibration inputs{others}, {self.seconds:.3g} s")
+        lines += [self.read_as] if self.read_as else []
         return "\n".join([*lines, *(f"warning: {each}" for each in self.warnings)])
 
     @property

@@ -81,6 +81,8 @@ class Frontier(dict[float, nn.Module]):
         Number of calibration images, and of held-out images, which give the figures. As many others decide whether a
         network starts from a larger one, and whether distilled weights are kept. With fewer than eight images in all it
         is 0, and the calibration images give the figures.
+    read_as : str
+        What the compared outputs hold, in words, and what an answer is.
     """
 
     def __init__(
@@ -91,10 +93,11 @@ class Frontier(dict[float, nn.Module]):
         measure: str,
         images: int,
         held_out: int,
+        read_as: str = "",
     ) -> None:
         super().__init__(networks)
         self.points, self.kind, self.measure = tuple(points), kind, measure
-        self.images, self.held_out = images, held_out
+        self.images, self.held_out, self.read_as = images, held_out, read_as
 
     def __missing__(self, share: float) -> nn.Module:
         raise KeyError(f"share must be one of the frontier's, got {share}; known: {', '.join(map(str, self))}")
@@ -159,6 +162,8 @@ class Frontier(dict[float, nn.Module]):
             lines.append(
                 f"measured on the {self.images} calibration samples, on which networks look better than they are"
             )
+        if self.read_as:
+            lines.append(self.read_as)
         if "distilled_low" in frame:
             lines.append(
                 "distilled_low and distilled_high are the range of the answers that change after distillation, by the "
@@ -329,7 +334,7 @@ def frontier(
     if bend is not None:
         points[bend] = replace(points[bend], is_knee=True)
     held_out = 0 if data.held_out is None else data.held_out.samples
-    return Frontier(networks, points, kind, measure, data.learned.samples, held_out)
+    return Frontier(networks, points, kind, measure, data.learned.samples, held_out, measured.answers.read_as)
 
 
 def _made_from_larger(larger: nn.Module, left: float, share: float, steps: Prepared, made: Pipeline) -> Pipeline | None:

@@ -372,7 +372,8 @@ class Prepared:
         began, method = perf_counter(), self.settings.compensate
         if method is not None:
             knobs = {"seed": self.settings.seed, "progress": self.settings.progress}
-            selected = selected.reconstruct(method, self.images.learned, **knobs)
+            with in_context(read_as="" if self.measured is None else self.measured.answers.hold):
+                selected = selected.reconstruct(method, self.images.learned, **knobs)
         return replace(selected.remove(), seconds_of_recovery=perf_counter() - began)
 
     def distil(self, made: Pipeline, **own: Any) -> Pipeline:

@@ -143,6 +143,8 @@ def test_report_tells_layer_by_layer_what_was_done():
     took = time.perf_counter() - began
     # Every eighth image is left for distillation to judge on.
     assert (report.images, report.held_out) == (560, 80)
+    assert report.read_as.startswith("outputs: scores of ")
+    assert report.read_as in repr(report)
     frame = report.to_frame()
     assert frame["layer"].tolist() == ["inner", "hidden", "head"]
     assert frame["place"].tolist() == ["add", "hidden", "head"]

@@ -66,6 +66,8 @@ def test_the_table_has_a_row_for_each_network_and_the_unpruned_one():
     assert frame["params"][1] == zoo.count_params(found[0.7])
     assert found.points[1].left == zoo.count_params(found[0.7]) / zoo.count_params(toy_model())
     assert [line.split()[0] for line in repr(found).splitlines()[1:5]] == ["1", "0.7", "0.45", "0.25"]
+    assert found.read_as.startswith("outputs: scores of ")
+    assert found.read_as in repr(found)
 
 
 def points(*pairs: tuple[float, float], knee: int | None = None) -> list[FrontierPoint]:

@@ -59,6 +59,8 @@ class StreamingReport:
         Reasons to doubt the figures.
     vocabulary : VocabularyReport or None
         Tokens and parameters before and after the vocabulary was trimmed, if it was.
+    read_as : str
+        What the model's outputs hold, in words, and what agreement means.
     """
 
     blocks: tuple[BlockRow, ...]
@@ -73,6 +75,7 @@ class StreamingReport:
     recovery: str
     warnings: tuple[str, ...] = ()
     vocabulary: VocabularyReport | None = None
+    read_as: str = ""
 
     def to_frame(self) -> pandas.DataFrame:
         """Return the blocks as a table, one row each."""
@@ -92,6 +95,8 @@ class StreamingReport:
     def __repr__(self) -> str:
         lines = [self.to_frame().to_string(index=False, float_format=lambda value: f"{value:.4g}")]
         lines.append(self._outputs())
+        if self.read_as:
+            lines.append(self.read_as)
         lines.append(f"parameters: {self.params_before:,} before, {self.params:,} after")
         if self.vocabulary is not None:
             lines.append(f"vocabulary: {self.vocabulary}")

@@ -656,6 +656,7 @@ class _Run:
             recovery=self._settings.recovery_name,
             warnings=tuple(doubts),
             vocabulary=None if self._trimmed is None else self._trimmed.report,
+            read_as=answers.read_as,
         )
 
     def finish(self) -> None:

@@ -32,7 +32,8 @@ def test_the_frame_has_a_row_for_each_block():
 
 
 def test_a_file_holds_all_of_a_report():
-    full = replace(REPORT, warnings=("few samples",))
+    full = replace(REPORT, warnings=("few samples",), read_as="outputs: scores of 9 classes by place")
+    assert full.read_as in repr(full)
     for report in (REPORT, full):
         again = as_report(json.loads(json.dumps(asdict(report))))
         assert again == report
