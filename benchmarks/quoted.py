@@ -292,6 +292,13 @@ README_CODE = [
         Figure(only, _step("unpruned"), _right),
     ),
     Quote(
+        "{} of the time, {} of the MACs, {} % of the answers on {} held-out samples",
+        Figure(only, _step("distilled"), entry("time_share")),
+        Figure(only, _step("distilled"), lambda record: record["macs"] / record["macs_before"]),
+        Figure(only, _step("distilled"), entry("agreement", times=100)),
+        Figure(only, _step("distilled"), entry("held_out")),
+    ),
+    Quote(
         "unpruned {} {} {} ({}-{}) {} {}",
         *_sizes("unpruned"),
         *_range("unpruned", "ms"),
@@ -318,6 +325,7 @@ README_CODE = [
         Figure(only, _step("old lines"), entry("tested")),
         Figure(only, _step("new lines"), _right),
     ),
+    Quote("the new lines get {}.", Figure(only, _step("new lines without compensate"), _right)),
     Quote("This takes {} seconds on one core", Figure(only, _step("distilled"), entry("cpu_seconds"))),
 ]
 

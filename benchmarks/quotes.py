@@ -203,6 +203,8 @@ def keep_readme() -> None:
         "tested": len(names["data"].test.tensors[0]),
         "macs_before": report.stages[0].macs,
         "batch": report.time.samples,
+        "held_out": report.held_out,
+        "time_share": report.time.share[0],
         "cpu_seconds": seconds,
         **provenance(),
     }

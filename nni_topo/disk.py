@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import pickle
 import platform
@@ -11,11 +12,13 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from filelock import FileLock, Timeout
@@ -190,6 +193,26 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any, *, sort: bool = True, default: Callable[[Any], Any] | None = None) -> None:
     """Write a JSON file atomically."""
     write_text(path, json.dumps(content, indent=1, sort_keys=sort, default=default) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """Convert a value for JSON: dataclasses to mappings, keys to strings, arrays to lists."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+
+
+def finite(value: Any) -> Any:
+    """Replace NaN and infinite numbers, which JSON doesn't have, by None."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_figure(path: Path, figure: Any, dpi: int, metadata: dict[str, str] | None = None) -> None:

@@ -31,6 +31,7 @@ import torch
 
 from nni_topo import zoo
 from nni_topo.cli import main as command
+from nni_topo.disk import plain
 from nni_topo.runs import choices as plans
 from nni_topo.runs.experiment.manager import free_port
 from nni_topo.runs.trial import TrialSettings, run_trial
@@ -38,7 +39,6 @@ from nni_topo.studies.analysis.rounds import METHODS, RoundsCell, run_rounds
 from nni_topo.studies.compare import compare
 from nni_topo.studies.plan import ComparisonPlan
 from nni_topo.studies.records import read_records
-from nni_topo.studies.study import plain
 
 DIGITS = plans.DataChoice("digits", limit=200)
 SMALL = ComparisonPlan(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import PIL.Image
 import pytest
@@ -94,7 +95,8 @@ def test_nothing_is_trained_for_a_request_that_can_not_be_used(verb, given, mess
 def test_shrink_writes_a_network_and_says_what_each_step_did(tmp_path, capsys):
     line = f"shrink --model small_cnn --limit 200 --images 64 --distill-seconds 60 --params 0.3 --out {tmp_path}/small"
     assert run(f"{line} --json") == 0
-    stages = json.loads(capsys.readouterr().out)
+    shown = json.loads(capsys.readouterr().out)
+    stages = shown["stages"]
     assert [stage["network"] for stage in stages] == ["unpruned", "pruned", "reconstructed", "distilled"]
     assert stages[-1]["params"] == pytest.approx(0.3 * stages[0]["params"], rel=0.1)
     assert stages[-1]["accuracy"] > stages[1]["accuracy"]
@@ -102,11 +104,16 @@ def test_shrink_writes_a_network_and_says_what_each_step_did(tmp_path, capsys):
     dense = nni_topo.load(tmp_path / "small" / "dense.safetensors", model)
     assert zoo.evaluate(dense, zoo.load_data("digits").test) == stages[-1]["accuracy"]
     page = (tmp_path / "small" / "report.html").read_text()
-    assert all(f">{word}<" in page for word in ("reconstructed", "recovery by layer", "error held out", "latency_ms"))
+    assert all(f">{word}<" in page for word in ("reconstructed", "recovery by layer", "error held out", "parameters"))
+    assert shown["sentence"] in page
+    assert re.fullmatch(
+        r"[\d.]+ of the time, 0\.\d\d of the MACs, 0\.(29|30) of the parameters, .* held-out samples", shown["sentence"]
+    )
     assert page.count(">features.conv2<") > 1  # its width, and how it came back
     assert '<img alt="distillation"' in page
     document = json.loads((tmp_path / "small" / "shrink.json").read_text())
-    assert document["result of distillation"].startswith("distillation is ")
+    assert document == shown
+    assert any(note.startswith("distillation is ") for note in document["notes"])
     assert PIL.Image.open(tmp_path / "small" / "distillation.png").info["dpi"] == pytest.approx((110, 110), abs=0.1)
     assert run(line) == 2
     assert "must be new or empty, got 4 entries" in " ".join(capsys.readouterr().err.split())
@@ -120,7 +127,7 @@ def test_shrink_goes_as_far_as_a_tolerance_allows_by_flags_or_a_file(tmp_path, n
     found = document["tolerance"]
     assert (found["tolerance"], found["kind"], found["measure"], found["held_out"]) == (0.05, "flops", "answers", 150)
     assert document["networks tried"] == found["candidates"]
-    assert json.loads(capsys.readouterr().out) == document["stages"]
+    assert json.loads(capsys.readouterr().out) == document
     assert ">networks tried<" in (tmp_path / "flags" / "report.html").read_text()
     line += " 0.1 --cost params --allocation error"
     assert run(f"{line} --out {tmp_path}/error") == 0

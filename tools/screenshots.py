@@ -5,6 +5,7 @@ RUN is the folder of a run with its ``report.html``. Chromium has no network her
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import subprocess
@@ -22,8 +23,9 @@ OFFLINE = "--host-resolver-rules=MAP * ~NOTFOUND"
 FRAME = """<iframe src="{page}" style="width:{width}px;height:900px;border:0"></iframe><script>
 onload = () => {{
   const page = document.querySelector("iframe").contentDocument, style = getComputedStyle(page.body);
+  page.querySelectorAll("details").forEach(part => part.open = true);
   document.title = JSON.stringify({{
-    wide: page.documentElement.scrollWidth, text: page.body.innerText.length, paper: style.backgroundColor,
+    wide: page.documentElement.scrollWidth, text: page.body.innerText, paper: style.backgroundColor,
     broken: [...page.images].filter(image => !image.naturalWidth).length,
   }});
 }};
@@ -45,13 +47,17 @@ def scheme(dark: bool) -> str:
 
 
 def facts(page: Path, *, width: int, dark: bool) -> dict[str, Any]:
-    """Return how wide a page is in a window of a width, how long its text, its background, and broken pictures."""
+    """Return how wide a page is in a window of a width, its text, its background, and the number of broken pictures.
+
+    Folded parts are opened.
+    """
     with tempfile.TemporaryDirectory() as folder:
         frame = Path(folder) / "frame.html"
         frame.write_text(FRAME.format(page=page.resolve().as_uri(), width=width))
         flags = ("--allow-file-access-from-files", "--virtual-time-budget=10000", "--dump-dom", scheme(dark))
         shown = chromium(*flags, frame.as_uri())
-    return json.loads(re.search(r"<title>(.*?)</title>", shown)[1])
+    title = re.search(r"<title>(.*?)</title>", shown, re.S)
+    return json.loads(html.unescape(title[1]))
 
 
 def picture(page: Path, name: str, size: tuple[int, int], *, dark: bool = False) -> None:

@@ -35,6 +35,7 @@ from nni_topo import (
     recalibrate_batch_norm,
     zoo,
 )
+from nni_topo.disk import plain
 from nni_topo.pruners.energy import TOLERANCE, CumulativeEnergyMetric
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 from nni_topo.pruners.planner import Planner
@@ -55,7 +56,7 @@ from nni_topo.studies.analysis.energy.study import (
     study_energy,
 )
 from nni_topo.studies.records import append_record, read_records
-from nni_topo.studies.study import plain, save_figures
+from nni_topo.studies.study import save_figures
 from nni_topo.studies.tables import as_markdown, interval, markdown_table, show_accuracies, table_of
 from nni_topo.zoo.labelled import subset
 

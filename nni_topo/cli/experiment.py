@@ -26,7 +26,14 @@ from nni_topo.runs.experiment.manager import (
     read_status,
     start_experiment,
 )
-from nni_topo.runs.experiment.results import export_trial, in_words, save_trials, trials_table
+from nni_topo.runs.experiment.results import (
+    export_trial,
+    in_words,
+    save_best,
+    save_trials,
+    trial_sentence,
+    trials_table,
+)
 from nni_topo.runs.experiment.trials import FAILED, STOPPED, TrialRecord, best_trial, read_trials, stopped
 from nni_topo.studies.report import write_report
 from nni_topo.studies.study import Verb
@@ -74,6 +81,7 @@ class Run(Verb):
         metrics = export_trial(best, self.out / "best", command=command)
         failed = [trial for trial in trials if trial.status in FAILED]
         document = {"experiment": experiment.id, "best": {**best.to_dict(), "metrics": metrics}}
+        save_best(best, metrics, self.out)
         report = write_report(self.out)
         where = f"dense model and config_list: {self.out / 'best'} · all trials: {self.out} · report: {report}"
         bad = [Text(f"{len(failed)} of {len(trials)} trials failed", "red")] if failed else []
@@ -166,6 +174,8 @@ def _watched(experiment: Experiment, console: Console) -> tuple[list[TrialRecord
             if trial.id not in told:
                 told.add(trial.id)
                 result = trial.error or "no error message" if trial.score is None else f"{trial.score:.4f}"
+                if trial.score is not None and trial_sentence(trial):
+                    result = f"{trial_sentence(trial)}, score {result}"
                 line = f"trial {trial.number} ({trial.id}) {trial.status.lower()}: {result}"
                 console.print(f"{line} · {in_words(trial.parameters)}", markup=False, highlight=False, soft_wrap=True)
         bar.update(task, completed=len(finished), description=status.lower().replace("_", " "))
@@ -181,8 +191,10 @@ def _watched(experiment: Experiment, console: Console) -> tuple[list[TrialRecord
     return stopped(trials), True
 
 
-def _in_lines(best: TrialRecord, metrics: dict[str, Any]) -> tuple[str, str]:
-    """Return a trial's scores and its parameters as two lines."""
+def _in_lines(best: TrialRecord, metrics: dict[str, Any]) -> list[str]:
+    """Return a trial's sentence, if it reports a cost, its scores and its parameters as lines."""
     shown = {**best.result, **{name: metrics[name] for name in ("test_accuracy",) if name in metrics}}
     result = ", ".join(f"{'score' if name == 'default' else name} {value:.4f}" for name, value in shown.items())
-    return f"best trial {best.number} ({best.id}): {result}", in_words(best.parameters)
+    sentence = trial_sentence(best, metrics)
+    lines = [f"best trial {best.number} ({best.id}): {result}", in_words(best.parameters)]
+    return [sentence, *lines] if sentence else lines

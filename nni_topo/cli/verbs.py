@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 import nni_topo
-from nni_topo.disk import check_output_file, output_folder, write_figure, write_json
+from nni_topo.disk import check_output_file, finite, output_folder, plain, write_figure, write_json
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.io.exporting import FORMATS
 from nni_topo.network.runtime.calibration import Calibration
@@ -23,6 +23,7 @@ from nni_topo.recovery import list_recoveries, recovery_info
 from nni_topo.recovery.registry import RECOVERIES
 from nni_topo.rules import NONE, check_knobs, number, one_of, whole
 from nni_topo.runs.choices import Cell, CompensationChoice, DistillationChoice, PrunerChoice, Target, load_prune_config
+from nni_topo.runs.headline import headline_of_records
 from nni_topo.runs.provenance import provenance
 from nni_topo.runs.prune import empty_folder, prune_checkpoint
 from nni_topo.runs.run import distillation_knobs, resolve_device, weighted_model
@@ -34,8 +35,8 @@ from nni_topo.studies.demo import DEMO
 from nni_topo.studies.pictures import comparison_figures, plot_distillation
 from nni_topo.studies.plan import SCRATCH, ComparisonPlan, load_plan
 from nni_topo.studies.records import compared_records
-from nni_topo.studies.report import prune_costs, write_report
-from nni_topo.studies.study import DataVerb, Names, TrainedVerb, Verb, finite, plain, save_figures
+from nni_topo.studies.report import prune_costs, sentences_of, write_report
+from nni_topo.studies.study import DataVerb, Names, TrainedVerb, Verb, save_figures
 from nni_topo.studies.tables import NumberTable, as_markdown, tables_of
 from nni_topo.zoo import list_data, list_models
 from nni_topo.zoo.external import pretrained_preprocessing
@@ -152,8 +153,8 @@ def _run_plan(plan: ComparisonPlan, out: Path, console: Console, *, as_json: boo
     records, failures = compare(plan, out, on_cell=announce)
     if records:
         picture = save_figures(out, comparison_figures(records))[0]
-        for part in tables_of(records):
-            console.print(part)
+        for part in (*sentences_of(records), *tables_of(records)):
+            console.print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
         console.print(
             f"records: {out / 'results.json'} · picture: {picture} · report: {out / 'report.html'}", markup=False
         )
@@ -183,7 +184,7 @@ class Report(Verb):
         if self.out is not None and records:
             write_figure(self.out, comparison_figures(records)["accuracy"], dpi=150)
             console.print(f"picture: {self.out}", markup=False)
-        parts = list(tables_of(records, widths=self.widths))
+        parts: list[NumberTable | str] = [*sentences_of(records), *tables_of(records, widths=self.widths)]
         if self.markdown and not self.json:
             print(as_markdown(parts))
         else:
@@ -258,36 +259,21 @@ class Shrink(TrainedVerb):
                 if self.export is not None:
                     written = nni_topo.export(dense, self.out / f"small.{self.export}", images[0]).path
                     files += f" · {self.export}: {written}"
-            found_within, verdict, depth, time = report.tolerance, report.distillation, report.depth, report.time
-            facts: dict[str, Any] = {
+            asked = {
                 "model": self.model,
                 "data": self.data,
                 "pruner": self.pruner,
                 "method": self.method,
                 "budget": budget,
-                "stages": report.to_frame().to_dict("records"),
             }
-            found = {
-                "recovery by layer": report.compensation and report.compensation.to_frame().to_dict("records"),
-                "widths tried": report.tried,
-                "blocks removed": depth and depth.removed,
-                "numbers of blocks tried": depth and depth.tried,
-                "networks tried": found_within and found_within.candidates,
-                "distillation": verdict and verdict.curve,
-                "widths": report.layers.rows,
-                "tolerance": found_within,
-                "result of the search": found_within and str(found_within),
-                "blocks": depth and str(depth),
-                "result of distillation": verdict and str(verdict),
-            }
-            facts |= {name: value for name, value in found.items() if value}
-            facts |= {"latency_before_ms": time.unpruned_ms[0], "latency_ms": time.ms[0], "latency_batch": time.samples}
-            document = finite(plain(facts | provenance()))
+            result = report.to_dict()
+            outcome = {"outcome of the budget": result.pop("budget", None)}
+            document = finite(plain({**asked, **result, **outcome, **provenance()}))
             write_json(self.out / "shrink.json", document, sort=False)
-            if "distillation" in facts:
-                write_figure(self.out / "distillation.png", plot_distillation(verdict), 110)
+            if "distillation" in document:
+                write_figure(self.out / "distillation.png", plot_distillation(report.distillation), 110)
             files += f" · report: {write_report(self.out)}"
-            self.put_out(console, document["stages"], [repr(report), files])
+            self.put_out(console, document, [repr(report), files])
             return 0
 
     def _given(self, console: Console, *, is_file: bool) -> tuple[Any, Calibration, dict[str, Any]]:
@@ -394,5 +380,5 @@ class Prune(TrainedVerb):
             f"{record['model']}, {record['pruner']}", ("", "before", "after"), prune_costs(record), text_columns=3
         )
         files = f"dense model: {self.out / 'dense.safetensors'} (nni_topo.load) · report: {write_report(self.out)}"
-        self.put_out(console, record, [table, files])
+        self.put_out(console, record, [headline_of_records([record]), table, files])
         return 0

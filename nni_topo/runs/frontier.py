@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from nni.compression.utils import Evaluator
 from torch import nn
 
+from nni_topo.disk import finite, plain
 from nni_topo.errors import ConfigError, shown
 from nni_topo.maths.knee import knee
 from nni_topo.maths.ties import first_smallest
-from nni_topo.network.cost.measure import time_shares
+from nni_topo.network.cost.measure import TimedPair, time_shares
 from nni_topo.network.runtime.arguments import BATCHES, MODEL, ROUND_TO
 from nni_topo.network.runtime.hooks import batches_of
 from nni_topo.network.runtime.public import Running, public
@@ -26,14 +27,18 @@ from nni_topo.recovery.distilling import course_on
 from nni_topo.recovery.lesson import judged
 from nni_topo.recovery.outputs import Outputs
 from nni_topo.rules import ANYTHING, is_finite
+from nni_topo.runs.headline import headline
 from nni_topo.runs.measurements import Stage
 from nni_topo.runs.pipeline import Pipeline
 from nni_topo.runs.prepared import Prepared, plain_weights, prepare
+from nni_topo.runs.report import ShrinkReport, parts_of
 from nni_topo.runs.settings import LEAVE_OUT, Settings, cost_without_share
 
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
+
+    from nni_topo.runs.page import Part
 
 SHARES = (0.75, 0.5, 0.25, 0.1)
 _LEAST_STEPS = 40
@@ -113,6 +118,60 @@ class Frontier(dict[float, nn.Module]):
 
         return pandas.DataFrame([asdict(point) for point in self.points])
 
+    @property
+    def sentence(self) -> str:
+        """What is left of the cost, and of the answers, at the knee or, without one, of the smallest network."""
+        point = next((point for point in self.points[1:] if point.is_knee), self.points[-1])
+        time = self._time_of(point)
+        count, which = (self.held_out, "held-out") if self.held_out else (self.images, "calibration")
+        gain = headline(
+            time=math.nan if time is None else time.share[0],
+            macs=point.macs / self.points[0].macs if self.points[0].macs else math.nan,
+            params=point.params / self.points[0].params if self.kind == "params" else math.nan,
+            answers=1.0 - point.changed,
+            error=math.sqrt(point.distance) if math.isfinite(point.distance) else math.nan,
+            measured_on=f"{count} {which} samples",
+        )
+        return f"at a share of {point.share:g}: {gain}"
+
+    def _time_of(self, point: FrontierPoint) -> TimedPair | None:
+        """Return the times of a point's network and the unpruned one, if they were measured."""
+        network = self.get(point.share)
+        report = None if network is None else getattr(network, "report", None)
+        return report.time if isinstance(report, ShrinkReport) else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all figures, and the sentences of the report, as values that JSON can hold."""
+        document = {"sentence": self.sentence, "kind": self.kind, "points": self.points, "notes": self._notes()}
+        values: dict[str, Any] = finite(plain(document))
+        return values
+
+    def to_markdown(self, title: str = "") -> str:
+        """Return the report in Markdown."""
+        from nni_topo.runs.page import markdown_page
+
+        return markdown_page(title, [self.sentence], self._parts())
+
+    def to_html(self, title: str = "Networks of several sizes") -> str:
+        """Return the report, with the curve and each network's report, as an HTML page that needs no other file."""
+        from nni_topo.runs.page import html_page, picture_part
+
+        table, *others = self._parts()
+        return html_page(title, [self.sentence], [table, picture_part("what each size loses", self.plot()), *others])
+
+    def _parts(self) -> list[Part]:
+        """Return the tables and notes of the report's page."""
+        from nni_topo.runs.page import Part
+
+        rows = self._rows()
+        parts = [Part("Networks", list(rows[0]), [list(row.values()) for row in rows]), Part(notes=self._notes())]
+        for share, network in self.items():
+            report = getattr(network, "report", None)
+            if isinstance(report, ShrinkReport):
+                first = parts_of(report.to_dict())[0]
+                parts.append(replace(first, title=f"steps of the network of share {share:g}", folded=True))
+        return parts
+
     def plot(self) -> Figure:
         """Draw the loss of the networks against their cost, with 95 % intervals and the knee."""
         from matplotlib.figure import Figure
@@ -133,47 +192,73 @@ class Frontier(dict[float, nn.Module]):
         if bend is not None:
             axis.plot(*bend, "D", color="C3", markersize=8, zorder=3, label="knee")
         lost = "changed answers %" if self.measure == "answers" else "distance / variance"
-        axis.set(xlabel=f"{self.kind} kept %", ylabel=lost, xlim=(0, 105))
+        axis.set(xlabel=f"{'MACs' if self.kind == 'flops' else self.kind} kept %", ylabel=lost, xlim=(0, 105))
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
         return figure
 
-    def __repr__(self) -> str:
-        names = [
-            "share",
-            "left",
-            "macs",
-            "params",
-            "changed",
-            "distilled_low",
-            "distilled_high",
-            "distance",
-            "accuracy",
-        ]
-        frame = self.to_frame()[[*names, "start", "is_distilled", "seconds"]].dropna(axis="columns", how="all")
-        lines = [frame.to_string(index=False, float_format=lambda value: f"{value:.4g}")]
+    def _rows(self) -> list[dict[str, str]]:
+        """Return the table's rows by the names of its columns, with numbers as text."""
+        rows = []
+        for point in self.points:
+            time = self._time_of(point)
+            numbers = {
+                "share": point.share,
+                "kept": point.left,
+                "MACs": point.macs,
+                "parameters": point.params,
+                "ms": math.nan if time is None else time.ms[0],
+                "changed": point.changed,
+                "expected from": point.distilled_low,
+                "expected to": point.distilled_high,
+                "distance": point.distance,
+                "accuracy": point.accuracy,
+                "made from": point.start,
+                "seconds": point.seconds,
+            }
+            cells = {name: _cell(number) for name, number in numbers.items()}
+            cells["distilled"] = "yes" if point.is_distilled else "no"
+            rows.append(cells)
+        filled = [name for name in rows[0] if any(row[name] for row in rows)]
+        return [{name: row[name] for name in filled} for row in rows]
+
+    def _notes(self) -> list[str]:
+        """Return the sentences below the table."""
         if self.held_out:
-            lines.append(
+            notes = [
                 f"measured on {self.held_out} held-out samples, by which nothing was chosen; {self.images} others are "
                 "calibration data"
-            )
+            ]
         else:
-            lines.append(
-                f"measured on the {self.images} calibration samples, on which networks look better than they are"
-            )
+            notes = [f"measured on the {self.images} calibration samples, on which networks look better than they are"]
         if self.read_as:
-            lines.append(self.read_as)
-        if "distilled_low" in frame:
-            lines.append(
-                "distilled_low and distilled_high are the range of the answers that change after distillation, by the "
-                "recorded networks"
+            notes.append(self.read_as)
+        if any(math.isfinite(point.changed) for point in self.points):
+            notes.append("changed is the share of answers that differ from the unpruned network's")
+        if any(math.isfinite(point.distilled_low) for point in self.points):
+            notes.append(
+                "expected from and to is the range of the answers that change after distillation, by the recorded "
+                "networks"
             )
         if self.knee is None:
-            lines.append("the curve has no knee")
+            notes.append("the curve has no knee")
         else:
-            lines.append(f"the knee is at a share of {self.knee:g}: smaller networks lose more for what they save")
-        return "\n".join(lines)
+            notes.append(f"the knee is at a share of {self.knee:g}: smaller networks lose more for what they save")
+        return notes
+
+    def __repr__(self) -> str:
+        import pandas
+
+        table = pandas.DataFrame(self._rows()).to_string(index=False)
+        return "\n".join([self.sentence, table, *self._notes()])
+
+
+def _cell(number: float) -> str:
+    """Return a number as a table shows it; an empty text for NaN."""
+    if isinstance(number, int):
+        return str(number)
+    return "" if math.isnan(number) else f"{number:.4g}"
 
 
 @public(
@@ -230,8 +315,8 @@ def frontier(
     Returns
     -------
     Frontier
-        The networks by their share, with ``to_frame()`` and ``plot()``. Each network has a ``report``, a
-        :class:`ShrinkReport <nni_topo.runs.report.ShrinkReport>`.
+        The networks by their share, with ``to_frame()``, ``plot()`` and, for a file, ``to_html()``. Each network has
+        a ``report``, a :class:`ShrinkReport <nni_topo.runs.report.ShrinkReport>`.
 
     Raises
     ------

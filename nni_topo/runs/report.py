@@ -1,11 +1,13 @@
-"""How a network was made smaller: a table with notes."""
+"""How a network was made smaller: a sentence and a table with notes, for a terminal, in Markdown, HTML and JSON."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from nni_topo.disk import finite, plain
 from nni_topo.errors import listed
 from nni_topo.network.cost.measure import TimedPair
 from nni_topo.network.runtime.reports import ModelReport, told_of_changes
@@ -18,12 +20,15 @@ from nni_topo.recovery.outputs import ComparedOutputs
 from nni_topo.recovery.report import CompensationReport
 from nni_topo.runs.depth import DepthOutcome
 from nni_topo.runs.expected import Expectation
+from nni_topo.runs.headline import headline
 from nni_topo.runs.measurements import Stage
 from nni_topo.runs.pipeline import Tried
 from nni_topo.runs.tolerance import ToleranceOutcome
 
 if TYPE_CHECKING:
     import pandas
+
+    from nni_topo.runs.page import Part
 
 _NAMES = 8  # layers that a line names
 _UNGROUPED = (
@@ -32,9 +37,24 @@ _UNGROUPED = (
 )
 
 
+_TABLES = {
+    "widths": "channels of each layer",
+    "recovery by layer": "recovery by layer",
+    "distillation": "course of the distillation",
+    "widths tried": "ways to distribute the budget",
+    "blocks removed": "blocks removed",
+    "numbers of blocks tried": "numbers of blocks tried",
+    "networks tried": "networks tried",
+}
+"""Tables below the notes: the entry of the document, and the title."""
+
+
 @dataclass(frozen=True, repr=False)
 class ShrinkReport(ModelReport):
-    """How a network was made smaller; its ``repr`` is a table with notes."""
+    """How a network was made smaller; its ``repr`` is a sentence, a table and notes.
+
+    ``to_markdown()``, ``to_html()`` and ``to_dict()`` (for JSON) have the same sentence, table and notes.
+    """
 
     stages: tuple[Stage, ...]  # the unpruned network, and the network after each step
     layers: DenseReport  # channels of every layer before and after; reasons why channels to be removed are kept
@@ -69,11 +89,61 @@ class ShrinkReport(ModelReport):
     known: int = 0
     time: TimedPair | None = None  # milliseconds of both networks, with time=True or a latency budget
 
+    @property
+    def sentence(self) -> str:
+        """What is left of the cost, and how much of the unpruned network's answers, on the held-out samples."""
+        unpruned, last = self.stages[0], self.stages[-1]
+        is_of_params = self.budget is not None and self.budget.kind == "params"
+        count, which = (self.held_out, "held-out") if self.held_out else (self.images, "calibration")
+        return headline(
+            time=math.nan if self.time is None else self.time.share[0],
+            macs=last.macs / unpruned.macs if unpruned.macs else math.nan,
+            params=last.params / unpruned.params if is_of_params else math.nan,
+            answers=last.agreement,
+            error=math.sqrt(last.distance) if math.isfinite(last.distance) else math.nan,
+            measured_on=f"{count} {which} samples",
+        )
+
     def to_frame(self) -> pandas.DataFrame:
         """Return the stages as a table, one row each."""
         import pandas
 
         return pandas.DataFrame([asdict(stage) for stage in self.stages])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all figures, and the sentences of the report, as values that JSON can hold."""
+        document: dict[str, Any] = {
+            "sentence": self.sentence,
+            "stages": [asdict(stage) for stage in self.stages],
+            "steps": self._rows(),
+            "notes": [*self._notes(), *self._details()],
+            "warnings": self.warnings,
+            "time": self.time,
+            "budget": self.budget,
+            "tolerance": self.tolerance,
+            "widths": self.layers.rows,
+            "recovery by layer": self.compensation and self.compensation.to_frame().to_dict("records"),
+            "widths tried": self.tried,
+            "blocks removed": self.depth and self.depth.removed,
+            "numbers of blocks tried": self.depth and self.depth.tried,
+            "networks tried": self.tolerance and self.tolerance.candidates,
+            "distillation": self.distillation and self.distillation.curve,
+        }
+        filled = {name: value for name, value in document.items() if value}
+        values: dict[str, Any] = finite(plain(filled))
+        return values
+
+    def to_markdown(self, title: str = "") -> str:
+        """Return the report in Markdown."""
+        from nni_topo.runs.page import markdown_page
+
+        return markdown_page(title, [self.sentence], parts_of(self.to_dict()))
+
+    def to_html(self, title: str = "A smaller network") -> str:
+        """Return the report as an HTML page that needs no other file."""
+        from nni_topo.runs.page import html_page
+
+        return html_page(title, [self.sentence], parts_of(self.to_dict()))
 
     @property
     def pruned_layers(self) -> tuple[str, ...]:
@@ -100,10 +170,10 @@ class ShrinkReport(ModelReport):
         distance = _with_interval(last.known_distance, last.known_distance_low, last.known_distance_high)
         agreement = _with_interval(last.known_agreement, last.known_agreement_low, last.known_agreement_high)
         told = f"on {self.known} new samples of the calibration data's sources: distance {distance}"
-        return told if agreement is None else f"{told}, agreement {agreement}"
+        return f"{told}, agreement {agreement}" if agreement else told
 
     def _rows(self) -> list[dict[str, Any]]:
-        """Return the table's rows, with numbers and intervals as text."""
+        """Return the table's rows by the names of its columns, with numbers and intervals as text."""
         is_discarded = self.distillation is not None and not self.distillation.is_kept
         rows: list[dict[str, Any]] = []
         # Only the first and the last network are timed.
@@ -112,49 +182,39 @@ class ShrinkReport(ModelReport):
             network = stage.network
             if network == "distilled" and is_discarded:
                 network = "distilled (discarded)"
-            rows.append(
-                {
-                    "network": network,
-                    "macs": stage.macs,
-                    "params": stage.params,
-                    "ms": _with_interval(*timed[place]) if place in timed else None,
-                    "distance": _with_interval(stage.distance, stage.distance_low, stage.distance_high),
-                    "agreement": _with_interval(stage.agreement, stage.agreement_low, stage.agreement_high),
-                    "accuracy": stage.accuracy,
-                    "seconds": stage.seconds,
-                }
-            )
-        return rows
+            cells = {
+                "network": network,
+                "MACs": str(stage.macs),
+                "parameters": str(stage.params),
+                "ms": _with_interval(*timed[place]) if place in timed else "",
+                "distance": _with_interval(stage.distance, stage.distance_low, stage.distance_high),
+                "agreement": _with_interval(stage.agreement, stage.agreement_low, stage.agreement_high),
+                "accuracy": "" if math.isnan(stage.accuracy) else f"{stage.accuracy:.4g}",
+                "seconds": f"{stage.seconds:.4g}",
+            }
+            rows.append(cells)
+        filled = [name for name in rows[0] if any(row[name] for row in rows)]
+        return [{name: row[name] for name in filled} for row in rows]
 
-    def __repr__(self) -> str:
-        import pandas
-
-        frame = pandas.DataFrame(self._rows()).dropna(axis="columns", how="all")
-        lines = [frame.to_string(index=False, na_rep="", float_format=lambda value: f"{value:.4g}")]
+    def _notes(self) -> list[str]:
+        """Return the sentences on how the figures came about and whether the request was met."""
+        notes = []
         if self.held_out:
-            lines.append(self._measured_on("agreement" in frame))
+            notes.append(self._measured_on(not math.isnan(self.stages[-1].agreement)))
         if self.known:
-            lines.append(self._on_known_sources)
+            notes.append(self._on_known_sources)
         if self.read_as:
-            lines.append(self.read_as)
+            notes.append(self.read_as)
         if self.held_out and not self.grouped:
-            lines.append(_UNGROUPED)
+            notes.append(_UNGROUPED)
         if self.outputs is not None and self.outputs.left_out:
-            lines.append(str(self.outputs))
-        if self.tolerance is not None:
-            lines.append(str(self.tolerance))
-        if self.budget is not None:
-            lines.append(str(self.budget))
-        if self.time is not None:
-            lines.append(str(self.time))
-        if self.depth is not None:
-            lines.append(str(self.depth))
-        if self.expectation is not None:
-            lines.append(str(self.expectation))
-        if self.distillation is not None:
-            lines.append(str(self.distillation))
-        lines += [f"warning: {each}" for each in self.warnings]
-        lines += map(repr, self.tried)
+            notes.append(str(self.outputs))
+        outcomes = (self.tolerance, self.budget, self.time, self.depth, self.expectation, self.distillation)
+        return [*notes, *(str(outcome) for outcome in outcomes if outcome is not None)]
+
+    def _details(self) -> list[str]:
+        """Return the sentences on layers that keep channels or weights, and on later changes."""
+        lines = [repr(attempt) for attempt in self.tried]
         left_alone = self.compensation.left_alone if self.compensation else {}
         for reason, names in by_reason(left_alone).items():
             if reason == FROZEN:
@@ -177,11 +237,33 @@ class ShrinkReport(ModelReport):
             )
         if self.changed_since:
             lines.append(told_of_changes(self.changed_since))
-        return "\n".join(lines)
+        return lines
+
+    def __repr__(self) -> str:
+        import pandas
+
+        table = pandas.DataFrame(self._rows()).to_string(index=False)
+        warnings = [f"warning: {text}" for text in self.warnings]
+        return "\n".join([self.sentence, table, *self._notes(), *warnings, *self._details()])
 
 
-def _with_interval(value: float, low: float, high: float) -> str | None:
-    """Return a number and its interval as the table shows them; None for NaN."""
+def parts_of(document: Mapping[str, Any]) -> list[Part]:
+    """Return the parts of a report's page, in its order, for what :meth:`ShrinkReport.to_dict` returned."""
+    from nni_topo.runs.page import Part, table_part
+
+    steps = document["steps"]
+    rows = [list(row.values()) for row in steps]
+    parts = [Part("Steps", list(steps[0]), rows), Part(notes=document.get("notes", []))]
+    if document.get("warnings"):
+        parts.append(Part("Warnings", notes=document["warnings"]))
+    for key, title in _TABLES.items():
+        if document.get(key):
+            parts.append(table_part(title, document[key], folded=True))
+    return parts
+
+
+def _with_interval(value: float, low: float, high: float) -> str:
+    """Return a number and its interval as the table shows them; an empty text for NaN."""
     if math.isnan(value):
-        return None
+        return ""
     return f"{value:.4g}" if low == high else f"{value:.4g} ({low:.3g}-{high:.3g})"

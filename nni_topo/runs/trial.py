@@ -36,6 +36,7 @@ from nni_topo.runs.choices import (
     Target,
     changed_recipe,
 )
+from nni_topo.runs.headline import headline_of_records
 from nni_topo.runs.provenance import Record, provenance
 from nni_topo.runs.run import (
     WHOLE_CHANNELS,
@@ -311,7 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"nni_topo.runs.trial: {error}", file=sys.stderr)
         return 2
     if alone:
-        print(json.dumps(reported(metrics)))
+        print(json.dumps({"sentence": headline_of_records([metrics]), **reported(metrics)}))
     else:
         nni.report_final_result(reported(metrics))
     return 0

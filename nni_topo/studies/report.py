@@ -2,55 +2,44 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment
 
 from nni_topo.disk import read_json, without_folders, write_text
 from nni_topo.errors import DataError
 from nni_topo.pruners.budget import BudgetOutcome
+from nni_topo.runs.experiment.results import BEST, TRIALS
+from nni_topo.runs.headline import headline_of_records
+from nni_topo.runs.page import (
+    LONG,
+    Part,
+    html_page,
+    is_single,
+    name_in_words,
+    picture_part,
+    table_part,
+    value_in_words,
+)
 from nni_topo.runs.provenance import Record
+from nni_topo.runs.report import parts_of
 from nni_topo.studies.pictures import comparison_figures
 from nni_topo.studies.records import compared_records
-from nni_topo.studies.tables import STEPS, grouped, in_short, tables_of, title_of, widths_of
+from nni_topo.studies.tables import STEPS, best_method, grouped, in_short, tables_of, title_of, widths_of
 
 _SOURCES = ("versions", "hardware", "revision")
-_LONG = 40  # tables with more rows are folded
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of a report: a table whose first ``text_columns`` columns hold text, a picture as HTML, or text."""
-
-    title: str
-    head: Sequence[str] = ()
-    rows: Sequence[Sequence[str]] = ()
-    text_columns: int = 1
-    picture: str = ""
-    text: str = ""
-    folded: bool = False
-    foot: str = ""  # below the table
 
 
 def write_report(folder: str | Path) -> Path:
     """Write ``report.html`` from the files of a run's folder, also during the run; DataError if it has no files."""
     folder = Path(folder)
-    parts = list(_parts(folder))
+    sentences, parts = _contents(folder)
     if not parts:
         raise DataError(f"a report needs a run's files, got none in {folder} (results.jsonl or another .json)")
-    environment = Environment(autoescape=True)
-    environment.filters["without_folders"] = without_folders  # other people may read a report
-    page = environment.from_string(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
     path = folder / "report.html"
-    write_text(path, page.render(title=folder.resolve().name, parts=parts))
+    write_text(path, html_page(folder.resolve().name, sentences, parts))
     return path
 
 
@@ -77,77 +66,103 @@ def prune_costs(record: Record) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _parts(folder: Path) -> Iterator[Part]:
+def _contents(folder: Path) -> tuple[list[str], list[Part]]:
+    """Return the first sentences of a folder's report, and its parts."""
     # Records of studies, which have no target, are skipped: the study's JSON file has its findings.
     records = [
         {**record, **{key: without_folders(record[key]) for key in ("model", "data", "pruner")}}
         for record in compared_records(folder / "results.jsonl")
     ]
     figures = comparison_figures(records) if records else {}
+    sentences = sentences_of(records)
+    parts: list[Part] = []
     # First the answer, then its picture, then the tables with all columns.
     for group, rows in grouped(records).items():
-        yield Part(title_of(group, rows), *in_short(rows), text_columns=2)
-    for name, figure in figures.items():
-        stream = io.BytesIO()
-        figure.savefig(stream, dpi=130)
-        yield _picture(name, stream.getvalue())
+        parts.append(Part(title_of(group, rows), *in_short(rows), text_columns=2))
+    parts += [picture_part(name, figure) for name, figure in figures.items()]
     for table in tables_of(records, widths=all("widths" in record for record in records)):
         title = f"all figures: {table.title}" if table.unpruned_first else str(table.title)
-        yield Part(title, table.head, table.rows, foot=table.foot, folded=title.startswith("widths"))
+        parts.append(Part(title, table.head, table.rows, foot=table.foot, folded=title.startswith("widths")))
     for path in sorted(folder.glob("*.json")):
         if path.stem == "results":
             continue
         document = read_json(path, "a run's file")
         if path.stem == "summary" and "flops_before" in document:  # of a single pruning run
+            sentences.append(headline_of_records([document]))
             title = f"{document['model']} on {document['data']}, {document['pruner']}"
-            yield Part(title, ("", "before", "after"), prune_costs(document))
-            yield Part("widths", *widths_of({"after": {document["seed"]: document}}))
+            parts.append(Part(title, ("", "before", "after"), prune_costs(document)))
+            parts.append(Part("widths", *widths_of({"after": {document["seed"]: document}})))
             if "compensation" in document:
-                yield _table("recovery by layer", document["compensation"])
-            yield from _sources([document])
+                parts.append(table_part("recovery by layer", document["compensation"]))
+            parts += _sources([document])
+        elif path.stem == "shrink" and "sentence" in document:
+            sentences.append(document["sentence"])
+            parts += parts_of(document)
+            asked = {key: document.get(key) for key in ("model", "data", "pruner", "method", "budget")}
+            parts.append(Part("How it was run", rows=_as_rows(asked), text_columns=2, folded=True))
+            parts += _sources([document])
+        elif path.name == BEST:
+            sentences.append(document["sentence"])
+            parts.append(Part("Best trial", rows=_as_rows(_of_trial(document)), text_columns=2))
+        elif path.name == TRIALS:
+            parts.append(table_part("Trials", list(map(_of_trial, document))))
         else:
-            yield from _of_document(path.stem, document)
+            parts += _of_document(path.stem, document)
     for path in sorted(folder.glob("*.png")):
         if path.stem not in figures:
-            yield _picture(path.stem, path.read_bytes())
-    yield from _sources(records)
+            parts.append(picture_part(path.stem, path.read_bytes()))
+    return sentences, [*parts, *_sources(records)]
 
 
-def _picture(name: str, content: bytes) -> Part:
-    """Return a PNG file's content as a part."""
-    data = base64.b64encode(content).decode()
-    return Part(name, picture=f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}">')
+def sentences_of(records: Sequence[Record]) -> list[str]:
+    """Return for each model, data set and target of a comparison a sentence on the best method without labels."""
+    sentences = []
+    for group, rows in grouped(records).items():
+        best = best_method(rows)
+        if best is not None:
+            gain = headline_of_records(best.records, step=best.step)
+            sentences.append(f"{title_of(group, rows)}, {best.name}, {STEPS[best.step]}: {gain}")
+    return sentences
+
+
+def _of_trial(trial: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a trial as a row: its results and its parameters."""
+    result = dict(trial.get("result") or {})
+    row = {"trial": trial.get("number"), "status": trial.get("status"), "score": result.pop("default", None), **result}
+    metrics = trial.get("metrics") or {}
+    row |= {name: metrics[name] for name in ("test_accuracy", "test_accuracy_before") if name in metrics}
+    return {**row, **(trial.get("parameters") or {}), "error": trial.get("error") or None}
+
+
+def _as_rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return named values as rows of a table; nested values as JSON, and none without a value."""
+    return [
+        (name_in_words(name), value_in_words(value) if is_single(value) else json.dumps(value))
+        for name, value in values.items()
+        if value is not None
+    ]
 
 
 def _of_document(title: str, document: Any) -> Iterator[Part]:
     """Yield the parts of any JSON document: lists of mappings as tables; long tables and nested values are folded."""
     if not isinstance(document, Mapping):
         document = {title: document}
-    single = [(str(key), _shown(value)) for key, value in document.items() if _is_single(value)]
+    single = {str(key): value for key, value in document.items() if is_single(value)}
     if single:
-        yield Part(title, rows=single, text_columns=2)
+        rows = [(name_in_words(key), value_in_words(value)) for key, value in single.items()]
+        yield Part(title, rows=rows, text_columns=2)
     for key, value in document.items():
-        if _is_single(value) or key in _SOURCES:
+        if is_single(value) or key in _SOURCES:
             continue
-        if isinstance(value, Mapping) and value and all(map(_is_single, value.values())):
-            rows = [(str(name), _shown(item)) for name, item in value.items()]
-            yield Part(str(key), rows=rows, folded=len(rows) > _LONG)
+        if isinstance(value, Mapping) and value and all(map(is_single, value.values())):
+            rows = [(name_in_words(name), value_in_words(item)) for name, item in value.items()]
+            yield Part(name_in_words(key), rows=rows, folded=len(rows) > LONG)
         elif entries_of(value):
-            yield _table(str(key), entries_of(value))
+            yield table_part(name_in_words(key), entries_of(value))
         else:
-            yield Part(str(key), text=json.dumps(value, indent=1), folded=True)
+            yield Part(name_in_words(key), text=json.dumps(value, indent=1), folded=True)
     if "versions" in document:
         yield from _sources([dict(document)])
-
-
-def _table(title: str, entries: Sequence[Mapping[str, Any]]) -> Part:
-    """Return entries as a table, with columns of text first and without columns of nested values."""
-    names = dict.fromkeys(name for entry in entries for name in entry)
-    shown = [name for name in names if all(_is_single(entry.get(name)) for entry in entries)]
-    words = [name for name in shown if any(isinstance(entry.get(name), str) for entry in entries)]
-    shown.sort(key=lambda name: name not in words)
-    rows = [[_shown(entry.get(name)) for name in shown] for entry in entries]
-    return Part(title, [name.replace("_", " ") for name in shown], rows, len(words), folded=len(rows) > _LONG)
 
 
 def entries_of(value: Any) -> list[Mapping[str, Any]]:
@@ -155,18 +170,6 @@ def entries_of(value: Any) -> list[Mapping[str, Any]]:
     if isinstance(value, Mapping) and all(isinstance(item, Mapping) for item in value.values()):
         return [{"name": name, **item} for name, item in value.items()]
     return value if isinstance(value, list) and all(isinstance(item, Mapping) for item in value) else []
-
-
-def _is_single(value: Any) -> bool:
-    return not isinstance(value, (Mapping, list)) or (
-        isinstance(value, list) and len(value) <= 8 and not any(isinstance(item, (Mapping, list)) for item in value)
-    )
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(_shown, value))
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _sources(records: Sequence[Record]) -> Iterator[Part]:

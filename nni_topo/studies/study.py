@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeVar
 
-import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console, RenderableType
 from tyro.constructors import PrimitiveConstructorSpec
 
-from nni_topo.disk import check_free_disk, output_folder, write_figure, write_text
+from nni_topo.disk import check_free_disk, finite, output_folder, plain, write_figure, write_text
 from nni_topo.runs.choices import DataChoice, ModelChoice
 from nni_topo.runs.run import Start, trained
 from nni_topo.studies.report import entries_of, write_report
@@ -151,26 +149,6 @@ class Findings:
         for path, text in others.items():
             write_text(path, text)
         return [document, *pictures, *others]
-
-
-def plain(value: Any) -> Any:
-    """Convert a value for JSON: dataclasses to mappings, keys to strings, arrays to lists."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
-
-
-def finite(value: Any) -> Any:
-    """Replace NaN and infinite numbers, which JSON doesn't have, by None."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def save_figures(folder: str | Path, figures: Mapping[str, Figure]) -> list[Path]:

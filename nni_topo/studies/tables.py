@@ -12,7 +12,7 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -37,6 +37,8 @@ STEPS = {
     "retrained": "fine-tuned",
 }
 """Steps after which accuracy is measured: the name in records, and the name in figures and tables."""
+UNLABELLED = ("oneshot", "compensated", "distilled")
+"""Steps that need no labels."""
 SHARES = (0.95, 0.98, 0.99, 1.0)
 """Shares of the unpruned validation accuracy that are columns of convergence tables, up to the runs' ``until``."""
 _SHORT = 2  # runs with at most this many epochs of fine-tuning don't show convergence
@@ -256,26 +258,41 @@ def paired_difference(ours: dict[int, Record], theirs: dict[int, Record], column
     return interval([ours[seed][column] - theirs[seed][column] for seed in seeds])
 
 
+class BestMethod(NamedTuple):
+    """The method with the highest accuracy after a step."""
+
+    step: str
+    name: str
+    records: list[Record]
+    chosen_on: str  # "validation" or "test" images
+
+
+def best_method(rows: Rows, steps: Sequence[str] = UNLABELLED) -> BestMethod | None:
+    """Return the best method after the last of some steps that was run; None if none was."""
+    pruned = {row: runs for row, runs in rows.items() if next(iter(runs.values()))["pruner_name"] != SCRATCH}
+    for step in reversed(steps):
+        column = f"accuracy_{step}"
+        name, images = _best_of(pruned, column)
+        if name is not None:
+            return BestMethod(step, name, [run for run in pruned[name].values() if column in run], images)
+    return None
+
+
 def in_short(rows: Rows) -> tuple[list[str], list[list[str]]]:
     """Return the head and lines of a short table: the best method, the accuracy it loses, and how much smaller it is.
 
     The first line is for the last step that needs no labels, the second for fine-tuning if networks were fine-tuned.
     """
-    pruned = {row: runs for row, runs in rows.items() if next(iter(runs.values()))["pruner_name"] != SCRATCH}
     lines, on = [], "validation"
-    for steps in (("distilled", "compensated", "oneshot"), ("retrained",)):
-        for step in steps:
-            column = f"accuracy_{step}"
-            best, images = _best_of(pruned, column)
-            if best is None:
-                continue
-            on = "test" if images == "test" else on
-            runs = [run for run in pruned[best].values() if column in run]
-            macs = float(np.mean([run["flops_before"] / run["flops"] for run in runs]))
-            params = float(np.mean([run["params_before"] / run["params"] for run in runs]))
-            lost = interval([run["accuracy_before"] - run[column] for run in runs]).show(100)
-            lines.append([STEPS[step], best, lost, f"{macs:.1f}", f"{params:.1f}"])
-            break
+    for steps in (UNLABELLED, ("retrained",)):
+        best = best_method(rows, steps)
+        if best is None:
+            continue
+        on = "test" if best.chosen_on == "test" else on
+        macs = float(np.mean([run["flops_before"] / run["flops"] for run in best.records]))
+        params = float(np.mean([run["params_before"] / run["params"] for run in best.records]))
+        lost = interval([run["accuracy_before"] - run[f"accuracy_{best.step}"] for run in best.records]).show(100)
+        lines.append([STEPS[best.step], best.name, lost, f"{macs:.1f}", f"{params:.1f}"])
     return ["after", f"best method on {on} images", "points lost", "times fewer MACs", "parameters"], lines
 
 

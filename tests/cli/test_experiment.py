@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 
 import pytest
@@ -198,6 +199,17 @@ def test_a_run_tells_each_trial_once_and_exports_the_best(running, manager):
     )
     assert lines[8:] == ["1 of 4 trials failed"]
     assert (out / "best" / "dense.safetensors").read_text() == "dense.safetensors of epUED"
+    page = (out / "report.html").read_text()
+    assert "best trial 1: a score of 0.25" in page
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", page, re.S)]
+    assert [
+        row[1] for name in ("score", "accuracy", "test accuracy", "ratio") for row in rows if row[:1] == [name]
+    ] == [
+        "0.25",
+        "0.5",
+        "0.375",
+        "0.5",
+    ]
     assert [trial["id"] for trial in json.loads((out / "trials.json").read_text())] == [*SUCCEEDED, FAILED, RUNNING]
     ((experiment, resume, everywhere),) = running.experiments
     assert experiment.port is None  # it was stopped

@@ -65,7 +65,7 @@ def test_the_table_has_a_row_for_each_network_and_the_unpruned_one():
     assert list(frame["accuracy"]) == [0.5] * 4
     assert frame["params"][1] == zoo.count_params(found[0.7])
     assert found.points[1].left == zoo.count_params(found[0.7]) / zoo.count_params(toy_model())
-    assert [line.split()[0] for line in repr(found).splitlines()[1:5]] == ["1", "0.7", "0.45", "0.25"]
+    assert [line.split()[0] for line in repr(found).splitlines()[2:6]] == ["1", "0.7", "0.45", "0.25"]
     assert found.read_as.startswith("outputs: scores of ")
     assert found.read_as in repr(found)
 
@@ -93,7 +93,7 @@ def test_the_picture_has_the_points_their_intervals_and_the_knee():
     ends = [segment[:, 1].tolist() for segment in bars.get_segments()]
     assert ends == [pytest.approx([lost / 2, 2 * lost]) for lost in (0.0, 1.0, 2.0, 20.0)]
     assert axis.get_ylabel() == "changed answers %"
-    assert axis.get_xlabel() == "flops kept %"
+    assert axis.get_xlabel() == "MACs kept %"
     names = [text.get_text() for text in axis.get_legend().get_texts()]
     assert sorted(names) == ["50 held-out samples", "knee"]
     assert "the knee is at a share of 0.25" in repr(found)

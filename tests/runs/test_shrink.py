@@ -117,7 +117,8 @@ def test_one_call_leaves_an_eighth_of_the_work_and_most_of_the_accuracy(digits_n
     assert last.agreement_low < last.agreement <= last.agreement_high
     assert last.distance_low < last.distance < last.distance_high
     assert small.report.budget.is_met
-    assert [line.split()[0] for line in repr(small.report).splitlines()[1:5]] == list(stages)
+    assert [line.split()[0] for line in repr(small.report).splitlines()[2:6]] == list(stages)
+    assert repr(small.report).splitlines()[0] == small.report.sentence
 
 
 def test_a_network_is_made_smaller_again_and_the_report_is_that_of_the_last_step():
@@ -226,7 +227,7 @@ def test_the_report_has_times_if_they_are_asked_for_or_the_budget_is_one_of_time
     assert report.time.samples == 32
     told = "a batch of 32 samples takes"
     assert told in repr(report)
-    cells = [line.split() for line in repr(report).splitlines()[:4]]
+    cells = [line.split() for line in repr(report).splitlines()[1:5]]
     assert cells[0][3] == "ms"
     assert float(cells[1][3]) == pytest.approx(before[0], rel=1e-3)  # of the unpruned network
     assert float(cells[3][3]) == pytest.approx(after[0], rel=1e-3)  # of the one that is returned

@@ -69,7 +69,9 @@ def test_alone_a_file_gives_parameters_and_the_results_are_printed(seen, tmp_pat
     assert settings.ratio == 0.125
     assert (out, cache) == (tmp_path / "out", None)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert lines == [{"step": 3, "default": 0.75}, {"default": 0.25, "accuracy": 0.5, "flops_share": 0.125}]
+    sentence = "0.12 of the MACs, an accuracy of 100 % on the test images"
+    results = {"sentence": sentence, "default": 0.25, "accuracy": 0.5, "flops_share": 0.125}
+    assert lines == [{"step": 3, "default": 0.75}, results]
     assert (seen["final"], seen["steps"], seen["results"]) == ([], [], [])
 
 

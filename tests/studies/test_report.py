@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import json
 import re
@@ -10,9 +11,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
+import nni_topo
 from nni_topo.cli import main
 from nni_topo.errors import DataError
+from nni_topo.runs.experiment.results import save_best, save_trials
+from nni_topo.runs.experiment.trials import TrialRecord
 from nni_topo.studies.report import write_report
 from nni_topo.studies.tables import cells_of, grouped
 
@@ -153,13 +159,84 @@ def test_a_folder_without_a_run_is_refused(files, tmp_path):
         write_report(tmp_path)
 
 
+def small_network():
+    torch.manual_seed(0)
+    layers = [nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4)]
+    return nn.Sequential(*layers), [torch.randn(64, 16) for _ in range(8)]
+
+
+def test_every_form_of_a_report_begins_with_its_sentence_and_has_every_figure():
+    net, batches = small_network()
+    report = nni_topo.shrink(net, batches, {"flops": 0.5}, time=True).report
+    document = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    forms = {"terminal": repr(report), "markdown": report.to_markdown(), "html": html.unescape(report.to_html())}
+    last = report.stages[-1]
+    share = f"{report.time.share[0]:.2f} of the time, {last.macs / report.stages[0].macs:.2f} of the MACs, "
+    assert report.sentence.startswith(share)
+    assert document["sentence"] == report.sentence
+    for form, text in forms.items():
+        begin = text.index(report.sentence) + len(report.sentence)
+        for step in document["steps"]:
+            for cell in step.values():
+                assert text.find(cell, begin) > begin, (form, cell)
+        assert all(note in text for note in document["notes"])
+    assert forms["terminal"].startswith(report.sentence)
+    assert forms["markdown"].startswith(report.sentence)
+
+
+def test_a_report_of_numbers_tells_the_error_in_standard_deviations():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 1))
+    report = nni_topo.shrink(net, [torch.randn(256, 16)], {"flops": 0.5}, distill=False).report
+    error = report.stages[-1].distance ** 0.5
+    assert f"an error of {error:.2g} standard deviations on" in report.sentence
+    assert "answers" not in report.sentence
+    assert "agreement" not in repr(report)
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """Report pages by what was run, each with the figures that it must show."""
+    folder = tmp_path_factory.mktemp("pages")
+    net, batches = small_network()
+    found = {}
+    report = nni_topo.shrink(net, batches, {"flops": 0.5}, time=True).report
+    figures = [cell for step in report.to_dict()["steps"] for cell in step.values()]
+    figures += [str(row.after) for row in report.layers.rows]
+    found["shrink"] = (report.to_html(), [report.sentence, *figures])
+    frontier = nni_topo.frontier(net, batches, (0.5, 0.25), distill=False)
+    figures = [str(number) for point in frontier.points for number in (point.macs, point.params)]
+    found["frontier"] = (frontier.to_html(), [frontier.sentence, *figures])
+    (folder / "results.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    figures = ["0.50 of the time, 0.25 of the MACs, an accuracy of 50 % on the test images (unpruned 99 %)"]
+    _, rows = cells_of(next(iter(grouped(RECORDS).values())))
+    figures += [cell for row in rows for cell in row if cell]
+    found["compare"] = (write_report(folder).read_text(), figures)
+    result = {"default": 0.875, "accuracy": 0.9375, "flops_share": 0.3125}
+    trials = [
+        TrialRecord(f"t{number}", number, "SUCCEEDED", {"ratio.conv1": ratio}, {**result, "default": ratio}, "")
+        for number, ratio in enumerate((0.4375, 0.8125))
+    ]
+    out = folder / "experiment"
+    save_trials(trials, out)
+    save_best(trials[1], {}, out)
+    figures = ["best trial 1: 0.31 of the MACs, an accuracy of 93.8 % on the validation images"]
+    found["experiment"] = (write_report(out).read_text(), [*figures, "0.4375", "0.8125", "0.3125", "ratio.conv1"])
+    for name, (page, _) in found.items():
+        (folder / f"{name}.html").write_text(page)
+    return {name: (folder / f"{name}.html", figures) for name, (_, figures) in found.items()}
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
 @pytest.mark.slow
-def test_a_browser_without_a_network_shows_it_on_a_phone_and_in_the_readers_colours(tmp_path):
-    (tmp_path / "results.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
-    page = write_report(tmp_path)
-    light, dark = (screenshots.facts(page, width=390, dark=dark) for dark in (False, True))
-    assert light["wide"] == dark["wide"] == 390
-    assert light["text"] == dark["text"] > 100
-    assert light["broken"] == dark["broken"] == 0
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("run", ["shrink", "frontier", "compare", "experiment"])
+def test_a_browser_without_a_network_shows_every_figure_at_any_width_and_in_the_readers_colours(run, width, pages):
+    page, figures = pages[run]
+    light, dark = (screenshots.facts(page, width=width, dark=dark) for dark in (False, True))
+    for shown in (light, dark):
+        assert shown["wide"] == width
+        assert shown["broken"] == 0
+        words = " ".join(shown["text"].split())
+        assert [figure for figure in figures if figure not in words] == []
     assert (light["paper"], dark["paper"]) == ("rgb(255, 255, 255)", "rgb(22, 24, 28)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import shutil
@@ -16,10 +17,11 @@ from rich.table import Table
 from nni_topo.disk import check_free_disk, output_folder, read_json, whole_file, without_folders, write_json
 from nni_topo.errors import DataError
 from nni_topo.runs.experiment.trials import TrialRecord
+from nni_topo.runs.headline import headline, headline_of_records
 from nni_topo.runs.provenance import Record
 from nni_topo.runs.trial import CONFIG_LIST, DENSE, MASKS, METRICS, SETTINGS
 
-PARAMETERS, TRIALS = "parameters.json", "trials.json"
+PARAMETERS, TRIALS, BEST = "parameters.json", "trials.json", "best.json"
 _FILES = (DENSE, CONFIG_LIST, MASKS, SETTINGS, METRICS)
 _PROGRAM = "nni_topo.runs.trial"
 
@@ -62,9 +64,40 @@ def save_trials(trials: Sequence[TrialRecord], out: str | Path) -> Path:
     """Write all trials as JSON, without their folders on this machine, and return the file."""
     path = Path(out) / TRIALS
     output_folder(path.parent)
-    found = [{**trial.to_dict(), "error": without_folders(trial.error)} for trial in trials]
-    write_json(path, [{key: value for key, value in each.items() if key != "folder"} for each in found])
+    write_json(path, list(map(_for_a_file, trials)))
     return path
+
+
+def save_best(trial: TrialRecord, metrics: Record, out: str | Path) -> Path:
+    """Write the best trial with its metrics and a sentence about it as JSON, and return the file."""
+    path = Path(out) / BEST
+    sentence = f"best trial {trial.number}: {trial_sentence(trial, metrics) or f'a score of {trial.score:.4g}'}"
+    write_json(path, {"sentence": sentence, **_for_a_file(trial), "metrics": metrics}, sort=False)
+    return path
+
+
+def trial_sentence(trial: TrialRecord, metrics: Record | None = None) -> str:
+    """Return what is left of the cost and how good the network is, by the metrics or else by what the trial reported.
+
+    The text is empty if the trial is one of another program, which reports no share of a cost.
+    """
+    if metrics and "flops_share" in metrics:
+        return headline_of_records([metrics])
+    if "flops_share" not in trial.result:
+        return ""
+    return headline(
+        time=trial.result.get("latency_share", math.nan),
+        macs=trial.result["flops_share"],
+        accuracy=trial.result.get("accuracy", math.nan),
+        measured_on="the validation images",
+    )
+
+
+def _for_a_file(trial: TrialRecord) -> Record:
+    """Return a trial without its folder on this machine."""
+    values = {**trial.to_dict(), "error": without_folders(trial.error)}
+    del values["folder"]
+    return values
 
 
 def trials_table(trials: Sequence[TrialRecord], title: str) -> Table:

@@ -17,6 +17,7 @@ from rich.console import RenderableType
 from torch import Tensor, nn
 
 from nni_topo import zoo
+from nni_topo.disk import plain
 from nni_topo.errors import ConfigError
 from nni_topo.maths.signals import Chirp
 from nni_topo.network.cost.cost import NetworkCost
@@ -34,7 +35,7 @@ from nni_topo.rules import instance, number
 from nni_topo.runs.provenance import Record
 from nni_topo.runs.widths import inner_layers
 from nni_topo.studies.pictures import finish, single
-from nni_topo.studies.study import Findings, Tell, TrainedStudy, plain
+from nni_topo.studies.study import Findings, Tell, TrainedStudy
 from nni_topo.studies.tables import NumberTable
 from nni_topo.zoo.labelled import LabelledImages, subset
 
