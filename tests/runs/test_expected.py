@@ -23,9 +23,9 @@ def test_a_share_has_the_range_of_the_nearest_recorded_one():
 @pytest.mark.parametrize(
     ("agreement", "share", "samples", "low", "high"),
     [
-        (0.9, 0.1, 100, 0.9, 0.98),  # of ten changed answers between 2 and 10 are left
-        (0.8, 0.03, 1000, 0.846, 0.958),  # of 200 between 42 and 154
-        (57 / 60, 0.03, 60, 57 / 60, 1.0),  # of three between 0.63 and 2.31: whole samples are 0 and 3
+        (0.9, 0.1, 100, 0.9, 0.99),  # of ten changed answers between 1.2 and 10 are left: whole samples are 1 and 10
+        (0.8, 0.03, 1000, 0.8, 0.972),  # of 200 between 28 and 200
+        (57 / 60, 0.03, 60, 57 / 60, 1.0),  # of three between 0.42 and 3
     ],
 )
 def test_the_range_is_the_share_of_the_changed_answers_in_whole_samples(agreement, share, samples, low, high):
