@@ -104,7 +104,7 @@ def test_shrink_writes_a_network_and_says_what_each_step_did(tmp_path, capsys):
     dense = nni_topo.load(tmp_path / "small" / "dense.safetensors", model)
     assert zoo.evaluate(dense, zoo.load_data("digits").test) == stages[-1]["accuracy"]
     page = (tmp_path / "small" / "report.html").read_text()
-    assert all(f">{word}<" in page for word in ("reconstructed", "recovery by layer", "error held out", "parameters"))
+    assert all(f">{word}<" in page for word in ("reconstructed", "Recovery by layer", "error held out", "parameters"))
     assert shown["sentence"] in page
     assert re.fullmatch(
         r"[\d.]+ of the time, 0\.\d\d of the MACs, 0\.(29|30) of the parameters, .* held-out samples", shown["sentence"]
@@ -128,7 +128,7 @@ def test_shrink_goes_as_far_as_a_tolerance_allows_by_flags_or_a_file(tmp_path, n
     assert (found["tolerance"], found["kind"], found["measure"], found["held_out"]) == (0.05, "flops", "answers", 150)
     assert document["networks tried"] == found["candidates"]
     assert json.loads(capsys.readouterr().out) == document
-    assert ">networks tried<" in (tmp_path / "flags" / "report.html").read_text()
+    assert ">Networks tried<" in (tmp_path / "flags" / "report.html").read_text()
     line += " 0.1 --cost params --allocation error"
     assert run(f"{line} --out {tmp_path}/error") == 0
     document = json.loads((tmp_path / "error" / "shrink.json").read_text())

@@ -157,7 +157,7 @@ class Frontier(dict[float, nn.Module]):
         from nni_topo.runs.page import html_page, picture_part
 
         table, *others = self._parts()
-        return html_page(title, [self.sentence], [table, picture_part("what each size loses", self.plot()), *others])
+        return html_page(title, [self.sentence], [table, picture_part("What each size loses", self.plot()), *others])
 
     def _parts(self) -> list[Part]:
         """Return the tables and notes of the report's page."""
@@ -169,7 +169,7 @@ class Frontier(dict[float, nn.Module]):
             report = getattr(network, "report", None)
             if isinstance(report, ShrinkReport):
                 first = parts_of(report.to_dict())[0]
-                parts.append(replace(first, title=f"steps of the network of share {share:g}", folded=True))
+                parts.append(replace(first, title=f"Steps of the network of share {share:g}", folded=True))
         return parts
 
     def plot(self) -> Figure:
@@ -201,14 +201,17 @@ class Frontier(dict[float, nn.Module]):
     def _rows(self) -> list[dict[str, str]]:
         """Return the table's rows by the names of its columns, with numbers as text."""
         rows = []
+        times = [time for time in map(self._time_of, self.points) if time is not None]
+        unpruned_ms = times[0].unpruned_ms[0] if times else math.nan
         for point in self.points:
             time = self._time_of(point)
+            smaller_ms = math.nan if time is None else time.ms[0]
             numbers = {
                 "share": point.share,
                 "kept": point.left,
                 "MACs": point.macs,
                 "parameters": point.params,
-                "ms": math.nan if time is None else time.ms[0],
+                "ms": unpruned_ms if point.share == 1.0 else smaller_ms,
                 "changed": point.changed,
                 "expected from": point.distilled_low,
                 "expected to": point.distilled_high,

@@ -38,13 +38,13 @@ _UNGROUPED = (
 
 
 _TABLES = {
-    "widths": "channels of each layer",
-    "recovery by layer": "recovery by layer",
-    "distillation": "course of the distillation",
-    "widths tried": "ways to distribute the budget",
-    "blocks removed": "blocks removed",
-    "numbers of blocks tried": "numbers of blocks tried",
-    "networks tried": "networks tried",
+    "widths": "Channels of each layer",
+    "recovery by layer": "Recovery by layer",
+    "distillation": "Course of the distillation",
+    "widths tried": "Ways to distribute the budget",
+    "blocks removed": "Blocks removed",
+    "numbers of blocks tried": "Numbers of blocks tried",
+    "networks tried": "Networks tried",
 }
 """Tables below the notes: the entry of the document, and the title."""
 

@@ -91,9 +91,9 @@ def _contents(folder: Path) -> tuple[list[str], list[Part]]:
             sentences.append(headline_of_records([document]))
             title = f"{document['model']} on {document['data']}, {document['pruner']}"
             parts.append(Part(title, ("", "before", "after"), prune_costs(document)))
-            parts.append(Part("widths", *widths_of({"after": {document["seed"]: document}})))
+            parts.append(Part("Widths", *widths_of({"after": {document["seed"]: document}})))
             if "compensation" in document:
-                parts.append(table_part("recovery by layer", document["compensation"]))
+                parts.append(table_part("Recovery by layer", document["compensation"]))
             parts += _sources([document])
         elif path.stem == "shrink" and "sentence" in document:
             sentences.append(document["sentence"])
@@ -128,7 +128,12 @@ def sentences_of(records: Sequence[Record]) -> list[str]:
 def _of_trial(trial: Mapping[str, Any]) -> dict[str, Any]:
     """Return a trial as a row: its results and its parameters."""
     result = dict(trial.get("result") or {})
-    row = {"trial": trial.get("number"), "status": trial.get("status"), "score": result.pop("default", None), **result}
+    row = {
+        "trial": str(trial.get("number")),
+        "status": str(trial.get("status")).lower(),
+        "score": result.pop("default", None),
+        **result,
+    }
     metrics = trial.get("metrics") or {}
     row |= {name: metrics[name] for name in ("test_accuracy", "test_accuracy_before") if name in metrics}
     return {**row, **(trial.get("parameters") or {}), "error": trial.get("error") or None}
