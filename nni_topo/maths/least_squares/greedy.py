@@ -30,11 +30,10 @@ CPU = torch.device("cpu")
 LEAST_PIVOT = 1e-10
 """Ridge on a channel's own products, as a share of their diagonal, for columns that the chosen ones span."""
 
-_NOTHING = 1e-5  # share of the total reduction: if no channel reduces more, the others follow by their current gains
+STOP = 1e-5
+"""Share of the reduction so far: if no channel reduces more, the others follow by their current gains."""
 _ROUNDING_OF_A_REST = 1e3
 """Rounding of the gains once nothing more is gained, as a multiple of that of the first gain."""
-STOP = 0.0
-"""Share of the error that is left: a step that reduces less of it ends the search, and the others follow by gains."""
 _MANY = 2**16  # numbers of a layer from which a GPU is faster than the CPU; for fewer its launches take longer
 _CACHED = 2**20  # bytes of targets that are processed at a time
 
@@ -73,7 +72,6 @@ def forward_selection(
     [2, 1]
     """
     channels = layers[0].channels
-    total = sum(layer.total for layer in layers)
     device = _device(layers)
     # The matrices of a step are tall and a block wide: threads would wait for each other, above all on a busy machine.
     threads = torch.get_num_threads()
@@ -92,7 +90,7 @@ def forward_selection(
                 gains = np.sum([reader.gains() for reader in readers], axis=0)
             open_gains = np.where(left & (room[part] > 0), gains, -np.inf)
             first, reduced = taken[0] if step else 0.0, taken[:step].sum()
-            is_met = is_met or open_gains.max() <= max(_NOTHING * reduced, STOP * (total - reduced))
+            is_met = is_met or open_gains.max() <= STOP * reduced
             # Gains that are tiny compared with the first one are rounding: among such channels the lowest wins.
             order[step] = first_largest(open_gains, _ROUNDING_OF_A_REST * first if is_met else first)
             taken[step] = gains[order[step]]
@@ -123,7 +121,6 @@ class Products:
     cross: FloatArray
     block: int
     device: torch.device = CPU  # the network's
-    total: float = 0.0  # sum of the squares of Y; 0 if it isn't known
 
     @property
     def channels(self) -> int:
@@ -145,11 +142,6 @@ class SampleMatrix:
     def channels(self) -> int:
         """How many channels are read."""
         return len(self.columns) // self.block
-
-    @property
-    def total(self) -> float:
-        """Sum of the squares of Y."""
-        return float(np.square(self.targets).sum())
 
     @property
     def gram(self) -> FloatArray:

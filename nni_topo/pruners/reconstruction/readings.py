@@ -114,7 +114,7 @@ class Reading:
             variances = (weights * across).sum(0)
         own.diagonal().mul_(1.0 + _RIDGE)
         targets = (across * _inverse_root(variances.sum())).cpu().numpy()
-        return Products(own.cpu().numpy(), targets, self.columns, own.device, total=1.0)
+        return Products(own.cpu().numpy(), targets, self.columns, own.device)
 
     def _read_weights(self) -> Tensor:
         """Return the weights that read the unit's columns, ``(channels * columns, outputs)``, float64."""
