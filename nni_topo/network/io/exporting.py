@@ -12,7 +12,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 from nni_topo.disk import check_output_file, output_folder, path_of, whole_file
 from nni_topo.errors import ConfigError, DataError, ExportError
 from nni_topo.network.io.importing.facts import FileFacts, file_facts, of_other_sizes
+from nni_topo.network.io.onnx_recurrent import recurrent_operators
 from nni_topo.network.runtime.arguments import check_model
 from nni_topo.network.runtime.comparison import agree, difference, same_program
 from nni_topo.network.runtime.copies import detached_copy, evaluating
@@ -51,6 +52,7 @@ FORMATS: dict[str, Format] = {".onnx": "onnx", ".pt2": "torch.export"}
 _BATCH = 2  # batch size of the export if the file takes any
 _OTHER_BATCH = 3  # second batch size with which the file is checked
 _MULTIPLES = (1, 8, 16, 32)  # a network may take only sizes that are multiples of one of these
+_TINY = 1e-8  # the rewrite rules of onnxscript remove summands up to here
 _OPSET = 18  # the oldest that PyTorch writes
 _DIMS = all_of(whole(0), Sequence)
 _COLOURS = re.compile(r"\x1b\[[\d;]*m")  # of a terminal
@@ -150,7 +152,8 @@ def export(
     INT8 is onnxruntime's static quantisation: signed weights with a scale per channel, unsigned activations. Weights
     use 7 of the 8 bits by default, because x86 processors without VNNI add two products in 16 bits: products of 8-bit
     numbers overflow there, and the file would compute something else. With ``weight_bits=8`` the file is for processors
-    with VNNI (``avx512_vnni`` or ``avx_vnni`` among the flags in ``/proc/cpuinfo``) and for ARM.
+    with VNNI (``avx512_vnni`` or ``avx_vnni`` among the flags in ``/proc/cpuinfo``) and for ARM. Recurrent layers are
+    written as ONNX's operators, which stay in single precision.
 
     Examples
     --------
@@ -221,7 +224,7 @@ def export(
     if not isinstance(returned, (Tensor, list)) and type(returned) is not tuple:
         names = [name.replace("[", ".").replace("]", "") for name, _ in returned_by_name(returned)]
     _return_tensors_alone(net, returned, and_numbers=format != "onnx")
-    with quietly():
+    with quietly(), recurrent_operators(net) if format == "onnx" else nullcontext():
         try:
             program = _program(net, call, dynamic_dims, facts)
         except ExportError:
@@ -250,7 +253,9 @@ def export(
         else:
             with quietly(), _export_errors("that PyTorch can write as ONNX", net):
                 opset = facts.opset if facts is not None and facts.opset > _OPSET else None
-                written_as_onnx: Any = torch.onnx.export(program, dynamo=True, verbose=False, opset_version=opset)
+                written_as_onnx: Any = torch.onnx.export(
+                    program, dynamo=True, verbose=False, opset_version=opset, optimize=not _has_tiny_numbers(program)
+                )
                 if facts is None or facts.kind != "onnx":
                     _name_outputs(written_as_onnx.model.graph, names)
                 if facts is not None:
@@ -377,6 +382,14 @@ def _return_tensors_alone(net: nn.Module, returned: Any, *, and_numbers: bool) -
     net.forward = tensors_alone
 
 
+def _has_tiny_numbers(program: Any) -> bool:
+    """Tell whether a program has numbers that onnxscript's optimiser takes for zero, as in ``log(x + 1e-10)``."""
+    numbers = [value for node in program.graph.nodes for value in node.args if isinstance(value, float)]
+    tensors = (*program.constants.values(), *program.state_dict.values())
+    numbers += [float(each) for each in tensors if isinstance(each, Tensor) and each.numel() == 1]
+    return any(0 < abs(number) <= _TINY for number in numbers)
+
+
 def _name_outputs(graph: Any, names: list[str]) -> None:
     """Give the outputs of an ONNX graph the network's names, if their numbers are equal.
 
@@ -400,7 +413,8 @@ def _name_as_in_file(model: Any, facts: FileFacts) -> None:
     graph = model.graph
     axes = dict[str, str]()
     for value, each in zip(graph.inputs, facts.inputs, strict=True):
-        axes |= {str(value.shape[axis].value): name for axis, name in each.free.items()}
+        sizes = {axis: getattr(value.shape[axis], "value", None) for axis in each.free}
+        axes |= {str(size): each.free[axis] for axis, size in sizes.items() if size is not None}
     ends = [*zip(graph.inputs, (each.name for each in facts.inputs), strict=True)]
     if facts.kind == "onnx":
         ends += zip(graph.outputs, facts.outputs, strict=True)
@@ -439,7 +453,12 @@ def _program(net: nn.Module, call: Call, dims: Sequence[int], facts: FileFacts |
     if facts is None:
         dynamic_shapes = tree_map(free_dimensions, inspect.signature(net.forward).bind(*args, **kwargs).arguments)
     else:
-        dynamic_shapes = tuple(dict.fromkeys(each.free, torch.export.Dim.DYNAMIC) or None for each in facts.inputs)
+        # A free axis that is one in all of the inputs may only have that size, as the batch of a file with a state.
+        hints = torch.export.Dim
+        dynamic_shapes = tuple(
+            {axis: hints.STATIC if tensor.shape[axis] == 1 else hints.DYNAMIC for axis in each.free} or None
+            for each, tensor in zip(facts.inputs, args, strict=True)
+        )
     sizes = "any batch size" if tuple(dims) == (0,) else f"any size in the dimensions {tuple(dims)}"
     rule = f"that torch.export can follow at {sizes if dims else 'the sizes of the inputs'}"
     advice = "; dynamic_dims=() makes a file for the sizes of the inputs alone" if dims else ""

@@ -57,6 +57,46 @@ def test_onnx_answers_as_the_network_does_at_any_batch_size(dense, tmp_path):
             np.testing.assert_allclose(found, dense(IMAGES[:count]).numpy(), atol=1e-4)
 
 
+class Recurrent(nn.Module):
+    """A recurrent layer that returns its states."""
+
+    def __init__(self, kind, **knobs):
+        super().__init__()
+        self.layer = getattr(nn, kind)(5, 6, **knobs)
+
+    def forward(self, x):
+        """Return the outputs and the last states."""
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("knobs", [{}, {"bidirectional": True, "num_layers": 2, "batch_first": True}, {"bias": False}])
+def test_a_recurrent_layer_becomes_the_operator_of_onnx_at_any_length(kind, knobs, tmp_path):
+    torch.manual_seed(0)
+    network = Recurrent(kind, **knobs).eval()
+    done = nni_topo.export(network, tmp_path / "r.onnx", torch.randn(4, 7, 5), dynamic_dims=(0, 1))
+    assert done.error < 1e-4
+    assert "forward" not in vars(network.layer)
+    x = torch.randn(3, 11, 5)
+    actual = outputs(done.path, **fed(done.path, x))
+    for one, other in zip(tensors_of(network(x)), actual, strict=True):
+        np.testing.assert_allclose(one.detach(), other, atol=1e-5)
+
+
+class Logarithm(nn.Module):
+    """A logarithm with a summand that keeps it finite."""
+
+    def forward(self, x):
+        """Return the logarithms."""
+        return torch.log(x + 1e-10)
+
+
+def test_a_tiny_summand_stays_in_the_file(tmp_path):
+    done = nni_topo.export(Logarithm(), tmp_path / "log.onnx", torch.ones(2, 3))
+    (logarithms,) = outputs(done.path, **fed(done.path, torch.zeros(2, 3)))
+    np.testing.assert_allclose(logarithms, np.log(np.float32(1e-10)), rtol=1e-5)
+
+
 def test_a_program_of_torch_answers_the_same(dense, tmp_path):
     done = nni_topo.export(dense, tmp_path / "small.pt2", IMAGES[:2], format="torch.export")
     loaded = torch.export.load(done.path).module()

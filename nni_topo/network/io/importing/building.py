@@ -47,6 +47,7 @@ class Building:
         self._layers = dict[Any, str]()
         self._sizes = dict[tuple[Node, int], Node]()
         self._inputs = list[Node]()
+        self.settings = set[Node]()  # inputs whose values chose a branch
         self.where = ""  # the operator that is converted, for names and messages
 
     def values(self, value: Any, call: int) -> Any:
@@ -110,17 +111,19 @@ class Building:
             self.graph.call_function(getattr, (self._inputs[0], "device")), [torch.device("cpu")] * self.calls
         )
 
-    def depends_on_inputs(self, value: Any) -> bool:
-        """Tell whether a value depends on the inputs' values, not on their sizes alone."""
+    def inputs_behind(self, value: Any) -> set[Node]:
+        """Return the inputs on whose values a value depends, not on their sizes alone."""
         waiting, seen = [value], set[Any]()
         while waiting:
             node = waiting.pop()
-            if node in self._inputs:
-                return True
             if isinstance(node, Node) and node not in seen and node not in self._sizes.values():
                 seen.add(node)
                 waiting += node.all_input_nodes if node.target is not getattr else []
-        return False
+        return seen & set(self._inputs)
+
+    def depends_on_inputs(self, value: Any) -> bool:
+        """Tell whether a value depends on the inputs' values, not on their sizes alone."""
+        return bool(self.inputs_behind(value))
 
     def parts(self, value: Any) -> tuple[Any, ...]:
         """Return the parts of a tuple that a node returns."""

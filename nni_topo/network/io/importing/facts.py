@@ -11,6 +11,8 @@ from torch import Tensor, dtype, nn
 
 OWN_BATCHES = (2, 3)
 """Batch sizes for a file that takes any."""
+NAMELESS = "axis_"
+"""Beginning of the names of free axes that have none in the file."""
 _KEY = "imported_file"
 _MULTIPLES = (1, 8, 16, 32, 64)  # a file may take only sizes that are multiples of one of these
 
@@ -40,6 +42,7 @@ class FileFacts:
     opset: int = 0
     metadata: Mapping[str, str] = field(default_factory=dict)
     example: tuple[Tensor, ...] = ()  # inputs on which the file was compared with the network
+    settings: tuple[str, ...] = ()  # inputs whose value in the example chose a branch of the file
 
 
 def file_facts(model: nn.Module) -> FileFacts | None:
@@ -71,6 +74,8 @@ def of_other_sizes(
     for tensor, each in zip(tensors, inputs, strict=True):
         sizes |= {name: tensor.shape[axis] for axis, name in each.free.items()}
     batches = {each.free[0] for each in inputs if 0 in each.free}
+    # Axes without a name in the file that are as long as the batch may hold the samples, as those of a state do.
+    batches |= {name for name, size in sizes.items() if name.startswith(NAMELESS) and size in map(sizes.get, batches)}
     others = [name for name in sizes if name not in batches]
     other_batch = {name: next(size for size in OWN_BATCHES if size != sizes[name]) for name in batches}
     for multiple in (*(_MULTIPLES if others else ()), *((None,) if batches else ())):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,16 +21,19 @@ from nni_topo.network.io.exporting import quietly
 from nni_topo.network.io.importing import aten
 from nni_topo.network.io.importing.building import Building
 from nni_topo.network.io.importing.facts import (
+    NAMELESS,
     OWN_BATCHES,
     FileFacts,
     FileInput,
     few_samples,
+    file_facts,
     of_other_sizes,
     set_file_facts,
 )
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.comparison import difference, same_program
 
+_logger = logging.getLogger(__name__)
 _Given = ParamSpec("_Given")
 _Made = TypeVar("_Made")
 
@@ -187,7 +191,7 @@ class OnnxFile(Source):
         shape = list[int | str]()
         for axis, size in enumerate(kind.shape.dim):
             is_fixed = size.HasField("dim_value") and size.dim_value > 0
-            shape.append(size.dim_value if is_fixed else size.dim_param or f"axis_{place}_{axis}")
+            shape.append(size.dim_value if is_fixed else size.dim_param or f"{NAMELESS}{place}_{axis}")
         argument = "".join(letter if letter.isalnum() else "_" for letter in value.name)
         argument = argument if argument.isidentifier() and argument != "self" else f"input_{argument}"
         dtype = operators.dtype_of(kind.elem_type, value.name)
@@ -227,7 +231,7 @@ class OnnxFile(Source):
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what fails is raised, and some sizes are tried that a file may refuse
         options.intra_op_num_threads = options.inter_op_num_threads = torch.get_num_threads()
         try:
             return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -360,14 +364,32 @@ def from_file(model: Any, inputs: Any = None) -> GraphModule:
 def _imported(source: Source, inputs: Any) -> GraphModule:
     """Convert a file, and compare the network with it."""
     calls = _example_calls(source, inputs)
-    network = _converted(source, calls)
+    network, settings = _converted(source, calls)
+    _check_settings(settings, source, inputs, calls[0])
     _prove(source, network, calls)
     for node in network.graph.nodes:
         node.meta.clear()
     example = tuple(tensor.clone() for tensor in few_samples(source.inputs, calls[0]))
-    facts = FileFacts(source.kind, source.inputs, source.outputs, source.opset, dict(source.metadata), example)
+    facts = FileFacts(
+        source.kind, source.inputs, source.outputs, source.opset, dict(source.metadata), example, settings
+    )
     set_file_facts(network, facts)
     return network
+
+
+def _check_settings(settings: Sequence[str], source: Source, inputs: Any, call: Sequence[Tensor]) -> None:
+    """Tell which branches of a file a network has; a ConfigError if no input of the user's chose them."""
+    values = dict(zip((each.name for each in source.inputs), call, strict=True))
+    for name in settings:
+        if inputs is None:
+            raise ConfigError(
+                "the value of an input that chooses a branch of the file must be given as inputs=, got none "
+                f"({name!r}, from_file)"
+            )
+        _logger.warning(
+            "The network is that of %s = %s: this input chooses a branch of the file, and the others are left out.",
+            name, values[name].item(),
+        )  # fmt: skip
 
 
 def as_call(source_inputs: Sequence[FileInput], inputs: Any, place: str) -> list[Tensor]:
@@ -394,7 +416,7 @@ def as_call(source_inputs: Sequence[FileInput], inputs: Any, place: str) -> list
         if not isinstance(value, (Tensor, np.ndarray)):
             kind = type(value).__name__
             raise DataError(f"inputs must be tensors or arrays, got {kind} (input {each.name!r}, {place})")
-        tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.ascontiguousarray(value))
+        tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
         if tensor.dtype != each.dtype:
             raise DataError(
                 f"inputs must have the file's type {str(each.dtype)[6:]}, got {str(tensor.dtype)[6:]} "
@@ -431,8 +453,9 @@ def _example_calls(source: Source, inputs: Any) -> list[list[Tensor]]:
         tries = [first]
     else:
         tries = []
+        batches = {each.free[0]: OWN_BATCHES[0] for each in source.inputs if 0 in each.free}
         for guess in _GUESSES:
-            tries.append([_random(each, {}, guess, generator) for each in source.inputs])
+            tries.append([_random(each, batches, guess, generator) for each in source.inputs])
             if not any(set(each.free) - {0} for each in source.inputs):
                 break
     for first in tries:
@@ -448,24 +471,21 @@ def _example_calls(source: Source, inputs: Any) -> list[list[Tensor]]:
     raise DataError(f"a file must run on the inputs, got {raised(failure)}{advice} (from_file)") from failure
 
 
-def _random(each: FileInput, sizes: Mapping[str, int], guess: int, generator: torch.Generator) -> Tensor:
-    shape = [
-        size if isinstance(size, int) else sizes.get(size, OWN_BATCHES[0] if axis == 0 else guess)
-        for axis, size in enumerate(each.shape)
-    ]
+def _random(each: FileInput, batches: Mapping[str, int], guess: int, generator: torch.Generator) -> Tensor:
+    shape = [size if isinstance(size, int) else batches.get(size, guess) for size in each.shape]
     if each.dtype.is_floating_point:
         return torch.randn(shape, generator=generator).to(each.dtype)
     return torch.randint(0, 2, shape, generator=generator).to(each.dtype)
 
 
-def _converted(source: Source, calls: list[list[Tensor]]) -> GraphModule:
-    """Convert a file, operator by operator, running it on a few samples."""
+def _converted(source: Source, calls: list[list[Tensor]]) -> tuple[GraphModule, tuple[str, ...]]:
+    """Convert a file, operator by operator, running it on a few samples; also return the inputs that chose a branch."""
     few = [few_samples(source.inputs, calls[0]), *calls[1:]]
     building = Building(len(few))
     examples = [[call[place].cpu() for call in few] for place in range(len(source.inputs))]
     try:
         with quietly():
-            return building.finish(source.convert(building, examples))
+            network = building.finish(source.convert(building, examples))
     except NniTopoError:
         raise
     except Exception as error:
@@ -473,6 +493,8 @@ def _converted(source: Source, calls: list[list[Tensor]]) -> GraphModule:
             f"a file must be one that PyTorch's operators compute, got {raised(error)} (operator {building.where!r}, "
             "from_file)"
         ) from error
+    chosen = {node.name for node in building.settings}
+    return network, tuple(each.name for each in source.inputs if each.argument in chosen)
 
 
 def _prove(source: Source, network: GraphModule, calls: list[list[Tensor]]) -> None:
@@ -534,13 +556,28 @@ def taking_files(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
             batches: Any = images if is_read else ()
             for place, batch in enumerate(batches):
                 calls.append(as_call(source.inputs, batch, f"batch {place} of images"))
-            bound.arguments["model"] = _imported(source, calls[0] if calls else None)
+            network = _imported(source, calls[0] if calls else None)
+            _check_same_settings(network, calls)
+            bound.arguments["model"] = network
             if is_read:
                 batches = [_as_batch(source.inputs, call) for call in calls]
                 bound.arguments["images"] = images.with_batches(batches) if isinstance(images, Calibration) else batches
         return function(*bound.args, **bound.kwargs)
 
     return run
+
+
+def _check_same_settings(network: GraphModule, calls: Sequence[Sequence[Tensor]]) -> None:
+    """Raise a ConfigError if a batch would run another branch of the file than the network has."""
+    facts = file_facts(network)
+    assert facts is not None
+    for place, call in enumerate(calls):
+        for each, tensor, of_first in zip(facts.inputs, call, calls[0], strict=True):
+            if each.name in facts.settings and not torch.equal(tensor, of_first):
+                raise ConfigError(
+                    f"an input that chooses a branch of the file must have one value, got {of_first.item()} and "
+                    f"{tensor.item()} (input {each.name!r}, batch {place} of images)"
+                )
 
 
 def _as_batch(inputs: Sequence[FileInput], tensors: list[Tensor]) -> Any:

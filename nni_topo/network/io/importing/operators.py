@@ -191,15 +191,14 @@ def _joined_bias(b: Building, node: Any, inputs: list[Any], uses: Counter[str]) 
 
 
 def _branch(b: Building, one: Operator, values: dict[str, Any]) -> Any:
-    condition = one.inputs[0]
-    known = [
-        bool(np.all(b.values(condition, call))) if not isinstance(condition, bool) else condition
-        for call in range(b.calls)
-    ]
-    if isinstance(condition, Node) and (b.depends_on_inputs(condition) or len(set(known)) > 1):
+    """Convert the branch that the inputs' sizes choose, or a scalar input such as a sampling rate."""
+    condition = tensor_of(b, one.inputs[0])
+    choices = {bool(b.values(condition, call)) for call in range(b.calls)}
+    inputs = b.inputs_behind(condition)
+    if len(choices) > 1 or any(b.values(each, 0).numel() > 1 for each in inputs):
         raise ConfigError(f"the condition of an If must not depend on the inputs' values ({one.name}, from_file)")
-    graph = one.attribute("then_branch" if known[0] else "else_branch")
-    return tuple(convert(b, graph, values, one.opset))
+    b.settings |= inputs
+    return tuple(convert(b, one.attribute("then_branch" if choices.pop() else "else_branch"), values, one.opset))
 
 
 # Sizes: a list of numbers and of nodes that are numbers stands for a vector of them, and a node or number for a scalar.
@@ -353,7 +352,7 @@ def _cast(b: Building, one: Operator) -> Any:
         else dtype_of(one.attribute("to"), one.name)
     )
     if is_sizes(b, x):
-        if dtype in (torch.int64, torch.int32):
+        if dtype in (torch.int64, torch.int32, torch.bool):  # a size is as true as its tensor
             return x
         if dtype.is_floating_point and b.is_fixed(x):  # as the width of a head under a root: it doesn't change
             return Constant(torch.tensor(b.values(x, 0), dtype=dtype))
@@ -386,7 +385,8 @@ def _shape(b: Building, one: Operator) -> Any:
 
 @row("Size")
 def _size(b: Building, one: Operator) -> Any:
-    return b.call("numel", one.inputs[0])
+    x = one.inputs[0]
+    return len(x) if isinstance(x, list) else b.call("numel", tensor_of(b, x))
 
 
 @row("Reshape")
@@ -434,11 +434,10 @@ def _squeeze(b: Building, one: Operator) -> Any:
     x, axes = one.inputs[0], _axes(b, one)
     if is_sizes(b, x):
         return x[0] if isinstance(x, list) and len(x) == 1 else x
+    if axes is None:
+        return b.call("squeeze", x)
     rank = len(b.shape(x))
-    axes = (
-        [axis for axis, size in enumerate(b.shape(x)) if size == 1] if axes is None else [axis % rank for axis in axes]
-    )
-    for axis in sorted(axes, reverse=True):
+    for axis in sorted((axis % rank for axis in axes), reverse=True):
         x = b.call("squeeze", x, axis)
     return x
 

@@ -204,6 +204,78 @@ def test_inputs_that_are_not_the_files_are_told(files, batch, words):
         nni_topo.shrink(files / "old.onnx", [batch], {"flops": 0.5})
 
 
+def branching(samples=None):
+    """Make a file whose input ``rate`` chooses one of two convolutions, with a state that holds the samples second."""
+    make = onnx.helper
+
+    def branch(name, channels):
+        weight = torch.randn(channels, 1, 3, generator=torch.Generator().manual_seed(channels)).numpy()
+        last = torch.randn(4, channels, 1, generator=torch.Generator().manual_seed(channels)).numpy()
+        held = [onnx.numpy_helper.from_array(each, f"{name}.{place}") for place, each in enumerate((weight, last))]
+        nodes = [
+            make.make_node("Conv", ["x", f"{name}.0"], [f"{name}_y"], name=f"{name}_conv"),
+            make.make_node("Relu", [f"{name}_y"], [f"{name}_z"]),
+            make.make_node("Conv", [f"{name}_z", f"{name}.1"], [f"{name}_out"], name=f"{name}_last"),
+        ]
+        return make.make_graph(nodes, name, [], [make.make_empty_tensor_value_info(f"{name}_out")], held)
+
+    nodes = [
+        make.make_node("Equal", ["rate", "one"], ["is_one"]),
+        make.make_node("If", ["is_one"], ["y"], "by rate", then_branch=branch("a", 16), else_branch=branch("b", 8)),
+        make.make_node("ReduceSum", ["state", "axis"], ["sum"], keepdims=0),
+        make.make_node("Unsqueeze", ["sum", "ends"], ["column"]),
+        make.make_node("Add", ["y", "column"], ["scores"]),
+    ]
+    held = [onnx.numpy_helper.from_array(np.array(value), name) for name, value in
+            (("one", 1), ("axis", [0, 2]), ("ends", [1, 2]))]  # fmt: skip
+    inputs = [make.make_tensor_value_info("x", 1, [samples, 1, 9]), make.make_tensor_value_info("rate", 7, []),
+              make.make_tensor_value_info("state", 1, [2, samples, 3])]  # fmt: skip
+    graph = make.make_graph(nodes, "g", inputs, [make.make_tensor_value_info("scores", 1, [samples, 4, 7])], held)
+    return make.make_model(graph, opset_imports=[make.make_opsetid("", 18)], ir_version=10)
+
+
+def calls_of_branching(rate, count=4):
+    """Return batches of its inputs."""
+    random = np.random.default_rng(0)
+    return [
+        {
+            "x": random.standard_normal((16, 1, 9)).astype(np.float32),
+            "rate": np.array(rate),
+            "state": random.standard_normal((2, 16, 3)).astype(np.float32),
+        }
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize(("rate", "channels"), [(1, 16), (5, 8)])
+def test_an_input_of_one_number_chooses_a_branch(rate, channels, tmp_path, caplog):
+    batches = calls_of_branching(rate)
+    network = nni_topo.from_file(branching(), batches[0])
+    assert f"rate = {rate}" in caplog.text
+    assert [layer.out_channels for layer in network.modules() if isinstance(layer, nn.Conv1d)] == [channels, 4]
+    small = nni_topo.shrink(branching(), batches, {"flops": 0.5}, distill=False, progress=False)
+    nni_topo.export(small, tmp_path / "small.onnx")
+    session = runtime.InferenceSession(str(tmp_path / "small.onnx"), providers=["CPUExecutionProvider"])
+    one = {name: value[:, :5] if name == "state" else value[:5] if value.ndim else value
+           for name, value in batches[0].items()}  # fmt: skip
+    (scores,) = session.run(None, one)
+    expected = small(*(torch.from_numpy(np.array(value)) for value in one.values()))
+    np.testing.assert_allclose(scores, expected.detach(), rtol=1e-3, atol=1e-5)
+
+
+def test_a_branch_needs_one_choice():
+    with pytest.raises(ConfigError, match=r"chooses a branch of the file must be given.*'rate'"):
+        nni_topo.from_file(branching("samples"))
+    batches = [*calls_of_branching(1, 2), *calls_of_branching(5, 2)]
+    with pytest.raises(ConfigError, match=r"got 1 and 5 \(input 'rate', batch 2 of images\)"):
+        nni_topo.shrink(branching(), batches, {"flops": 0.5})
+    model = branching()
+    model.graph.node[0].CopyFrom(onnx.helper.make_node("ReduceMax", ["x"], ["most"], keepdims=0))
+    model.graph.node.insert(1, onnx.helper.make_node("Cast", ["most"], ["is_one"], to=onnx.TensorProto.BOOL))
+    with pytest.raises(ConfigError, match=r"must not depend on the inputs' values \(by rate"):
+        nni_topo.from_file(model, calls_of_branching(1)[0])
+
+
 def test_a_network_that_differs_is_refused_with_the_first_operator(files, monkeypatch):
     from nni_topo.network.io.importing import operators
 

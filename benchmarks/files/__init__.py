@@ -1,0 +1,1 @@
+"""Networks that come as files alone, made smaller from file to file."""
