@@ -29,7 +29,6 @@ from nni_topo.network import (  # noqa: E402
     register_width_attribute,
     save,
     save_pretrained,
-    to_dense,
     trim_vocabulary,
     zeros_held,
 )
@@ -69,6 +68,7 @@ from nni_topo.recovery import (  # noqa: E402
     register_recovery,
     remove_blocks,
     synthetic_images,
+    to_dense,
 )
 from nni_topo.recovery.registry import RECOVERIES  # noqa: E402
 

@@ -8,7 +8,6 @@ from nni_topo.network.io.exporting import Exported, export
 from nni_topo.network.io.importing.files import from_file
 from nni_topo.network.io.vocabulary import TrimmedVocabulary, VocabularyReport, trim_vocabulary
 from nni_topo.network.layers.kinds import as_torch_layers, register_module, zeros_held
-from nni_topo.network.speedup.dense import to_dense
 from nni_topo.network.speedup.dense_report import DenseReport, LayerChannels
 from nni_topo.network.speedup.dependency import DependencyGroups, dependency_groups
 from nni_topo.network.speedup.equivalence import masked_model
@@ -41,7 +40,6 @@ __all__ = [
     "register_width_attribute",
     "save",
     "save_pretrained",
-    "to_dense",
     "trim_vocabulary",
     "zeros_held",
 ]

@@ -3,6 +3,7 @@
 from nni_topo.recovery.batchnorm import recalibrate_batch_norm
 from nni_topo.recovery.blocks import remove_blocks
 from nni_topo.recovery.compensating import Compensation, compensate, compensation
+from nni_topo.recovery.dense import to_dense
 from nni_topo.recovery.distilling import Distillation, distill, distillation
 from nni_topo.recovery.mixing import Pair, pair_coefficients
 from nni_topo.recovery.reconstruct import Reconstruct
@@ -38,4 +39,5 @@ __all__ = [
     "register_recovery",
     "remove_blocks",
     "synthetic_images",
+    "to_dense",
 ]

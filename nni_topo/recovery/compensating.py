@@ -23,7 +23,7 @@ from nni_topo.network.runtime.hooks import batches_of
 from nni_topo.network.runtime.inputs import batch_size, calls
 from nni_topo.network.runtime.progress import bar
 from nni_topo.network.runtime.public import public
-from nni_topo.network.runtime.reports import hand_on_report, tell_solved_on
+from nni_topo.network.runtime.reports import hand_on_report, tell_compensated, tell_solved_on
 from nni_topo.network.speedup.analysis import Analysis, Facts
 from nni_topo.network.speedup.dependency import by_reason
 from nni_topo.network.speedup.equivalence import apply_masks
@@ -134,6 +134,7 @@ def compensation(
     give_back_classes(given, networks.result)
     hand_on_report(given, networks.result, "weights reconstructed (nni_topo.compensate)")
     tell_solved_on(networks.result, calibration.digests)
+    tell_compensated(networks.result, True)
     return Compensation(networks.result, report)
 
 

@@ -30,7 +30,7 @@ from nni_topo.network.runtime.copies import detached_copy, evaluation_mode, left
 from nni_topo.network.runtime.fits import structure_call
 from nni_topo.network.runtime.inputs import Call, returned_tensors, tensors_of
 from nni_topo.network.speedup.analysis import Analysis
-from nni_topo.network.speedup.dense import dense_of, to_dense
+from nni_topo.network.speedup.dense import dense_of
 from nni_topo.network.speedup.dense_report import dense_report_of
 from nni_topo.pruners.budget import budget_outcome
 from nni_topo.recovery.blocks import Gap, Stream, find_writer, gap_after, run_watched, solutions
@@ -537,7 +537,7 @@ class Depth:
             return whole.make(share)
         left = self.left(count)
         if left <= share:
-            dense = to_dense(self.path.states[count].net, whole.images.example, {})
+            dense = dense_of(self.path.states[count].net, whole.images.example, {})
             return replace(whole.start, dense=dense, layers=dense_report_of(dense), left=left)
         made = self.prepared(count).recover(min(share / left, 1.0))
         return replace(made, left=whole.share_left(made.dense))

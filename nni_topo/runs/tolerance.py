@@ -27,7 +27,7 @@ from nni_topo.errors import ConfigError
 from nni_topo.maths.limits import limit_of_bounded, limit_of_mean, limit_of_share, observations_needed
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.fits import structure_call, with_whole_batches
-from nni_topo.network.speedup.dense import to_dense
+from nni_topo.network.speedup.dense import dense_of
 from nni_topo.network.speedup.dense_report import dense_report_of
 from nni_topo.recovery.likeness import Answers, have_answers
 from nni_topo.runs.measurements import UNPRUNED, evaluated
@@ -321,7 +321,7 @@ def within_tolerance(prepared: Prepared, tolerance: float, measure: str) -> nn.M
     for text in warnings:
         _logger.warning("%s", text)
     if chosen is None:
-        network: nn.Module = to_dense(prepared.model, images.example, {})
+        network: nn.Module = dense_of(prepared.model, images.example, {})
         taken, layers = prepared.start, dense_report_of(network)
     else:
         network, taken, layers = chosen.final.dense, chosen.final, chosen.made.layers

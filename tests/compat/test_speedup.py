@@ -10,7 +10,7 @@ from nni.compression.pruning import L1NormPruner
 from nni.compression.speedup import ModelSpeedup
 from torch import Tensor, nn
 
-from nni_topo.speedup import to_dense
+from nni_topo import to_dense
 
 INPUTS = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

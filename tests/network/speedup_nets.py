@@ -8,7 +8,8 @@ import torch
 from nni.compression.pruning import L1NormPruner
 from torch import nn
 
-from nni_topo.speedup import dependency_groups, to_dense
+from nni_topo import to_dense
+from nni_topo.speedup import dependency_groups
 
 
 def lively(model):

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import nni_topo
+from nni_topo import to_dense
 from nni_topo.pruners.registry import create_pruner
-from nni_topo.speedup import dependency_groups, masked_model, to_dense
+from nni_topo.speedup import dependency_groups, masked_model
 from nni_topo.testing import toy_images, toy_model
 
 NAMES = ["random", "topological", "energy", "cluster", "subcluster", "matrix"]

@@ -12,10 +12,10 @@ from nni.compression.pruning import FPGMPruner, L1NormPruner, L2NormPruner, Leve
 from speedup_nets import Concatenated, Grouped, LeNet, Residual, chain
 from torch import nn
 
-from nni_topo import Calibration, zoo
+from nni_topo import Calibration, to_dense, zoo
 from nni_topo.errors import ConfigError, DataError, SpeedupError
 from nni_topo.recovery import Reconstruct, compensate, compensation
-from nni_topo.speedup import dependency_groups, masked_model, to_dense
+from nni_topo.speedup import dependency_groups, masked_model
 from nni_topo.testing import toy_images, toy_model
 
 

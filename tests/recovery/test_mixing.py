@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from nni_topo import to_dense
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.recovery import Pair, pair_coefficients
-from nni_topo.speedup import masked_model, to_dense
+from nni_topo.speedup import masked_model
 
 FLOATS = st.lists(st.floats(-10, 10), min_size=3, max_size=20)
 

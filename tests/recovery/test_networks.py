@@ -9,9 +9,10 @@ from speedup_nets import filter_mask
 from tied_nets import LanguageModel, Rotation, TiedConvolutions, TiedNorms
 from torch import nn
 
+from nni_topo import to_dense
 from nni_topo.recovery.registry import list_recoveries
 from nni_topo.sharing import find_ties
-from nni_topo.speedup import masked_model, to_dense
+from nni_topo.speedup import masked_model
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ from every_sample import compensate, compensation
 from torch import nn
 
 import nni_topo
+from nni_topo import to_dense
 from nni_topo.recovery import Reconstruct
-from nni_topo.speedup import masked_model, to_dense
+from nni_topo.speedup import masked_model
 
 
 def check_exact(model, masks, batches, **knobs):

@@ -14,7 +14,7 @@ from toy_times import LAYERS, proportional
 from nni_topo import compensate, create_pruner, shrink
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.runtime.calibration import Calibration
-from nni_topo.network.speedup.dense import to_dense
+from nni_topo.network.speedup.dense import dense_of
 from nni_topo.pruners.budget import Budget
 from nni_topo.recovery import distillation
 from nni_topo.runs.images import ImageParts
@@ -253,7 +253,7 @@ def test_rows_of_a_graph_are_nodes_and_whole_graphs_go_step_by_step(edges):
     pruner = create_pruner("l1", model, [{"op_names": ["enter"], "sparse_ratio": 0.5}])
     _, masks = pruner.compress()
     pruner.unwrap_model()
-    dense = to_dense(compensate(model, masks, [(inputs, torch.zeros(40))]), inputs, masks)
+    dense = dense_of(compensate(model, masks, [(inputs, torch.zeros(40))]), inputs, masks)
     assert dense.enter.out_features == 4
     assert dense(*inputs).shape == (40, 2)
 

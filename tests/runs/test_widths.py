@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from nni_topo import zoo
+from nni_topo import to_dense, zoo
 from nni_topo.errors import ConfigError
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.pruners.budget import Budget
@@ -18,7 +18,6 @@ from nni_topo.runs.widths import (
     proposed_ratios,
     pruning_config,
 )
-from nni_topo.speedup import to_dense
 
 IMAGES = torch.zeros(2, 1, 8, 8)
 

@@ -5,12 +5,11 @@ import copy
 import pytest
 import torch
 
-from nni_topo import zoo
+from nni_topo import to_dense, zoo
 from nni_topo.errors import ConfigError
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.runs.choices import Target
 from nni_topo.runs.widths import layer_ratios
-from nni_topo.speedup import to_dense
 from nni_topo.studies.baselines import baseline_masks, cut, is_baseline
 
 

@@ -54,6 +54,23 @@ def tell_solved_on(model: nn.Module, digests: Iterable[bytes]) -> None:
     vars(model)[SOLVED_ON] = solved_on(model) | frozenset(digests)
 
 
+_COMPENSATED = "_nni_topo_compensated"
+"""Name of a model's attribute that says that its kept channels make up for removed ones."""
+
+
+def tell_compensated(model: nn.Module, is_compensated: bool) -> None:
+    """Note whether a model of full size comes from `compensate`."""
+    if is_compensated:
+        vars(model)[_COMPENSATED] = True
+    else:
+        vars(model).pop(_COMPENSATED, None)
+
+
+def is_compensated(model: nn.Module) -> bool:
+    """Whether a model of full size comes from `compensate`."""
+    return _COMPENSATED in vars(model)
+
+
 def told_of_changes(changed_since: Sequence[str]) -> str:
     """Return a sentence on the changes since a report was written; empty if none were made."""
     return f"changed since, and not in these figures: {', '.join(changed_since)}" if changed_since else ""

@@ -18,7 +18,6 @@ from nni_topo.network.channels.reasons import Reasons
 from nni_topo.network.layers.derived import give_back_classes, with_known_layers
 from nni_topo.network.layers.integer_attributes import put_sizes
 from nni_topo.network.layers.kinds import feature_dimension
-from nni_topo.network.runtime.arguments import INPUTS, MASKS, MODEL, ROUND_TO, check_model
 from nni_topo.network.runtime.copies import (
     detached_copy,
     evaluating,
@@ -28,12 +27,11 @@ from nni_topo.network.runtime.copies import (
     unwrapped_copy,
 )
 from nni_topo.network.runtime.fits import call_arguments
-from nni_topo.network.runtime.public import public
+from nni_topo.network.runtime.reports import tell_compensated
 from nni_topo.network.runtime.switches import as_written, random_state_kept, seed_torch
 from nni_topo.network.speedup.analysis import Analysis, Facts, unused_tensors
 from nni_topo.network.speedup.constants import TOLERANCE, absorb, constants_read, fit_norms
 from nni_topo.network.speedup.dense_report import DenseReport, dense_report, remember_report
-from nni_topo.network.speedup.dependency import DependencyGroups
 from nni_topo.network.speedup.equivalence import apply_masks, check_equal, check_training_mode
 from nni_topo.network.speedup.leaving_out import leave_out
 from nni_topo.network.speedup.reconcile import MasksLike, Resolved, check_masks, resolve, warn_of_kept
@@ -42,111 +40,6 @@ from nni_topo.network.speedup.width_attributes import count_anew
 from nni_topo.sharing import find_ties, named_tensors, tie_again, untie
 
 _logger = logging.getLogger(__name__)
-
-
-@public(model=MODEL, example_inputs=INPUTS, masks=MASKS, round_to=ROUND_TO)
-@as_written()
-def to_dense(
-    model: torch.nn.Module,
-    example_inputs: Any,
-    masks: MasksLike,
-    *,
-    groups: DependencyGroups | None = None,
-    round_to: int | None = None,
-    constants: Literal["zero", "keep"] = "zero",
-    check: bool = True,
-) -> torch.nn.Module:
-    """Remove masked channels: return a smaller dense model without masks.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The trained model after ``pruner.unwrap_model()``. It isn't changed.
-    example_inputs : Tensor, tuple, list or mapping of str to Any
-        Inputs of the model: one tensor, positional or keyword arguments; the first dimension is the batch.
-    masks : mapping of str to mapping of str to Tensor or None
-        NNI's masks, ``{module: {parameter: mask}}``, of any pruner. They aren't changed.
-    groups : DependencyGroups, optional
-        The result of `dependency_groups` for this model and inputs of this size. It saves tracing the model again,
-        which takes most of the time for a detector. Only weights may have changed since.
-    round_to : int, optional
-        If given, every pruned layer keeps a multiple of this many channels, or all of them. Channels with the largest
-        weights (L1 norm over all coupled layers) are restored.
-    constants : {"zero", "keep"}, default="zero"
-        What removed channels contribute. ``"zero"``: nothing, as in `masked_model`. ``"keep"``: the same as in NNI's
-        wrapped model, for networks that were trained in it. A layer that reads a constant, such as the shift of a batch
-        norm, adds its response to its bias, or subtracts it from the running mean of the batch norm after it. Norms
-        over channels get the factor and shift that best replace the zeros of removed channels, measured on
-        ``example_inputs``, which should be a batch of real ones.
-    check : bool, default=True
-        Compare the outputs of the dense and the masked model, in evaluation mode, on random inputs; floats also times
-        0.01 and 100, and shifted by 3 both ways. They may differ by 1e-4 of the largest output. If the channels may
-        depend on the input size (views that join channels with positions, branches), the two are compared at a second
-        size too. If the model runs in training mode on ``example_inputs``, the structure and shapes of what it returns
-        in that mode are compared, without dropout and with batch norms in evaluation mode. ``report.checked`` describes
-        the comparisons.
-
-    Returns
-    -------
-    torch.nn.Module
-        A new model of the same class with fewer channels. Each module is in the same mode as in ``model``, set by the
-        model's own ``train`` and ``eval`` if it has such methods. Attributes that hold a number of channels, such as
-        the size of a split, are updated if the forward reads them as such, or if a table says what they count, as for
-        timm's ``feature_info`` (`register_width_attribute`). All other attributes are unchanged. Modules that share a
-        weight lose the same channels and still share it. ``report`` is a `DenseReport` of the channels of every layer
-        before and after, and why masked channels are kept; a model with its own ``report`` keeps that.
-
-    Raises
-    ------
-    ConfigError
-        If masks, inputs, ``groups``, ``round_to`` or ``constants`` can't be used.
-    DataError
-        If a parameter is NaN or infinite, or a buffer is NaN.
-    SpeedupError
-        If the model is still wrapped, a layer would be empty, the output's shape would change, or the outputs of the
-        dense and the masked model differ.
-
-    See Also
-    --------
-    dependency_groups : Makes pruners choose the same channels of coupled layers.
-    masked_model : The masked model of the comparison.
-
-    Notes
-    -----
-    A channel is removed with its bias, its batch norm and the depth-wise convolution after it. Norms over channels run
-    over the kept channels, and a removed channel contributes nothing to the layers that read it, even after an
-    activation that isn't zero at zero (sigmoid, softplus). So the result may differ from NNI's wrapped model.
-    `compensate` adds the average contribution of removed channels to the bias. Masked weights within kept channels are
-    zeros.
-
-    If the masks of coupled layers differ, every channel that any of them keeps is kept, with the weights of ``model``:
-    the dense model is compared with ``masked_model(..., reconcile=True)``. A layer without a mask keeps all channels,
-    but for those that only norms read whose masks remove them: a mask of a norm removes channels of the layers before
-    it. Where another norm or layer needs such a channel, it stays, and so do the zeros in the masked norm.
-    So do modules that can't be cut, layers before them or before attention that couldn't be traced, and recurrent
-    layers with a projection. Attention loses whole heads; other recurrent layers lose units with all of their gates,
-    the same in all stacked layers and directions. A head or unit is kept if a mask keeps one of its rows. One warning
-    names a few layers that keep masked channels, and why; the report lists all.
-
-    With ``constants="keep"``, a constant is also added where a layer's zero padding replaces it in NNI's wrapped model:
-    values next to the border differ. A constant is dropped if a transposed convolution reads it, if its reader has
-    neither a bias nor a batch norm after it, or if it differs by position; ``report.notes`` names these layers. After
-    `compensate`, which assumes that removed channels contribute nothing, use ``"zero"``.
-
-    Cost: four to six forward passes to trace the model and five to compare; a second trace if the model returns
-    something else in training mode; another trace and comparison if the channels may depend on the input size; two more
-    passes if the network has attributes of the table, as timm's and torchvision's do.
-    """
-    check_model(model)
-    return dense_of(
-        model,
-        example_inputs,
-        masks,
-        round_to,
-        constants=constants,
-        check=check,
-        facts=None if groups is None else groups.facts_for(model),
-    )
 
 
 @as_written()
@@ -160,7 +53,7 @@ def dense_of(
     check: bool = True,
     facts: Facts | None = None,
 ) -> torch.nn.Module:
-    """Do the work of :func:`to_dense`; ``facts``: known facts about the model, or about a copy with other weights."""
+    """Do the work of :func:`nni_topo.to_dense`; ``facts``: known facts of the model, or of one with other weights."""
     given, model = model, with_known_layers(model)
     call = call_arguments(example_inputs, model)
     full = check_masks(model, masks)
@@ -205,6 +98,7 @@ def dense_of(
         # Last, because the comparisons before need evaluation mode.
         put_modes_of(model, dense)
     give_back_classes(given, dense)
+    tell_compensated(dense, False)
     return dense
 
 

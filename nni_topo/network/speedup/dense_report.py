@@ -61,6 +61,8 @@ class DenseReport(ModelReport):
     notes : tuple of str, default=()
         Other remarks: where the model would train differently from the masked one, lacks a contribution of removed
         channels, or holds tensors that no run has read.
+    answers : str, default=""
+        With at least 32 samples in ``example_inputs``, the shares of the model's answers that the dense model gives.
     changed_since : tuple of str, default=()
         Later changes by functions of the package, in order, such as ``"distilled (nni_topo.distill)"``.
 
@@ -76,6 +78,7 @@ class DenseReport(ModelReport):
     checked: str = ""
     stale: Mapping[str, int] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    answers: str = ""
     changed_since: tuple[str, ...] = ()
 
     @property
@@ -99,6 +102,7 @@ class DenseReport(ModelReport):
                 "attributes not updated: " + ", ".join(f"{name} {number}" for name, number in self.stale.items())
             )
         lines += [f"equal to the masked network on {self.checked}"] if self.checked else []
+        lines += [self.answers] if self.answers else []
         lines += self.notes
         lines += [told_of_changes(self.changed_since)] if self.changed_since else []
         return "\n".join(lines)

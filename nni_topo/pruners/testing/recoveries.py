@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from nni_topo.network.runtime.comparison import SAME_CHANNELS, agree
-from nni_topo.network.speedup.dense import to_dense
+from nni_topo.network.speedup.dense import dense_of
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.pruners.testing.checks import require
 from nni_topo.pruners.testing.snapshots import require_unchanged, snapshot
@@ -58,7 +58,7 @@ def check_dense(method: Method) -> None:
     """The masked and the dense network compute the same."""
     masks, images = _masks(), toy_images(8)
     found = _recovered(_model(), method, masks).model
-    dense, masked = to_dense(found, images, masks), masked_model(found, images, masks)
+    dense, masked = dense_of(found, images, masks), masked_model(found, images, masks)
     with torch.no_grad():
         same = agree([masked(images)], [dense(images)], SAME_CHANNELS)
     require(same, "the dense network computes what the masked one does")

@@ -10,9 +10,10 @@ from speedup_nets import masks_of
 from torch import nn
 
 import nni_topo
+from nni_topo import to_dense
 from nni_topo.network.cost.cost import NetworkCost
 from nni_topo.network.speedup.equivalence import masked_model
-from nni_topo.speedup import dependency_groups, to_dense
+from nni_topo.speedup import dependency_groups
 
 IMAGES = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 HALF = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]

@@ -23,12 +23,12 @@ from tied_nets import (
 from torch import nn
 from torch.nn import functional
 
-from nni_topo import RandomPruner
+from nni_topo import RandomPruner, to_dense
 from nni_topo.network.channels.ids import FIXED
 from nni_topo.network.io.checkpoint import load, save
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.sharing import find_ties
-from nni_topo.speedup import dependency_groups, masked_model, to_dense
+from nni_topo.speedup import dependency_groups, masked_model
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.randint(0, 11, (2, 5), generator=torch.Generator().manual_seed(0))

@@ -10,11 +10,10 @@ from attention_nets import WIDTH, Fused
 from speedup_nets import l1_masks
 from tied_nets import Mirrored, TiedConvolutions, TiedNorms
 
-from nni_topo import zoo
+from nni_topo import to_dense, zoo
 from nni_topo.network.cost.cost import Cost, NetworkCost
 from nni_topo.network.layers.kinds import WEIGHTED, channel_dimension
 from nni_topo.runs.widths import inner_layers, pruning_config
-from nni_topo.speedup import to_dense
 
 
 def kept_of(model, masks):

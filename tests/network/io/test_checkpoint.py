@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tied_nets import LanguageModel, TiedConvolutions, untied
 from torch import nn
 
+from nni_topo import to_dense
 from nni_topo.errors import ConfigError, DataError, NniTopoError, SpeedupError
 from nni_topo.network.io.checkpoint import (
     RemovedPart,
@@ -24,7 +25,6 @@ from nni_topo.network.io.checkpoint import (
     take_out_part,
 )
 from nni_topo.network.layers.kinds import as_torch_layers
-from nni_topo.speedup import to_dense
 from nni_topo.zoo.transformers import SelfAttention, vit_small
 
 

@@ -11,7 +11,8 @@ from speedup_nets import Doubling, Net, Rows, filter_mask, lively
 from tied_nets import TiedReaders
 from torch import Tensor, nn
 
-from nni_topo.speedup import dependency_groups, to_dense
+from nni_topo import to_dense
+from nni_topo.speedup import dependency_groups
 
 GONE = [1, 2, 4, 5]  # equally many of both groups
 ASKED = [{"op_names": ["first"], "sparse_ratio": 0.5}]

@@ -21,8 +21,9 @@ from speedup_nets import (
 from tied_nets import LanguageModel
 from torch import nn
 
+from nni_topo import to_dense
 from nni_topo.errors import ConfigError, SpeedupError
-from nni_topo.speedup import masked_model, to_dense
+from nni_topo.speedup import masked_model
 
 
 def images(channels=3, size=8, batch=2):

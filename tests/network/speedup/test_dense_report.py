@@ -14,8 +14,9 @@ from speedup_nets import Chunked, Residual, chain, filter_mask, masks_of
 from torch import nn
 
 import nni_topo
+from nni_topo import to_dense
 from nni_topo.network.speedup.dense_report import DenseReport, LayerChannels
-from nni_topo.speedup import dependency_groups, to_dense
+from nni_topo.speedup import dependency_groups
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

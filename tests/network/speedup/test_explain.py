@@ -11,8 +11,9 @@ from speedup_nets import filter_mask
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nni_topo import to_dense
 from nni_topo.errors import ConfigError, SpeedupError
-from nni_topo.speedup import dependency_groups, explain, to_dense
+from nni_topo.speedup import dependency_groups, explain
 
 GONE = [1, 2, 4, 5]
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from whole_nets import ChannelsFirst, ResponseNorm, Root
 
+from nni_topo import to_dense
 from nni_topo.network.layers.slicing import cut
 from nni_topo.network.speedup.leaving_out import run_over_kept
-from nni_topo.speedup import dependency_groups, masked_model, to_dense
+from nni_topo.speedup import dependency_groups, masked_model
 
 GONE = [1, 2, 4, 5]  # equally many of both groups
 BY_TYPE = [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}]

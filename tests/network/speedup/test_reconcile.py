@@ -10,11 +10,12 @@ from nni.compression.pruning import L1NormPruner
 from speedup_nets import Chunked, Grouped, Residual, chain, filter_mask
 from torch import nn
 
+from nni_topo import to_dense
 from nni_topo.errors import ConfigError, DataError, SpeedupError
 from nni_topo.network.layers.kinds import weight_name, weight_of
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.reconcile import check_masks, resolve
-from nni_topo.speedup import masked_model, to_dense
+from nni_topo.speedup import masked_model
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

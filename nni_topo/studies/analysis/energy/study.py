@@ -26,7 +26,7 @@ from nni_topo.network.runtime.arguments import INPUTS, MODEL
 from nni_topo.network.runtime.copies import detached_copy
 from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.analysis import Analysis
-from nni_topo.network.speedup.dense import dense_of, to_dense
+from nni_topo.network.speedup.dense import dense_of
 from nni_topo.network.speedup.dependency import dependency_groups
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.pruners.energy import EnergyFilterPruner
@@ -324,7 +324,7 @@ def accumulate_energy(
         pruner = EnergyFilterPruner(detached_copy(dense), config_list, example_inputs=example_inputs, **knobs)
         _, masks = pruner.compress()
         before = output_channels(dense.get_submodule(names[0])) or 0
-        dense = to_dense(dense, example_inputs, masks)
+        dense = dense_of(dense, example_inputs, masks)
         if retrain is not None:
             retrain(dense)
         after = output_channels(dense.get_submodule(names[0])) or 0
@@ -395,7 +395,7 @@ class AnalyzeEnergy(TrainedStudy[EnergyStudy]):
             masks: Masks = {}
             for name, threshold in thresholds.items():
                 masks |= masks_of([name], study.masks[threshold])
-            dense = to_dense(net, example, masks)
+            dense = dense_of(net, example, masks)
             study.more["suggested"] = plain(
                 {
                     "thresholds": thresholds,
