@@ -54,13 +54,13 @@ class Way:
 
     stop: float = 1e-5  # share of the reduction so far: a step that reduces less ends the selection
     refine: int = 2  # steps of refining before a ReLU
-    rows: float | None = None  # rows per column; None: as many as the package takes
+    rows: int | None = None  # rows per column; None: as many as the package takes
     shares: tuple[float, ...] = SHARES
 
 
 BASE, UNREFINED = "no stop", "no refining"
 STOPS = {f"stop {digits}": Way(stop=float(digits)) for digits in ("1e-4", "1e-3", "1e-2")}
-ROWS = {f"{rows:g} rows per column": Way(rows=rows, shares=(ROWS_SHARE,)) for rows in (8.0, 4.0, 2.0, 1.0)}
+ROWS = {f"{rows} rows per column": Way(rows=rows, shares=(ROWS_SHARE,)) for rows in (8, 4, 2, 1)}
 WAYS = {BASE: Way(), **STOPS, UNREFINED: Way(refine=0), **ROWS}
 IMAGES = {RESNET: 512}  # 1,024 otherwise
 SIDES = {VGG: 32}  # pixels to which images are padded with black; 28 otherwise
