@@ -80,6 +80,11 @@ def checks() -> list[Check]:
         Check("damaged files and killed jobs", "make faults"),
         Check("processors", "make test-processors"),
         Check("all networks of the zoo", "make zoo ZOO=--without-times"),
+        Check(
+            "a third of the networks from files",
+            "rm -f runs/zoo_imports.jsonl; $BIN/python -m benchmarks.export.zoo_imports --out runs/zoo_imports.jsonl "
+            "--turn $COMMITS --against benchmarks/records/zoo_imports.jsonl",
+        ),
         Check("other people's packages", "rm -f runs/packages.jsonl; make packages"),
         Check("speed beside the pages", "$BIN/python -m benchmarks.speed.quick --out runs/quick"),
         Check("NNI's own tests", "make upstream UPSTREAM=--record", variables=("NNI",)),

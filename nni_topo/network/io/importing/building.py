@@ -251,8 +251,10 @@ class Building:
             axes, places = range(start, first), [place for place in range(begin, second) if type(sizes[place]) is int]
             wide = [axis for axis in axes if source[axis] != 1]
             if second - begin > 1:
+                # Beside a size that is computed from a width, numbers of parts are numbers.
+                is_computed = any(isinstance(sizes[place], Node) for place in range(begin, second))
                 for place in places:
-                    if sizes[place] not in (1, -1):
+                    if sizes[place] not in (1, -1) and not is_computed:
                         sizes[place] = self.number(sizes[place])
             elif places and (len(wide) == 1 or (len(axes) == 1 and start == begin == 0)):
                 # An axis goes through; a batch of one in the file may be any batch.
@@ -271,6 +273,8 @@ class Building:
     def finish(self, outputs: Any) -> GraphModule:
         """Return the network."""
         self.graph.output(map_aggregate(outputs, self._held))
+        self._compute_shuffled_sizes()
+        self._join_slices()
         network = GraphModule(self._root, self.graph, "Imported")
 
         def stays(node: Node) -> bool:
@@ -280,6 +284,66 @@ class Building:
         network.delete_all_unused_submodules()
         network.recompile()
         return network.eval()
+
+    def _compute_shuffled_sizes(self) -> None:
+        """Let channel shuffles compute the channels of a group from the tensor's width, as their source does.
+
+        A shuffle splits an axis into groups and their channels, exchanges the two, and joins them.
+        """
+        for split in self.graph.nodes:
+            chain = [split]
+            while len(chain) < 3 and len(users := [user for user in chain[-1].users if user.target != "size"]) == 1:
+                chain += users
+            targets = [node.target for node in chain]
+            if targets not in (["reshape", "transpose", "reshape"], ["reshape", "permute", "reshape"]):
+                continue
+            x, *sizes = split.args
+            axes = list(range(len(sizes)))
+            if targets[1] == "permute":
+                axes = [axis % len(sizes) for axis in chain[1].args[1:]]
+            else:
+                first, second = (axis % len(sizes) for axis in chain[1].args[1:])
+                axes[first], axes[second] = second, first
+            exchanged = [place for place, axis in enumerate(axes) if place != axis]
+            if self.shape(chain[2]) != self.shape(x) or exchanged != [exchanged[0], exchanged[0] + 1]:
+                continue
+            axis = exchanged[0]
+            if any(getattr(sizes[place], "op", "") != "get_attr" for place in exchanged):
+                continue
+            sizes[axis] = self.values(sizes[axis], 0)
+            with self.graph.inserting_before(split):
+                width = self.graph.call_method("size", (x, axis))
+                sizes[axis + 1] = self.graph.call_function(operator.floordiv, (width, sizes[axis]))
+            split.args = (x, *sizes)
+
+    def _join_slices(self) -> None:
+        """Make slices that cut an axis into equal parts, at computed ends, one chunk, as their source has it."""
+        for x in list(self.graph.nodes):
+            slices: dict[int, list[tuple[int, Node]]] = {}
+            for node in x.users:
+                index = node.args[1] if node.target is operator.getitem and node.args[0] is x else None
+                if isinstance(index, tuple) and all(each == slice(None) for each in index[:-1]):
+                    end = index[-1]
+                    if isinstance(end, slice) and end.step is None and isinstance(end.stop, Node):
+                        start = 0 if end.start is None else self.values(end.start, 0)
+                        slices.setdefault(len(index) - 1, []).append((start, node))
+            for axis, parts in slices.items():
+                parts.sort(key=operator.itemgetter(0))
+                if all(self._are_chunks(x, axis, [node for _, node in parts], call) for call in range(self.calls)):
+                    with self.graph.inserting_after(x):
+                        chunk = self.graph.call_function(torch.chunk, (x, len(parts), axis))
+                    with self.graph.inserting_after(chunk):
+                        for place, (_, part) in enumerate(parts):
+                            one = self.graph.call_function(operator.getitem, (chunk, place))
+                            part.replace_all_uses_with(one)
+                            self.graph.erase_node(part)
+
+    def _are_chunks(self, x: Node, axis: int, parts: list[Node], call: int) -> bool:
+        """Tell whether parts of a tensor are those of a chunk."""
+        chunks = torch.chunk(self.values(x, call), len(parts), axis)
+        return len(chunks) == len(parts) > 1 and all(
+            torch.equal(chunk, self.values(part, call)) for chunk, part in zip(chunks, parts, strict=True)
+        )
 
     def _noted(self, node: Node, examples: list[Any]) -> Node:
         node.meta[_EXAMPLES] = examples

@@ -138,6 +138,47 @@ def test_the_command_writes_a_file_and_a_report(files, tmp_path, capsys):
     assert not (tmp_path / "other").exists()
 
 
+class Shuffled(nn.Module):
+    """A block of ShuffleNet: half of the channels pass a layer, and two groups exchange channels."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.first = nn.Conv2d(1, 16, 3)
+            self.branch = nn.Conv2d(8, 8, 1)
+            self.last = nn.Conv2d(8, 4, 1)
+
+    def forward(self, image):
+        """Map images ``(n, 1, 8, 8)`` to ``(n, 4, 6, 6)``."""
+        left, right = self.first(image).chunk(2, 1)
+        x = torch.cat([left, torch.relu(self.branch(right))], 1)
+        n, channels, height, width = x.shape
+        x = x.view(n, 2, channels // 2, height, width).transpose(1, 2).reshape(n, channels, height, width)
+        left, right = x.chunk(2, 1)
+        return self.last(left * right)
+
+
+@pytest.mark.parametrize("road", ["export", "dynamo", "older"])
+def test_channels_that_are_shuffled_and_halved_have_the_groups_of_the_source(road, tmp_path):
+    free, path = {"image": {0: torch.export.Dim("batch")}}, tmp_path / "shuffled.onnx"
+    if road == "older":
+        with pytest.warns(DeprecationWarning, match="legacy"):
+            torch.onnx.export(
+                Shuffled().eval(), (IMAGES[:2],), path, dynamo=False, input_names=["image"],
+                dynamic_axes={"image": {0: "batch"}},
+            )  # fmt: skip
+        network = nni_topo.from_file(path)
+    else:
+        file = torch.export.export(Shuffled().eval(), (IMAGES[:2],), dynamic_shapes=free)
+        if road == "dynamo":
+            torch.onnx.export(file, dynamo=True, verbose=False).save(path, external_data=False)
+        network = nni_topo.from_file(path if road == "dynamo" else file)
+    config = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
+    of_source, of_file = (nni_topo.dependency_groups(net, IMAGES[:2], config) for net in (Shuffled().eval(), network))
+    assert [[entry["op_names"] for entry in groups] for groups in (of_source, of_file)] == [[["first"], ["branch"]]] * 2
+
+
 def changed(files, change):
     """Return a file's model after a change."""
     model = onnx.load(files / "old.onnx")
