@@ -14,6 +14,7 @@ class Context:
     """State of the running public function, shared with the functions that it calls; the defaults if none runs."""
 
     is_quiet: bool = False  # whether progress bars are hidden
+    is_command: bool = False  # whether the command line runs, whose user has flags and no arguments
     # Advice on how to exclude layers, for messages; ``{}`` stands for the layers.
     leaves_out: str = "exclude {} from the config_list (exclude_op_names)"
     called_as: tuple[str, str] = ("", "")  # a function, and the public function that passes its arguments to it
@@ -55,6 +56,11 @@ def tell(**known: Any) -> None:
 def leaving_out(layers: str = "the layer") -> str:
     """Return the advice on how to exclude layers, with the argument of the running function that does so."""
     return context().leaves_out.format(layers)
+
+
+def advice(call: str, command: str) -> str:
+    """Return advice for whoever calls a function, or for whoever has typed a command."""
+    return command if context().is_command else call
 
 
 def called_as(place: str) -> str:

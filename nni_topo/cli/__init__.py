@@ -13,7 +13,8 @@ from rich.console import Console
 
 import nni_topo
 from nni_topo.cli import doctor, experiment, profile, verbs
-from nni_topo.errors import NniTopoError
+from nni_topo.context import in_context
+from nni_topo.errors import ConfigError, NniTopoError
 from nni_topo.studies.study import Verb
 from nni_topo_command import chosen
 
@@ -66,9 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         choice = _choose(name, choice(), words)
     name = f"{name} {words.pop(0)}"
     try:
+        check_names(name, words)
         verb = parsed(name, choice, words)
         # With --json, standard output holds only the document.
-        return verb.run(Console(stderr=verb.json, width=None if sys.stdout.isatty() else 160))
+        with in_context(is_command=True):
+            return verb.run(Console(stderr=verb.json, width=None if sys.stdout.isatty() else 160))
     except NniTopoError as error:
         return _failed(name, str(error), error.page)
     except OSError as error:
@@ -90,6 +93,13 @@ def _choose(name: str, choices: Choices, words: list[str]) -> type[Verb] | Calla
     """Return the choice named by the first word; without a word, or with ``--help``, print the choices and exit."""
     lines = {verb: (inspect.getdoc(choice) or "").partition("\n")[0] for verb, choice in choices.items()}
     return choices[chosen(name, lines, words, f"nni_topo {nni_topo.__version__}")]
+
+
+def check_names(name: str, words: Sequence[str]) -> None:
+    """Raise ConfigError if one cost is asked for by both of its names."""
+    flags = {word.partition("=")[0] for word in words}
+    if {"--flops", "--macs"} <= flags:
+        raise ConfigError(f"--flops and --macs are two names of one cost: give one of them, got both ({name})")
 
 
 def parsed(name: str, kind: type[Verb], words: Sequence[str]) -> Verb:

@@ -41,9 +41,10 @@ from nni_topo.studies.tables import NumberTable, as_markdown, tables_of
 from nni_topo.zoo import list_data, list_models
 from nni_topo.zoo.external import pretrained_preprocessing
 from nni_topo.zoo.labelled import Preprocessing
-from nni_topo.zoo.unlabelled import has_labels, read_inputs, shape_of
+from nni_topo.zoo.unlabelled import fitting_texts, has_labels, read_inputs, shape_of
 
 _OR_MACS = tyro.conf.arg(aliases=("--macs",))
+_Costs = Annotated[tyro.conf.UseAppendAction[tuple[float, ...]], _OR_MACS]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,7 @@ class Compare(DataVerb):
     network: str = ""  # name of one of the plan's networks, if it has several
     pruners: Names = ("topological", "l1", "l2", "fpgm", "random")  # registered names
     ratio: tyro.conf.UseAppendAction[tuple[float, ...]] = ()  # sparse_ratio of every layer, in [0, 1); may be repeated
-    flops: tyro.conf.UseAppendAction[tuple[float, ...]] = ()  # share of the MACs to keep, in (0, 1]; may be repeated
+    flops: _Costs = ()  # share of the MACs to keep, in (0, 1]; may be repeated
     params: tyro.conf.UseAppendAction[tuple[float, ...]] = ()  # share of the parameters to keep, in (0, 1]
     latency: tyro.conf.UseAppendAction[tuple[float, ...]] = ()  # share of a batch's time to keep, in (0, 1]
     memory: tyro.conf.UseAppendAction[tuple[float, ...]] = ()  # share of parameters' and activations' bytes, in (0, 1]
@@ -212,7 +213,9 @@ class Shrink(TrainedVerb):
     cost: str | None = None  # with --tolerance, the cost to minimise: flops, params, latency or memory
     measure: str = "outputs"  # measure of --tolerance: outputs (changed answers; else distance) or distance
     allocation: str | None = None  # how layers share the budget: uniform, topological, error or auto; None: uniform
+    layers: Names = ()  # layers to prune, by name; none: all that can lose channels
     equal_blocks: bool = False  # keep the same widths in all blocks, so that a config of Transformers describes them
+    no_equal_blocks: bool = False  # let layers and heads of a model of Transformers keep any width
     runtime: str = "pytorch"  # where --latency is timed: pytorch or onnxruntime
     round_to: int | None = None  # layers keep a multiple of so many channels, 1: any number; None: as the budget allows
     depth: bool = False  # let blocks compete with channels for the budget
@@ -220,10 +223,14 @@ class Shrink(TrainedVerb):
     unlabelled: bool = False  # use the data without its labels, e.g. folders of images that aren't classes
     mean: tuple[float, ...] = ()  # of each channel of images in files, in [0, 1]; none: the model's, else ImageNet's
     std: tuple[float, ...] = ()  # standard deviation of each channel, above 0; none: the model's, else ImageNet's
+    crop: float | None = None  # side of the middle square that is scaled, as a share of the image's, in (0, 1]
+    transform: str | None = None  # package.module:function from a Pillow image to a tensor, in place of all scaling
     classes: int | None = None  # logits of a model that is built for data without labels; None: its factory's default
     tokenizer: str | None = None  # folder or name of a tokenizer of Transformers, for lines of text
     export: Literal["onnx", "pt2"] | None = None  # also write the smaller network as small.onnx or small.pt2
     test_limit: int | None = None  # test images used, the set's first ones, at least 1; None: all, whatever --limit is
+    objective: Literal["auto", "kl", "binary", "cosine", "squares"] = "auto"  # how outputs are compared; auto: by them
+    no_distill: bool = False  # leave distillation out
     distill_seconds: float | None = None  # time of distillation, above 0; None: until the held-out loss stops falling
 
     def run(self, console: Console) -> int:
@@ -243,6 +250,7 @@ class Shrink(TrainedVerb):
                 pruner=self.pruner,
                 compensate=self.method,
                 depth=self.depth,
+                layers=list(self.layers) or None,
                 round_to=self.round_to,
                 seed=self.seed,
                 progress=False if self.json else None,
@@ -286,10 +294,12 @@ class Shrink(TrainedVerb):
                     raise
                 raise DataError(f"{error}; --unlabelled uses the images without their folders as classes") from error
             choice = DistillationChoice(self.images, seconds=self.distill_seconds)
-            how = {"distill": distillation_knobs(start, choice), "evaluate": start.tested}
+            knobs = {**distillation_knobs(start, choice), "objective": self.objective}
+            how = {"distill": not self.no_distill and knobs, "evaluate": start.tested}
             return start.net, start.calibration(self.images), how
         known = (None if is_file else pretrained_preprocessing(self.model)) or Preprocessing()
-        scaling = replace(known, mean=self.mean or known.mean, std=self.std or known.std)
+        crop = known.crop if self.crop is None else self.crop
+        scaling = replace(known, mean=self.mean or known.mean, std=self.std or known.std, crop=crop)
         images = read_inputs(
             self.data,
             self.images,
@@ -297,8 +307,9 @@ class Shrink(TrainedVerb):
             preprocessing=scaling,
             workers=self.workers,
             tokenizer=self.tokenizer,
+            transform=self.transform,
         )
-        if Path(self.data).is_dir():
+        if Path(self.data).is_dir() and self.transform is None:
             tell = "; --mean and --std change it" if not (self.mean or self.std) else ""
             console.print(
                 f"images: as shares of the largest value, less mean {list(scaling.mean)}, divided by "
@@ -306,7 +317,11 @@ class Shrink(TrainedVerb):
                 markup=False,
                 highlight=False,
             )
-        distill = {} if self.distill_seconds is None else {"seconds": self.distill_seconds}
+        distill: dict[str, Any] | bool = {"objective": self.objective}
+        if self.distill_seconds is not None:
+            distill = {"objective": self.objective, "seconds": self.distill_seconds}
+        if self.no_distill:
+            distill = False
         if is_file:
             return self.model, images, {"distill": distill}
         network = weighted_model(
@@ -318,6 +333,7 @@ class Shrink(TrainedVerb):
         )
         if self.checkpoint is None:
             console.print(f"weights: those that {self.model} has; --checkpoint reads others", markup=False)
+        images = images.with_batches(fitting_texts(images, network, self.data))
         place = resolve_device(self.device)
         moved = [tree_map_only(Tensor, lambda tensor: tensor.to(place), batch) for batch in images]
         return network, images.with_batches(moved), {"distill": distill}
@@ -336,6 +352,14 @@ class Shrink(TrainedVerb):
                 rule.check(name, value, place)
         if self.export is not None and Path(self.model).suffix.lower() in FORMATS:
             raise ConfigError(f"--export can't be combined with a file, whose format stays, got {self.model} ({place})")
+        (number(0, 1, "right") | NONE).check("crop", self.crop, place)
+        for one, other in (("transform", "crop"), ("transform", "mean"), ("transform", "std")):
+            if getattr(self, one) and getattr(self, other):
+                raise ConfigError(f"--{one} replaces all scaling of images, so --{other} must be left out ({place})")
+        if self.equal_blocks and self.no_equal_blocks:
+            raise ConfigError(f"--equal-blocks and --no-equal-blocks exclude each other, got both ({place})")
+        if self.no_distill and self.distill_seconds is not None:
+            raise ConfigError(f"--distill-seconds must be left out with --no-distill, got both ({place})")
         DistillationChoice(self.images, seconds=self.distill_seconds)
         check_knobs(place, {"tolerance": self.tolerance}, KNOBS)
         settings = Settings(pruner=self.pruner, compensate=self.method, depth=self.depth, place=place)
@@ -350,7 +374,8 @@ class Shrink(TrainedVerb):
             other = f"--{next(iter(shares))}"
             raise ConfigError(f"--tolerance can't be combined with a share to keep, got {other} (nni-topo shrink)")
         how: dict[str, Any] = {} if self.allocation is None else {"allocation": self.allocation}
-        how |= {"equal_blocks": True} if self.equal_blocks else {}
+        if self.equal_blocks or self.no_equal_blocks:
+            how["equal_blocks"] = self.equal_blocks
         how |= {"runtime": self.runtime} if self.runtime != "pytorch" else {}
         if self.tolerance is not None:
             return {self.cost or "flops": None, **how} if how else self.cost

@@ -24,7 +24,7 @@ import torch
 from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
-from nni_topo.context import context
+from nni_topo.context import advice, context
 from nni_topo.errors import ConfigError, DataError, GradientError
 from nni_topo.network.runtime.arguments import BATCHES, MODEL, check_model
 from nni_topo.network.runtime.calibration import Calibration
@@ -68,7 +68,7 @@ from nni_topo.recovery.lesson import (
     student_of,
 )
 from nni_topo.recovery.outputs import ComparedOutputs, Outputs
-from nni_topo.recovery.pool import Pool, are_joinable, inputs_to_compare
+from nni_topo.recovery.pool import Pool, are_joinable, inputs_to_compare, without_distillation
 from nni_topo.recovery.report import signed_like
 from nni_topo.rules import FLAG, FUNCTION, NONE, SEED, number, one_of, taking, whole
 from nni_topo.sharing import named_tensors
@@ -151,7 +151,7 @@ class Verdict:
             tried = ", ".join(dict.fromkeys(f"{each.lr:g}" for each in self.rates))
             text += f". No step was taken: a few at each of the learning rates {tried} make the loss too large"
         else:
-            text += ". No step was taken: seconds= allows too few"
+            text += f". No step was taken: {_seconds()} allows too few"
         if self.held_out < _FEW:
             text += f". {self.held_out} held-out samples are few for this decision: pass more"
         if self.solved_on:
@@ -528,6 +528,11 @@ def _tried(training: Training, judge: _Judge, lr: float | None, progress: bool |
     return _Trial(training, lower[0] if lower else math.nan, rates)
 
 
+def _seconds() -> str:
+    """Return what limits the time, for messages."""
+    return advice("seconds=", "--distill-seconds")
+
+
 def _tell_time(training: Training, a_step: float, looks: float, *, is_searched: bool) -> None:
     """Log how long distillation takes at most: as a warning if that is more than ten minutes without a limit."""
     total, limit = training.total, training.clock.seconds
@@ -539,7 +544,7 @@ def _tell_time(training: Training, a_step: float, looks: float, *, is_searched: 
         text += f", at most {tried} of them to find the learning rate" if tried else ""
         text += ", as many again at a sixth of the rate if the result is discarded"
     text += ", and comparisons with the unpruned network"
-    text += "; seconds= limits it" if limit is None else f"; seconds= ends it after {duration(limit)}"
+    text += f"; {_seconds()} limits it" if limit is None else f"; {_seconds()} ends it after {duration(limit)}"
     _logger.log(logging.WARNING if limit is None and needed > LONG else logging.INFO, "%s", text)
 
 
@@ -780,7 +785,7 @@ def too_few_batches(count: int, why: str) -> ConfigError:
     return ConfigError(
         "distillation must be able to run a model on any number of samples, or have at least two batches, one to judge "
         f"by, got {count}: {why}; samples must be the first dimension of every input, also of the states of recurrent "
-        "layers. Pass more batches, or leave distillation out: shrink(..., distill=False) (images)"
+        f"layers. Pass more batches, or leave distillation out: {without_distillation()} (images)"
     )
 
 

@@ -51,7 +51,7 @@ from nni_topo.recovery.outputs import (
     shared_blocks,
     unpadded,
 )
-from nni_topo.recovery.pool import Pool, have_one_shape, inputs_to_compare, joined
+from nni_topo.recovery.pool import Pool, have_one_shape, inputs_to_compare, joined, without_distillation
 
 Objective = Literal["auto", "kl", "binary", "squares", "cosine"]
 Augment = Callable[[Any], Any]
@@ -466,7 +466,7 @@ def _run(model: nn.Module, call: Call) -> Any:
             raise
         raise ConfigError(
             f"distillation must be able to run a model on any number of samples, got {raised(error)} on "
-            f"{described(call)}: leave distillation out, in shrink distill=False (images)"
+            f"{described(call)}: leave distillation out, {without_distillation()} (images)"
         ) from error
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nni_topo.context import advice
 from nni_topo.errors import ConfigError, listed
 from nni_topo.network.runtime.copies import evaluation_mode
 from nni_topo.network.runtime.hooks import watched
@@ -190,7 +191,8 @@ def kind_of(outputs: Sequence[Tensor], origin: Origin | None, *, is_named: bool,
             if _are_decisions(rows):
                 return OutputKind("decisions", origin=_why(layer, by_values))
             return OutputKind("numbers", origin=by_values)
-        return OutputKind("classes", origin=_why(layer, "assumed; objective='squares' compares numbers"))
+        numbers = advice("objective='squares'", "--objective squares")
+        return OutputKind("classes", origin=_why(layer, f"assumed; {numbers} compares numbers"))
     if axis is not None and shape[axis] > 1 and len({output.shape[axis] for output in outputs}) == 1:
         rows = _rows(outputs, axis)
         is_sure = len(rows) >= _MANY and _sureness(rows) >= _SURE_OF_CLASS
@@ -420,7 +422,8 @@ class ComparedOutputs(NamedTuple):
         verb = "is" if len(self.compared) == 1 else "are"
         return (
             f"of the model's outputs {listed(self.compared)} {verb} compared, but not {listed(self.left_out)}: "
-            "outputs= chooses others, e.g. outputs=lambda output, inputs: tuple(output.values())"
+            f"{advice('outputs=', 'in Python, outputs=')} chooses others, e.g. outputs=lambda output, inputs: "
+            "tuple(output.values())"
         )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from nni_topo.context import advice
 from nni_topo.errors import DataError, raised
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.fits import failure_on
@@ -58,6 +59,11 @@ class Pool:
         return index[:: max(1, -(-self.samples(index) // most))]
 
 
+def without_distillation() -> str:
+    """Return how distillation is left out, for messages."""
+    return advice("distill=False", "--no-distill")
+
+
 def have_one_shape(parts: Iterable[Call]) -> bool:
     """Return whether the inputs of all calls fit together, sample by sample; DataError for lists of samples."""
     first = None
@@ -66,7 +72,7 @@ def have_one_shape(parts: Iterable[Call]) -> bool:
         if lists_of_samples((*args, *kwargs.values())):
             raise DataError(
                 "distillation must have samples along the first dimension of tensors, got a list, as detectors take "
-                "it: shrink(..., distill=False) recovers without it (images)"
+                f"it: {without_distillation()} recovers without it (images)"
             )
         leaves, spec = tree_flatten((args, kwargs))
         # Numbers, such as a batch's greatest length, are the same in all batches that are joined.

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nni_topo.context import advice
 from nni_topo.errors import ConfigError, listed, raised
 from nni_topo.network.cost.measure import count_macs, count_params
 from nni_topo.network.runtime.copies import evaluating, evaluation_mode, leaves_models_alone, lent
@@ -104,8 +105,8 @@ class Measurements:
         if states:
             self._warn(
                 f"the network is judged one step at a time, each from the calibration data's {listed(states)}: it "
-                "returns tensors of the same shapes, and where these are its next inputs, errors add up; evaluate= can "
-                "run it over streams, as docs/faq.md shows"
+                "returns tensors of the same shapes, and where these are its next inputs, errors add up; "
+                f"{advice('evaluate=', 'in Python, evaluate=')} can run it over streams, as docs/faq.md shows"
             )
 
     def _warn(self, text: str) -> None:
@@ -183,9 +184,9 @@ class Measurements:
             )
         gone = [f"{row.name} (of {row.before})" for row in rows if row.after == 1 and row.before >= _MANY]
         if gone:
+            cure = advice("give them a max_sparse_ratio (layers)", "name the layers to prune without them (--layers)")
             self._warnings.append(
-                f"one channel is left of these layers: {listed(gone)}; ask for a larger share of the cost, or give "
-                "them a max_sparse_ratio (layers)"
+                f"one channel is left of these layers: {listed(gone)}; ask for a larger share of the cost, or {cure}"
             )
         return tuple(self._warnings)
 

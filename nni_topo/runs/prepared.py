@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor, nn
 
-from nni_topo.context import in_context
+from nni_topo.context import advice, in_context
 from nni_topo.errors import GradientError, listed
 from nni_topo.maths.ties import first_smallest
 from nni_topo.network.attention.config import is_pretrained
@@ -57,6 +57,7 @@ from nni_topo.recovery.distilling import course_on
 from nni_topo.recovery.frozen import frozen_layers
 from nni_topo.recovery.lesson import judged
 from nni_topo.recovery.outputs import OutputKind
+from nni_topo.recovery.pool import without_distillation
 from nni_topo.runs.depth import Depth, with_depth
 from nni_topo.runs.expected import Expectation, expected
 from nni_topo.runs.images import ImageParts
@@ -64,7 +65,7 @@ from nni_topo.runs.measurements import UNPRUNED, Measurements
 from nni_topo.runs.pipeline import Pipeline, Tried
 from nni_topo.runs.prunable import NoneDescribedError, Prunable, layers_to_prune
 from nni_topo.runs.report import ShrinkReport
-from nni_topo.runs.settings import FREE_WIDTHS, PREFERRED, Settings, allocations_to_try
+from nni_topo.runs.settings import PREFERRED, Settings, allocations_to_try, free_widths
 from nni_topo.runs.widths import as_entries, planned_ratios
 
 # The time of selecting channels by reconstruction, and of reconstructing weights: passes forward and back over the
@@ -214,7 +215,8 @@ class Prepared:
             )
             total += seconds
             if settings.distillation_knobs.get("seconds") is None and self.clock.seconds is None:
-                hint = "; distill={'seconds': ...} limits distillation"
+                limit = advice("distill={'seconds': ...}", "--distill-seconds")
+                hint = f"; {limit} limits distillation"
         if told:
             text = f"{settings.place} takes about {duration(total)}: {', '.join(told)}"
             text += f"; not counted: {', '.join(unknown)}" if unknown else ""
@@ -409,7 +411,7 @@ class Prepared:
                 found = replace(made, analysis=self.analysis).distill(images, **knobs | chosen)
         except GradientError as error:
             if distill is not True:  # knobs were given, so distillation is wanted
-                raise GradientError(f"{error}; distill=False leaves distillation out") from error
+                raise GradientError(f"{error}; {without_distillation()} leaves distillation out") from error
             self.leave_out(f"the network isn't distilled: {error}")
             return made
         return replace(found, seconds_of_distillation=perf_counter() - began)
@@ -529,7 +531,7 @@ def prepare(
         if not outcome.is_met:
             prepared.leave_out(
                 f"the config of {type(model).__name__} describes no network that keeps {budget.share:g} of the "
-                f"{budget.kind}: {outcome.left:.4g} can be reached; {FREE_WIDTHS}"
+                f"{budget.kind}: {outcome.left:.4g} can be reached; {free_widths()}"
             )
     measured = Measurements(model, data, settings.evaluate, settings.outputs, settings.objective)
     measured.add(UNPRUNED, model)

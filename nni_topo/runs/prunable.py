@@ -21,10 +21,10 @@ from nni_topo.network.speedup.dependency import (
     unprunable_layers,
 )
 from nni_topo.pruners.checks import matched_modules
-from nni_topo.runs.settings import FREE_WIDTHS, Layers
+from nni_topo.runs.settings import Layers, free_widths
 from nni_topo.runs.widths import sorted_layers
 
-_NO_CONFIG = "the config of Transformers can't describe fewer channels ({'equal_blocks': False} in the budget)"
+_NO_CONFIG = "the config of Transformers can't describe fewer channels, as it does with equal blocks"
 
 
 class NoneDescribedError(ConfigError):
@@ -81,7 +81,7 @@ def layers_to_prune(analysis: Analysis, layers: Layers | None, *, is_described: 
             if not kept:
                 raise NoneDescribedError(
                     f"a model of Transformers must have layers for which its config can describe fewer channels, got "
-                    f"none in {type(model).__name__}; {FREE_WIDTHS} (shrink)"
+                    f"none in {type(model).__name__}; {free_widths()} (shrink)"
                 )
             unpruned = unpruned | dict.fromkeys((name for name in named if name not in kept), _NO_CONFIG)
             # Layers that are left out may keep channels of others from being removed.
@@ -97,14 +97,14 @@ def layers_to_prune(analysis: Analysis, layers: Layers | None, *, is_described: 
             asked += [name for name in entry["op_names"] if name not in prunable.unpruned]
     if not settings:
         raise NoneDescribedError(
-            f"the config must describe fewer channels of a layer, got none; {FREE_WIDTHS} (layers)"
+            f"the config must describe fewer channels of a layer, got none; {free_widths()} (layers)"
         )
     possible = described(asked)
     if refused := [name for name in asked if name not in possible]:
         raise ConfigError(
             "layers must be ones for which the config can describe fewer channels, with all others of the same width, "
             f"got {listed(refused, 4)}; it can for {listed(settings, 4) or 'none'}; "
-            f"{FREE_WIDTHS} (layers)"
+            f"{free_widths()} (layers)"
         )
     return prunable
 

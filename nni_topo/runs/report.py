@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from nni_topo.context import advice
 from nni_topo.disk import finite, plain
 from nni_topo.errors import listed
 from nni_topo.network.cost.measure import TimedPair
@@ -31,10 +32,6 @@ if TYPE_CHECKING:
     from nni_topo.runs.page import Part
 
 _NAMES = 8  # layers that a line names
-_UNGROUPED = (
-    "if several samples come from one source, such as a speaker or a photo, nni_topo.Calibration(groups=...) holds out "
-    "whole sources: a network is worse on new sources than on new samples of known ones"
-)
 
 
 _TABLES = {
@@ -206,7 +203,11 @@ class ShrinkReport(ModelReport):
         if self.read_as:
             notes.append(self.read_as)
         if self.held_out and not self.grouped:
-            notes.append(_UNGROUPED)
+            how = advice("nni_topo.Calibration(groups=...)", "a folder for each source of images")
+            notes.append(
+                f"if several samples come from one source, such as a speaker or a photo, {how} holds out whole "
+                "sources: a network is worse on new sources than on new samples of known ones"
+            )
         if self.outputs is not None and self.outputs.left_out:
             notes.append(str(self.outputs))
         outcomes = (self.tolerance, self.budget, self.time, self.depth, self.expectation, self.distillation)

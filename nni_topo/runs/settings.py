@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from nni_topo.context import advice
 from nni_topo.errors import ConfigError, DataError, GradientError, listed, shown, unknown_name
 from nni_topo.network.attention.config import described_layers, is_pretrained
 from nni_topo.network.io.checkpoint import why_undescribed
@@ -24,18 +25,12 @@ from nni_topo.recovery.distilling import KNOBS as DISTILLATION_KNOBS
 from nni_topo.recovery.distilling import check_can_learn, too_few_batches
 from nni_topo.recovery.lesson import check_augment
 from nni_topo.recovery.outputs import Outputs
-from nni_topo.recovery.pool import Pool, first_inputs
+from nni_topo.recovery.pool import Pool, first_inputs, without_distillation
 from nni_topo.recovery.registry import RECOVERIES
 from nni_topo.rules import NONE, check_knobs, instance, one_of, taking
 
 LEAVE_OUT = "leave {} out of the layers to prune (layers)"
 """How a layer is left out of what :func:`nni_topo.shrink` prunes."""
-
-FREE_WIDTHS = (
-    "with {'equal_blocks': False} in the budget layers and heads may keep any width, and nni_topo.save and "
-    "nni_topo.load take the network"
-)
-"""Advice in errors if a config of Transformers can't describe a network."""
 
 PREFERRED: Literal["preferred"] = "preferred"
 """The value of ``round_to`` with which layers keep multiples of channels as far as the budget allows."""
@@ -214,7 +209,7 @@ class Settings:
         if self.distill is not False and images.samples < 2:
             raise DataError(
                 f"distillation must have at least two samples, one to judge by, got {images.samples}: pass more, or "
-                f"leave distillation out: {self.place}(..., distill=False) ({images.name})"
+                f"leave distillation out: {without_distillation()} ({images.name})"
             )
 
     def check_distillation(self, model: nn.Module, images: Calibration, *, is_held_out: bool) -> float:
@@ -240,7 +235,7 @@ class Settings:
             return check_can_learn(model, inputs, **chosen)
         except GradientError as error:
             if self.distill is not True:  # knobs were given; without them a warning at the end is enough
-                raise GradientError(f"{error}; distill=False leaves distillation out") from error
+                raise GradientError(f"{error}; {without_distillation()} leaves distillation out") from error
             return math.nan
 
     def check_described(self, model: nn.Module, budget: Budget) -> None:
@@ -264,8 +259,14 @@ class Settings:
         if why:
             raise ConfigError(
                 f"the smaller network must be one that the config of {type(model).__name__} can describe, so that "
-                f"from_pretrained loads it, got {why}; {FREE_WIDTHS} ({self.place})"
+                f"from_pretrained loads it, got {why}; {free_widths()} ({self.place})"
             )
+
+
+def free_widths() -> str:
+    """Return the advice in errors if a config of Transformers can't describe a network."""
+    how = advice("{'equal_blocks': False} in the budget", "--no-equal-blocks")
+    return f"with {how} layers and heads may keep any width, and nni_topo.save and nni_topo.load take the network"
 
 
 def cost_without_share(budget: Any, place: str, decides: str) -> Budget:

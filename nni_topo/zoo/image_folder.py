@@ -105,7 +105,7 @@ def _layout(
     """
     modes, side = [], image_size or 0
     for path in first:
-        with _opened(path) as image:
+        with opened_image(path) as image:
             modes.append(image.mode)
             side = side or image.width
             if image_size is None and image.size != (side, side):
@@ -199,7 +199,7 @@ def _no_images(found: str, folder: Path) -> DataError:
 
 def read_image(path: str, layout: Layout) -> Tensor:
     """Read a file as uint8 ``[c, h, w]``: scaled, cropped and padded, not normalised. DataError for an unfit file."""
-    with _opened(path) as image:
+    with opened_image(path) as image:
         if layout.grey and image.mode not in _GREY:
             raise DataError(
                 f"images must all be grey if the first image of every class is, got mode {image.mode} ({path})"
@@ -220,7 +220,7 @@ def read_image(path: str, layout: Layout) -> Tensor:
 
 
 @contextmanager
-def _opened(path: str) -> Iterator[Image.Image]:
+def opened_image(path: str) -> Iterator[Image.Image]:
     """Open an image; DataError if it is damaged, also if that is found only when pixels are read in the block."""
     try:
         with Image.open(path) as image:

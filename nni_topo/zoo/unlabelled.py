@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import zipfile
 from collections.abc import Iterable
 from itertools import islice
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import requests
 import torch
 from torch import Tensor
 
@@ -22,9 +24,14 @@ from nni_topo.registry import imported
 from nni_topo.zoo.data import list_data
 from nni_topo.zoo.labelled import Preprocessing, sources_of, subset
 
+_logger = logging.getLogger(__name__)
+
 SAMPLES = 64
 """Samples of a batch, of data that don't come in batches."""
 
+_LABELS = ("y", "label", "labels", "target", "targets")
+_UNLIMITED = 10**9  # more tokens than this are what tokenizers without a limit say
+_SECONDS = 5.0  # for an answer from where tokenizers are fetched
 _ARRAYS = (".npy", ".npz", ".safetensors")
 _TEXTS = (".jsonl", ".txt")
 
@@ -58,6 +65,7 @@ def read_inputs(
     preprocessing: Preprocessing | None = None,
     workers: int | None = None,
     tokenizer: str | None = None,
+    transform: str | None = None,
 ) -> Calibration:
     """Read the first samples of data without labels, in batches.
 
@@ -77,6 +85,8 @@ def read_inputs(
         Number of processes that read images. None: one per core, at most 8.
     tokenizer : str or None, default=None
         Folder or name of a tokenizer of Transformers, for texts.
+    transform : str or None, default=None
+        ``package.module:function`` from a Pillow image to a tensor, which replaces all scaling of images.
 
     Returns
     -------
@@ -95,8 +105,10 @@ def read_inputs(
     if path.is_dir():
         from nni_topo.zoo.image_folder import unlabelled_images  # torchvision is slow to import
 
-        files = subset(unlabelled_images(path, image_size, preprocessing, workers), slice(count))
-        batches, folders = list[Any](files[:][0].split(SAMPLES)), sources_of(files, in_classes=False)
+        side = 1 if transform is not None and image_size is None else image_size  # images may differ before it
+        files = subset(unlabelled_images(path, side, preprocessing, workers), slice(count))
+        images = files[:][0] if transform is None else _transformed(files, transform)
+        batches, folders = list[Any](images.split(SAMPLES)), sources_of(files, in_classes=False)
     elif path.suffix in _ARRAYS:
         batches = _in_batches(_arrays(path, count), path)
     elif path.suffix in _TEXTS:
@@ -107,7 +119,7 @@ def read_inputs(
         kinds = "a folder of images, an .npz, .npy, .safetensors, .txt or .jsonl file, or package.module:function"
         raise DataError(f"data must be one of {', '.join(list_data())}, {kinds}, got {source!r} (data)")
     inputs = Calibration(batches, groups=folders)
-    inputs.name = "images"
+    inputs.name = "images" if path.is_dir() else "inputs"
     return inputs
 
 
@@ -122,7 +134,18 @@ def _arrays(path: Path, count: int) -> dict[str, Tensor]:
         if isinstance(content, np.ndarray):
             return {"": torch.from_numpy(content[:count])}
         with content as archive:
-            return {name: torch.from_numpy(archive[name][:count]) for name in archive.files}
+            arrays = {name: archive[name] for name in archive.files}
+        labels = [name for name in _LABELS if name in arrays and arrays[name].dtype.kind in "iu"]
+        labels = [name for name in labels if arrays[name].ndim == 1]
+        if len(labels) == 1 and len(arrays) == 2:
+            _logger.warning(
+                "the array %r of %s is taken for labels, which aren't used: x_train, y_train, x_test and y_test give a "
+                "column of the accuracy; if it is an input, another name makes it one",
+                labels[0],
+                path.name,
+            )
+            del arrays[labels[0]]
+        return {name: torch.from_numpy(array[:count]) for name, array in arrays.items()}
 
 
 def _in_batches(arrays: dict[str, Tensor], path: Path) -> list[Any]:
@@ -162,17 +185,72 @@ def _tokenized(texts: list[str], tokenizer: str | None, path: Path) -> list[Any]
     """Tokenize texts, in batches that are padded to their longest text."""
     if tokenizer is None:
         raise ConfigError(f"texts need a tokenizer, a folder or a name of Transformers, got none (tokenizer, {path})")
-    auto: Any = importlib.import_module("transformers").AutoTokenizer
-    try:
-        known = auto.from_pretrained(tokenizer)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"a tokenizer must be one that Transformers loads, got {raised(error)} (tokenizer)"
-        ) from error
+    known = _tokenizer(tokenizer)
     if known.pad_token is None:
         known.pad_token = known.eos_token
+    longest = known.model_max_length
+    is_limited = longest < _UNLIMITED
+    cut = sum(len(ids) > longest for ids in known(texts, verbose=False)["input_ids"]) if is_limited else 0
+    if cut:
+        _logger.warning("%d of %d texts are cut to the %d tokens that the tokenizer allows", cut, len(texts), longest)
     parts = [texts[at : at + SAMPLES] for at in range(0, len(texts), SAMPLES)]
-    return [dict(known(part, padding=True, truncation=True, return_tensors="pt")) for part in parts]
+    return [dict(known(part, padding=True, truncation=is_limited, return_tensors="pt")) for part in parts]
+
+
+def _tokenizer(name: str) -> Any:
+    """Load a tokenizer from a folder or from the files that Transformers has stored, or else fetch it."""
+    auto: Any = importlib.import_module("transformers").AutoTokenizer
+    try:
+        return auto.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = raised(error)
+    if not Path(name).exists():
+        endpoint = importlib.import_module("huggingface_hub").constants.ENDPOINT
+        # Transformers tries for a minute; where nothing answers, a few seconds are enough.
+        try:
+            requests.head(endpoint, timeout=_SECONDS)
+        except requests.RequestException:
+            reason = f"no folder of that name, no stored files, and no answer from {endpoint}"
+        else:
+            try:
+                return auto.from_pretrained(name)
+            except (OSError, ValueError) as error:
+                reason = raised(error)
+    raise ConfigError(f"a tokenizer must be one that Transformers loads, got {name!r}: {reason} (tokenizer)")
+
+
+def fitting_texts(inputs: Calibration, network: Any, source: str) -> list[Any]:
+    """Return batches in which texts of a file are cut to the positions that a model of Transformers has."""
+    batches = list(inputs)
+    most = getattr(getattr(network, "config", None), "max_position_embeddings", None)
+    if Path(source).suffix not in _TEXTS or not isinstance(most, int):
+        return batches
+    if max(shape_of(batch)[1] for batch in batches) > most:
+        _logger.warning("texts are cut to the %d positions that the model has", most)
+    return [{name: tensor[:, :most] for name, tensor in batch.items()} for batch in batches]
+
+
+def _transformed(files: Any, transform: str) -> Tensor:
+    """Read image files by a user's function, from Pillow images to tensors of one shape."""
+    from nni_topo.zoo.image_folder import opened_image  # torchvision is slow to import
+
+    function = imported(transform, "a transform must be a function of a Pillow image")
+    images = list[Tensor]()
+    for index in range(len(files)):
+        with opened_image(files.path(index)) as image:
+            try:
+                tensor = function(image)
+            except Exception as error:  # a user's code runs, and may raise anything
+                place = f"{transform}, {files.path(index)}"
+                raise DataError(f"a transform must return a tensor, got {raised(error)} ({place})") from error
+        if not isinstance(tensor, Tensor) or (images and tensor.shape != images[0].shape):
+            got = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            first = f" beside {tuple(images[0].shape)}" if images else ""
+            raise DataError(
+                f"a transform must return tensors of one shape, got {got}{first} ({transform}, {files.path(index)})"
+            )
+        images.append(tensor)
+    return torch.stack(images)
 
 
 def _yielded(source: str, count: int) -> list[Any]:

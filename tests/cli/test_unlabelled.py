@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import textwrap
+import time
 from types import ModuleType
 
 import numpy as np
@@ -16,11 +17,13 @@ from torch import nn
 
 import nni_topo
 from nni_topo.cli import main
+from nni_topo.errors import ConfigError
 from nni_topo.zoo.image_folder import list_image_folder
-from nni_topo.zoo.labelled import sources_of
-from nni_topo.zoo.unlabelled import read_inputs
+from nni_topo.zoo.labelled import Preprocessing, sources_of
+from nni_topo.zoo.unlabelled import fitting_texts, read_inputs
 
 MINE = """
+import numpy
 import torch
 from torch import nn
 
@@ -57,6 +60,12 @@ def batches():
     generator = torch.Generator().manual_seed(0)
     for _ in range(10):
         yield torch.rand(16, 3, 8, 8, generator=generator), torch.zeros(16)
+
+def corner(image):
+    return torch.tensor(numpy.asarray(image.convert("RGB"))).movedim(2, 0)[:, :8, :8].float()
+
+def ragged(image):
+    return torch.rand(3, 8, torch.randint(8, 99, ()))
 
 def nothing():
     return []
@@ -197,6 +206,91 @@ def test_images_are_scaled_as_the_flags_say(folder, capsys):
     batch = next(each for each in seen if len(each) > 1)
     np.testing.assert_allclose(batch[0].numpy(force=True), first, atol=1e-6)
     assert "[0.0, 0.0, 0.0]" in capsys.readouterr().out
+
+
+def test_a_transform_takes_the_place_of_all_scaling(folder, capsys):
+    words = ["--model", "mine_unlabelled.py:ready", "--data", "nested", "--transform", "mine_unlabelled.py:corner"]
+    assert shrunk(*words) == 0
+    assert "images: as shares" not in capsys.readouterr().out
+    inputs = read_inputs("nested", 24, transform="mine_unlabelled.py:corner")
+    assert [tuple(batch.shape) for batch in inputs] == [(24, 3, 8, 8)]
+    assert float(inputs[0].max()) > 100.0
+
+
+def test_a_crop_is_a_share_of_the_shorter_side(folder):
+    assert shrunk("--model", "mine_unlabelled.py:ready", "--data", "flat", "--image-size", "16", "--crop", "0.5") == 0
+    scaling = Preprocessing(mean=(0.0,) * 3, std=(1.0,) * 3, crop=0.5)
+    (images,) = read_inputs("flat", 1, image_size=16, preprocessing=scaling)
+    middle = np.asarray(PIL.Image.open(folder / "flat" / "0.png"))[8:24, 8:24].transpose(2, 0, 1) / 255.0
+    np.testing.assert_allclose(images[0].numpy(force=True), middle, atol=1e-6)
+
+
+def test_labels_beside_a_single_array_are_told_to_be_unused(folder, caplog):
+    with np.load("one.npz") as archive:
+        images = archive["x"]
+    np.savez("labelled.npz", x=images, y=np.zeros(len(images), dtype=np.int64))
+    assert shrunk("--model", "mine_unlabelled.py:ready", "--data", "labelled.npz") == 0
+    assert "taken for labels, which aren't used" in caplog.text
+
+
+def test_long_texts_are_cut_to_what_the_tokenizer_and_the_model_take(folder, tokenizer, caplog):
+    transformers = pytest.importorskip("transformers")
+    (folder / "long.txt").write_text("\n".join(["word1 " * 12] * 30 + ["word2"] * 10))
+    known = transformers.AutoTokenizer.from_pretrained(tokenizer)
+    known.model_max_length = 9
+    known.save_pretrained("short")
+    batches = read_inputs("long.txt", 40, tokenizer="short")
+    assert max(batch["input_ids"].shape[1] for batch in batches) == 9
+    assert "30 of 40 texts are cut to the 9 tokens" in caplog.text
+    network = nn.Module()
+    network.config = transformers.BertConfig(max_position_embeddings=5)
+    batches = fitting_texts(batches, network, "long.txt")
+    assert {tensor.shape[1] for batch in batches for tensor in batch.values()} == {5}
+    assert "cut to the 5 positions" in caplog.text
+
+
+def test_a_tokenizer_that_is_nowhere_is_an_error_within_seconds(folder, monkeypatch):
+    pytest.importorskip("transformers")
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    began = time.perf_counter()
+    with pytest.raises(ConfigError, match=r"got 'nobody/nothing': no folder of that name, .* no answer from http"):
+        read_inputs("lines.txt", 8, tokenizer="nobody/nothing")
+    assert time.perf_counter() - began < 10.0
+
+
+def test_the_flags_for_outputs_distillation_and_layers_reach_the_call(folder, capsys):
+    words = ["--model", "mine_unlabelled.py:ready", "--data", "flat", "--objective", "squares", "--layers", "first"]
+    assert main(["shrink", *words, "--macs", "0.8", "--no-distill", "--out", "small"]) == 0
+    document = json.loads((folder / "small" / "shrink.json").read_text())
+    assert [stage["network"] for stage in document["stages"]] == ["unpruned", "pruned", "reconstructed"]
+    assert "an error of" in document["sentence"]
+    assert {row["name"]: row["before"] > row["after"] for row in document["widths"]} == {
+        "first": True,
+        "second": False,
+        "last": False,
+    }
+    assert "a folder for each source" in " ".join(document["notes"])
+    assert "Calibration(" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data", "flat", "--macs", "0.5"], "two names of one cost"),
+        (["--data", "flat", "--equal-blocks", "--no-equal-blocks"], "exclude each other"),
+        (["--data", "flat", "--no-distill"], "--distill-seconds must be left out"),
+        (["--data", "flat", "--crop", "2"], "crop must be"),
+        (["--data", "flat", "--transform", "mine_unlabelled.py:corner", "--crop", "0.5"], "--crop must be left out"),
+        (["--data", "flat", "--transform", "mine_unlabelled.py:nothing"], "a transform must return a tensor"),
+        (["--data", "flat", "--transform", "mine_unlabelled.py:ragged"], "tensors of one shape"),
+        (["--data", "two.npz"], "inputs must fit the model"),
+    ],
+)
+def test_flags_that_exclude_each_other_and_inputs_that_do_not_fit_are_errors(folder, flags, message, capsys):
+    assert shrunk("--model", "mine_unlabelled.py:ready", *flags) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (folder / "small").exists()
 
 
 @pytest.mark.parametrize(

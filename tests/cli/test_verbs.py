@@ -255,7 +255,7 @@ def test_shrink_writes_what_it_tried_and_what_it_had_no_time_for(tiny, tmp_path,
     assert "compensate" in bars
     assert [row["allocation"] for row in document["widths tried"]] == ["uniform", "topological", "error"]
     assert [(row["name"], row["before"], row["after"]) for row in document["widths"]] == [("1", 8, 4), ("3", 10, 10)]
-    assert "No step was taken: seconds= allows too few" in " ".join(document["notes"])
+    assert "No step was taken: --distill-seconds allows too few" in " ".join(document["notes"])
     assert "distillation" not in document
     assert not (tmp_path / "small" / "distillation.png").exists()
     assert shown.endswith(f"report: {tmp_path / 'small' / 'report.html'}\n")
