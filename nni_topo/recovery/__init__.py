@@ -4,7 +4,7 @@ from nni_topo.recovery.batchnorm import recalibrate_batch_norm
 from nni_topo.recovery.blocks import remove_blocks
 from nni_topo.recovery.compensating import Compensation, compensate, compensation
 from nni_topo.recovery.dense import to_dense
-from nni_topo.recovery.distilling import Distillation, distill, distillation
+from nni_topo.recovery.distilling import distill, distillation
 from nni_topo.recovery.mixing import Pair, pair_coefficients
 from nni_topo.recovery.reconstruct import Reconstruct
 from nni_topo.recovery.registry import (
@@ -17,6 +17,7 @@ from nni_topo.recovery.registry import (
 )
 from nni_topo.recovery.report import CompensationReport, LayerReport
 from nni_topo.recovery.synthetic import synthetic_images
+from nni_topo.recovery.verdict import Distillation
 
 __all__ = [
     "Compensation",

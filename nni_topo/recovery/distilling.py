@@ -13,74 +13,51 @@ References
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from typing import Any, get_args
 
 import torch
 from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
-from nni_topo.context import advice, context
-from nni_topo.errors import ConfigError, DataError, GradientError
+from nni_topo.context import context
+from nni_topo.errors import GradientError
 from nni_topo.network.runtime.arguments import BATCHES, MODEL, check_model
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.copies import detached_copy, leaves_models_alone
-from nni_topo.network.runtime.fits import check_samples_first, first_call, with_whole_batches
-from nni_topo.network.runtime.hooks import batches_of
-from nni_topo.network.runtime.inputs import Call, calls
+from nni_topo.network.runtime.inputs import Call
 from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.runtime.precision import PRECISION, Precision, check_precision, not_under_autocast
-from nni_topo.network.runtime.progress import LONG, duration
 from nni_topo.network.runtime.public import public
-from nni_topo.network.runtime.reports import hand_on_report, solved_on, tell_solved_on
-from nni_topo.recovery.batchnorm import batch_norms, recalibrate_batch_norm
-from nni_topo.recovery.course import (
-    LOOKS,
-    MOST_LOST,
-    ONE_RATE,
-    RATES,
-    Clock,
-    Course,
-    Look,
-    RateTrial,
-    Training,
-    learning,
-    most_tried_steps,
-    range_test,
-    seconds_of_a_step,
-    timed,
-    try_rates,
-)
-from nni_topo.recovery.frozen import frozen_layers, told_of_frozen
+from nni_topo.network.runtime.reports import hand_on_report, tell_solved_on
+from nni_topo.recovery.batchnorm import batch_norms
+from nni_topo.recovery.clock import Clock
+from nni_topo.recovery.course import Learned, Training, learn, learning
+from nni_topo.recovery.frozen import frozen_layers
+from nni_topo.recovery.held_out import BATCH_NORM_IMAGES, HeldOutSplit, Judge, held_out_split
 from nni_topo.recovery.lesson import (
-    MOST_DISTANCE,
     Augment,
     Judgement,
     Lesson,
     Objective,
     check_augment,
-    is_better,
     is_blendable,
     student_of,
 )
-from nni_topo.recovery.outputs import ComparedOutputs, Outputs
-from nni_topo.recovery.pool import Pool, are_joinable, inputs_to_compare, without_distillation
+from nni_topo.recovery.outputs import Outputs
+from nni_topo.recovery.pool import Pool, are_joinable
+from nni_topo.recovery.rates import Trial, find_rate, timed
 from nni_topo.recovery.report import signed_like
+from nni_topo.recovery.verdict import ROUNDING, Distillation
 from nni_topo.rules import FLAG, FUNCTION, NONE, SEED, number, one_of, taking, whole
 from nni_topo.sharing import named_tensors
 
 _STEPS, _PASSES = 600, 10
-_BATCH_NORM_IMAGES = 256
-_FEW = 25  # with fewer held-out images, a kept result was often worse on other images
 _TIMED = 16  # samples of the step that is timed before the smaller model exists
-ROUNDING = 1e-11
-"""Distance below which outputs differ by rounding, so that there is nothing to learn."""
 _LOWER = 6.0  # divisor of the rate if the weights learned at the rate of the range test are discarded
-_LOOKED_AT = 256  # most held-out images on which the loss is measured during a course; all judge the result
 
 _POSITIVE = number(0.0, closed="neither")
 KNOBS = {
@@ -99,147 +76,6 @@ KNOBS = {
 }
 """Rules of the knobs that :func:`distill` takes; None: it chooses the value."""
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, repr=False)
-class Verdict:
-    """Whether learned weights are kept, and the held-out figures that decide; see `Distillation`."""
-
-    objective: str
-    is_kept: bool
-    loss_before: float
-    loss_after: float
-    distance_before: float
-    distance_after: float
-    agreement_before: float
-    agreement_after: float
-    lr: float = math.nan
-    steps: int = 0
-    most_steps: int = 0
-    rates: tuple[RateTrial, ...] = ()
-    curve: tuple[Look, ...] = ()
-    held_out: int = 0
-    solved_on: int = 0
-    is_out_of_time: bool = False
-    weights_of: int = 0
-    gains_nothing: bool = False
-    discarded_lr: float = math.nan
-
-    def __repr__(self) -> str:
-        text = f"distillation is {'kept' if self.is_kept else 'discarded'}: on held-out samples the loss "
-        text += f"({self.objective}) is {self.loss_after:.3g}, {self.loss_before:.3g} without it; the distance "
-        text += f"{self.distance_after:.3g}, {self.distance_before:.3g} without it"
-        if not math.isnan(self.agreement_before):
-            text += f"; the agreement {self.agreement_after:.3g}, {self.agreement_before:.3g} without it"
-        if not self.is_kept and self.loss_after < self.loss_before:
-            text += f". The loss falls, but the distance grows to more than {MOST_DISTANCE:g} times its value"
-        # How many steps were taken, and at which rate.
-        if not self.has_anything_to_learn:
-            return f"{text}. No step was taken: there is nothing to learn"
-        if not math.isnan(self.lr):
-            searched = sum(trial.steps for trial in self.rates)
-            text += f". It took {self.steps} of at most {self.most_steps - searched} steps at a learning rate of up to "
-            text += f"{self.lr:g}{f', which {searched} steps before these found' if searched else ''}"
-            text += ", until the time limit" if self.is_out_of_time else ""
-            text += ", and ended early because the loss hadn't fallen" if self.gains_nothing else ""
-            if not math.isnan(self.discarded_lr):
-                text += f", after what was learned at {self.discarded_lr:g} had been discarded"
-            if self.is_kept and self.weights_of < self.steps:
-                text += f"; the weights are those after {self.weights_of} steps"
-                text += ", because those at the end are no better than without distillation"
-        elif self.rates:
-            tried = ", ".join(dict.fromkeys(f"{each.lr:g}" for each in self.rates))
-            text += f". No step was taken: a few at each of the learning rates {tried} make the loss too large"
-        else:
-            text += f". No step was taken: {_seconds()} allows too few"
-        if self.held_out < _FEW:
-            text += f". {self.held_out} held-out samples are few for this decision: pass more"
-        if self.solved_on:
-            text += f". The network's weights were solved on {self.solved_on} of the {self.held_out} held-out samples, "
-            text += "where it looks better than it is, and the learned weights look worse: pass others, held_out="
-        return text
-
-    @property
-    def has_anything_to_learn(self) -> bool:
-        """Whether the network without distillation has a loss."""
-        return not (math.isnan(self.lr) and (self.loss_before == 0.0 or self.distance_before < ROUNDING))
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class Distillation(Verdict):
-    """A distilled model with the figures of its distillation; its ``repr`` is a few sentences.
-
-    Losses, agreements and distances are measured on the held-out images in evaluation mode, for the given model and for
-    the learned weights.
-
-    Attributes
-    ----------
-    model : torch.nn.Module
-        The model that :func:`distill` returns.
-    objective : str
-        The loss that was minimized: "kl", "binary", "squares" or "cosine"; if outputs differ in kind, several of these,
-        with "and" between them.
-    is_kept : bool
-        Whether ``model`` has the learned weights.
-    loss_before, loss_after : float
-        The loss.
-    distance_before, distance_after : float
-        Mean squared distance from the unpruned network's outputs, over their variance.
-    agreement_before, agreement_after : float
-        Share, in [0, 1], of the unpruned network's classes or decisions; NaN if outputs have none.
-    images, held_out : int
-        Number of all images, and of held-out images.
-    solved_on : int
-        Number of the held-out images on which weights of ``dense`` had been solved before.
-    lr : float
-        Highest learning rate; NaN if no step was taken.
-    steps, most_steps : int
-        Gradient steps at that rate, and the largest number of steps in all, with those of the range test.
-    seconds : float
-        Wall time.
-    rates : tuple of RateTrial
-        The range test, the highest rate first: the held-out loss after a few steps at each. Empty if ``lr`` was given,
-        or the steps were too few. Where batch norms first took their statistics from the batches and then kept their
-        own, it has rates twice.
-    curve : tuple of Look
-        Step, learning rate and held-out loss along the course.
-    is_out_of_time : bool
-        Whether ``seconds`` ended the steps.
-    weights_of : int
-        The step whose weights are kept, the last one or an earlier one; 0 if they are discarded.
-    gains_nothing : bool
-        Whether the steps ended early because the loss didn't fall.
-    discarded_lr : float
-        The rate of the range test, if the weights that it led to were discarded, and ``lr`` is a sixth of it; else NaN.
-    outputs : ComparedOutputs or None
-        Names of the model's outputs that were compared, and of the others.
-    read_as : str
-        What the compared outputs hold, in words.
-    frozen : tuple of str
-        Names of the layers with parameters that don't require gradients and weren't changed.
-    """
-
-    model: nn.Module
-    images: int
-    seconds: float
-    outputs: ComparedOutputs | None = None
-    read_as: str = ""
-    frozen: tuple[str, ...] = ()
-
-    def __repr__(self) -> str:
-        lines = [super().__repr__()]
-        if self.read_as:
-            lines.append(self.read_as)
-        if self.outputs is not None and self.outputs.left_out:
-            lines.append(str(self.outputs))
-        if self.frozen:
-            lines.append(told_of_frozen(self.frozen))
-        return "\n".join(lines)
-
-    @property
-    def verdict(self) -> Verdict:
-        """The figures by which the learned weights were kept or discarded."""
-        return Verdict(**{each.name: getattr(self, each.name) for each in fields(Verdict)})
 
 
 def course_length(images: int, batch_size: int) -> int:
@@ -280,7 +116,7 @@ def distillation(
     for model in (original, dense):
         check_model(model)
         check_precision(precision, device_of(model), "distill")
-    split = _held_out_split(dense, original, images, held_out, seed)
+    split = held_out_split(dense, original, images, held_out, seed)
     pool = split.pool
     student = student_of(dense, pool.few(2))
     lesson = Lesson(
@@ -302,39 +138,89 @@ def distillation(
     if augment is not None:
         check_augment(original, pool.few(2), augment, seed)
 
-    judge = _Judge(lesson, split, clock)
+    judge = Judge(lesson, split, clock)
     before = judge.all(student)
     is_blended = blend and is_blendable(pool.few(1))
-    most_steps = steps or course_length(len(split.learned), 1 if pool.are_whole else batch_size)
     # Whole batches may be as small as a single sample, which has no statistics.
-    is_normed = not pool.are_whole and len(split.learned) >= _BATCH_NORM_IMAGES and bool(batch_norms(dense)[0])
+    is_normed = not pool.are_whole and len(split.learned) >= BATCH_NORM_IMAGES and bool(batch_norms(dense)[0])
     training = Training(
         student=lambda: student_of(dense, pool.few(2)),
         batches=lambda: lesson.batches(split.learned, batch_size, seed, augment, is_blended),
         objective=lesson.objective,
-        total=most_steps,
+        total=steps or course_length(len(split.learned), 1 if pool.are_whole else batch_size),
         look=judge.look,
         first=before.loss if len(judge.looked_at) == len(split.held) else judge.look(student),
         constant=lesson.loss_of_a_constant(judge.looked_at),
         is_normed=is_normed,
         clock=clock,
     )
-    clock.judged_at_end = judge.samples_looked_at + pool.samples(split.held)
+    clock.judged_at_end = judge.samples_looked_at + split.judges
     if is_normed:  # the result is judged twice, and its batch norms measured on the images
         clock.judged_at_end += len(split.held) + len(split.learned)
 
-    trial = _Trial(training)
+    trial, learned = Trial(training), Learned()
     if before.loss != 0.0 and not before.distance < ROUNDING:
-        trial = _tried(training, judge, lr, progress)
-    learned = _Learned()
-    if not math.isnan(trial.rate):
-        learned = _course(trial.training, judge, trial.rate, before, progress)
-        if learned.is_discarded and lr is None and clock.left > 0.0 and not learned.is_out_of_time:
-            again = _course(trial.training, judge, trial.rate / _LOWER, before, progress)
-            if again.steps:
-                learned = replace(again, discarded=learned)
+        trial = find_rate(training, judge, lr, progress)
+        learned = _learned(trial, judge, before, progress, is_chosen=lr is None)
+    done = Distillation(
+        model=_with_weights(dense, split, learned),
+        **_figures(before, trial, learned),
+        objective=lesson.objective_name,
+        most_steps=training.total,
+        held_out=split.judges,
+        solved_on=split.solved_on,
+        images=split.images,
+        seconds=clock.spent,
+        outputs=lesson.named,
+        read_as=lesson.read_as,
+        frozen=frozen_layers(dense),
+    )
+    if (not done.is_kept or split.solved_on) and done.has_anything_to_learn:
+        _logger.warning("%s", done.verdict)
+    return done
 
-    result = detached_copy(dense)
+
+def _learned(trial: Trial, judge: Judge, before: Judgement, progress: bool | None, *, is_chosen: bool) -> Learned:
+    """Take the steps at the rate of the trial; if their weights are discarded, once more at a sixth of it.
+
+    ``is_chosen``: whether the trial chose the rate, and not the user.
+    """
+    if math.isnan(trial.rate):
+        return Learned()
+    learned = learn(trial.training, judge, trial.rate, before, progress)
+    if learned.is_discarded and is_chosen and trial.training.clock.left > 0.0 and not learned.is_out_of_time:
+        again = learn(trial.training, judge, trial.rate / _LOWER, before, progress)
+        if again.steps:
+            return replace(again, discarded_lr=trial.rate)
+    return learned
+
+
+def _figures(before: Judgement, trial: Trial, learned: Learned) -> dict[str, Any]:
+    """Return the fields of a report that a trial and a course give."""
+    after, course = learned.after or before, learned.course
+    is_second = not math.isnan(learned.discarded_lr)
+    return {
+        "is_kept": not learned.is_discarded,
+        "loss_before": before.loss,
+        "loss_after": after.loss,
+        "distance_before": before.distance,
+        "distance_after": after.distance,
+        "agreement_before": before.agreement,
+        "agreement_after": after.agreement,
+        "lr": trial.rate / _LOWER if is_second else trial.rate,
+        "steps": learned.steps,
+        "rates": trial.rates,
+        "curve": tuple(course.curve) if course else (),
+        "is_out_of_time": learned.is_out_of_time,
+        "weights_of": 0 if learned.is_discarded else learned.weights_of,
+        "gains_nothing": course is not None and course.gains_nothing,
+        "discarded_lr": learned.discarded_lr,
+    }
+
+
+def _with_weights(dense: nn.Module, split: HeldOutSplit, learned: Learned) -> nn.Module:
+    """Return a copy of the network, with the learned weights unless they are discarded."""
+    result: nn.Module = detached_copy(dense)
     if learned.student is not None and not learned.is_discarded:
         learned_values = named_tensors(learned.student)
         with torch.no_grad():
@@ -342,244 +228,7 @@ def distillation(
                 tensor.copy_(learned_values[name])
         hand_on_report(dense, result, "distilled (nni_topo.distill)")
         tell_solved_on(result, split.digests_learned)
-    after, course = learned.after or before, learned.course
-    is_kept = not learned.is_discarded
-    done = Distillation(
-        model=result,
-        objective=lesson.objective_name,
-        is_kept=is_kept,
-        loss_before=before.loss,
-        loss_after=after.loss,
-        distance_before=before.distance,
-        distance_after=after.distance,
-        agreement_before=before.agreement,
-        agreement_after=after.agreement,
-        lr=trial.rate if learned.discarded is None else trial.rate / _LOWER,
-        steps=learned.steps,
-        most_steps=most_steps,
-        rates=trial.rates,
-        curve=tuple(course.curve) if course else (),
-        held_out=pool.samples(split.held),
-        solved_on=split.solved_on,
-        is_out_of_time=learned.is_out_of_time,
-        weights_of=learned.weights_of if is_kept else 0,
-        gains_nothing=course is not None and course.gains_nothing,
-        discarded_lr=math.nan if learned.discarded is None else trial.rate,
-        images=split.images,
-        seconds=clock.spent,
-        outputs=lesson.named,
-        read_as=lesson.read_as,
-        frozen=frozen_layers(dense),
-    )
-    if (not is_kept or split.solved_on) and done.has_anything_to_learn:
-        _logger.warning("%s", done.verdict)
-    return done
-
-
-@dataclass(frozen=True)
-class _Split:
-    """The samples of a distillation: those that judge, and those from which the network learns."""
-
-    inputs: Call | list[Call]
-    pool: Pool  # of these
-    held: Tensor  # numbers of those that judge, in the pool
-    learned: Tensor  # numbers of the others
-    images: int  # number of all samples
-    solved_on: int  # number of those that judge on which weights were solved
-    digests_learned: tuple[bytes, ...]  # of the others
-
-
-def _held_out_split(dense: nn.Module, original: nn.Module, images: Any, held_out: Any, seed: int) -> _Split:
-    """Read the samples and split them; DataError or ConfigError if they are too few or don't fit a model."""
-    both = {"images": images, "held_out": held_out}
-    given = [batches_of(each, original, knob) for knob, each in both.items() if each is not None]
-    for each in given:
-        for model in (original, dense):
-            first_call(model, each)
-        check_samples_first(original, each)
-    for model in (original, dense):
-        given = [with_whole_batches(model, each) for each in given]
-    # Which samples judge, of those that are held out or else of all.
-    is_held = torch.ones(given[-1].samples, dtype=torch.bool)
-    if held_out is None:
-        is_held = samples_to_judge_on(dense, given[0])
-    inputs, why_whole = inputs_to_compare({"original": original, "dense": dense}, given)
-    counts = [each.samples for each in given]
-    if isinstance(inputs, list):
-        if held_out is None and not given[0].withheld.any():  # parts of so few samples were not tried
-            given[0] = given[0].as_whole_batches(why_whole)
-            is_held = samples_to_judge_on(dense, given[0])
-        parts = given if held_out is not None else [given[0].marked(~is_held), given[0].marked(is_held)]
-        inputs = [call for part in parts if len(part) for call in calls(original, part)]
-        counts = [len(part) for part in parts]
-        if not all(counts):
-            raise too_few_batches(sum(counts), why_whole)
-    order = torch.randperm(counts[0], generator=torch.Generator().manual_seed(seed))
-    if len(counts) > 1:
-        drawn = torch.randperm(counts[1], generator=torch.Generator().manual_seed(seed))
-        held, learned = counts[0] + drawn, order
-    else:
-        held, learned = order[is_held[order]], order[~is_held[order]]
-    if not len(learned) or not len(held):
-        raise DataError(f"distillation must have at least two samples, one to judge by, got {len(order)} (images)")
-    is_learned = torch.ones(given[0].samples, dtype=torch.bool) if held_out is not None else ~is_held
-    return _Split(
-        inputs=inputs,
-        pool=Pool(inputs),
-        held=held,
-        learned=learned,
-        images=sum(each.samples for each in given),
-        solved_on=int((is_solved_on(dense, given[-1]) & is_held).sum()),
-        digests_learned=tuple(itertools.compress(given[0].digests, is_learned.tolist())),
-    )
-
-
-class _Judge:
-    """Judges networks on the held-out samples, within the time limit."""
-
-    def __init__(self, lesson: Lesson, split: _Split, clock: Clock) -> None:
-        self._lesson, self._split, self._clock = lesson, split, clock
-        self.looked_at = split.pool.first(split.held, _LOOKED_AT)
-        self.samples_looked_at = split.pool.samples(self.looked_at)
-
-    def all(self, net: nn.Module) -> Judgement:
-        """Judge on all held-out samples."""
-        with self._clock.judging(self._split.pool.samples(self._split.held)):
-            return self._lesson.judge(net, self._split.held)
-
-    def look(self, net: nn.Module) -> float:
-        """Return the loss on some of them, which is looked at during a course."""
-        with self._clock.judging(self.samples_looked_at):
-            return self._lesson.judge(net, self.looked_at).loss
-
-    def after_few_steps(self, net: nn.Module, is_normed: bool) -> float:
-        """Return this loss. After few steps the running statistics of batch norms are still the old ones."""
-        if is_normed:
-            try:
-                net = recalibrate_batch_norm(net, self._lesson.plain(self._split.learned[:_BATCH_NORM_IMAGES]))
-            except DataError:  # the steps have left weights that aren't finite
-                return math.inf
-        return self.look(net)
-
-    def at_end(self, net: nn.Module, is_normed: bool) -> tuple[nn.Module, Judgement]:
-        """Return the learned network with the better statistics of batch norms, and its judgement."""
-        found = self._lesson.judge(net, self._split.held)
-        if is_normed and math.isfinite(found.loss):
-            # Views and blends differ from real images. Statistics of the unchanged images may be better or worse than
-            # the statistics of the steps: the held-out images decide.
-            measured = recalibrate_batch_norm(net, self._lesson.plain(self._split.learned))
-            judged_again = self._lesson.judge(measured, self._split.held)
-            if judged_again.loss < found.loss:
-                return measured, judged_again
-        return net, found
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """What the range test found."""
-
-    training: Training  # the steps that are left, with the batch norms' statistics that the network bears
-    rate: float = math.nan  # NaN: none, or nothing is left to learn
-    rates: tuple[RateTrial, ...] = ()
-
-
-def _tried(training: Training, judge: _Judge, lr: float | None, progress: bool | None) -> _Trial:
-    """Say how long the steps take, and find the learning rate unless it is given.
-
-    The steps of the range test are some of all steps. If they don't allow to try further rates, the next lower one is
-    taken.
-    """
-    clock = training.clock
-    if clock.left <= 0.0:
-        return _Trial(training, math.nan if lr is None else lr)
-
-    def after_few_steps(net: nn.Module) -> float:
-        return judge.after_few_steps(net, training.is_normed)
-
-    if training.is_normed:
-        # Networks trained with fixed statistics, or on other images, break by the statistics of the batches.
-        is_normed = after_few_steps(training.student()) <= MOST_LOST * training.first
-        training = replace(training, is_normed=is_normed)
-    a_step = seconds_of_a_step(training)
-    looks = LOOKS * clock.seconds_to_judge(judge.samples_looked_at)
-    _tell_time(training, a_step, looks, is_searched=lr is None)
-    steps = training.total
-    if clock.seconds is not None:
-        steps = max(0, min(steps, int((clock.left - looks) / a_step)))
-    rates: tuple[RateTrial, ...] = ()
-    if lr is None or training.is_normed:
-        candidates: tuple[float, ...] = RATES if lr is None else (lr,)
-        most, steps_of_each = range_test(steps, rates=min(2, len(candidates)))
-        rates = try_rates(training, after_few_steps, candidates[:most], steps_of_each, progress)
-        if training.is_normed and rates and not rates[-1].is_taken:
-            training = replace(training, is_normed=False)
-            if lr is None:
-                candidates = RATES[: max(most - len(rates), 0)]
-                rates += try_rates(training, after_few_steps, candidates, steps_of_each, progress)
-    training = replace(training, total=training.total - sum(trial.steps for trial in rates))
-    if lr is not None:
-        return _Trial(training, lr)
-    if not rates:
-        return _Trial(training, ONE_RATE)
-    last = rates[-1]
-    if last.is_taken:
-        return _Trial(training, last.lr, rates)
-    lower = [rate for rate in RATES if rate < last.lr]
-    return _Trial(training, lower[0] if lower else math.nan, rates)
-
-
-def _seconds() -> str:
-    """Return what limits the time, for messages."""
-    return advice("seconds=", "--distill-seconds")
-
-
-def _tell_time(training: Training, a_step: float, looks: float, *, is_searched: bool) -> None:
-    """Log how long distillation takes at most: as a warning if that is more than ten minutes without a limit."""
-    total, limit = training.total, training.clock.seconds
-    courses = 2 if is_searched else 1  # the second one if the result of the first one is discarded
-    needed = courses * (total * a_step + looks)
-    text = f"distillation takes at most about {duration(needed)}: {total} steps of {duration(a_step)} each"
-    if is_searched:
-        tried = most_tried_steps(total)
-        text += f", at most {tried} of them to find the learning rate" if tried else ""
-        text += ", as many again at a sixth of the rate if the result is discarded"
-    text += ", and comparisons with the unpruned network"
-    text += f"; {_seconds()} limits it" if limit is None else f"; {_seconds()} ends it after {duration(limit)}"
-    _logger.log(logging.WARNING if limit is None and needed > LONG else logging.INFO, "%s", text)
-
-
-@dataclass(frozen=True)
-class _Learned:
-    """What a course learned."""
-
-    course: Course | None = None
-    student: nn.Module | None = None
-    after: Judgement | None = None
-    steps: int = 0
-    weights_of: int = 0  # the step that they are from
-    is_discarded: bool = True
-    is_out_of_time: bool = False
-    discarded: _Learned | None = None  # the course before, at the rate of the range test
-
-
-def _course(training: Training, judge: _Judge, rate: float, before: Judgement, progress: bool | None) -> _Learned:
-    """Take the steps at a rate, and judge the weights at the end, or else the best ones on the way."""
-    clock, course = training.clock, Course(training, rate)
-    course.run(progress)
-    is_out_of_time = course.is_out_of_time or clock.left <= 0.0
-    if course.is_given_up and not course.gains_nothing:
-        told = "learning rate %g is given up after %d of %d steps: the loss on held-out samples has grown"
-        _logger.info(told, rate, course.done, training.total)
-    if not course.done:
-        return _Learned(course, is_out_of_time=is_out_of_time)
-    student, after = judge.at_end(course.student, training.is_normed)
-    weights_of = course.done
-    if not is_better(after, before) and course.best and (clock.seconds is None or clock.left > 0.0):
-        course.student.load_state_dict(course.best)
-        earlier, then = judge.at_end(course.student, training.is_normed)
-        if is_better(then, before):
-            student, after, weights_of = earlier, then, course.best_step
-    return _Learned(course, student, after, course.done, weights_of, not is_better(after, before), is_out_of_time)
+    return result
 
 
 @signed_like(distillation)
@@ -719,36 +368,6 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     return distillation(*args, **knobs).model
 
 
-def is_solved_on(model: nn.Module, images: Calibration) -> Tensor:
-    """Return the samples on which a model's weights were solved, as far as is known: bool (samples,).
-
-    If samples have groups, or batches stay whole, these are all samples of each of them on which weights were solved.
-    """
-    known = solved_on(model)
-    if not known:
-        return torch.zeros(images.samples, dtype=torch.bool)
-    found = torch.tensor([each in known for each in images.digests])
-    return torch.isin(images.units, images.units[found])
-
-
-def samples_to_judge_on(model: nn.Module, images: Calibration) -> Tensor:
-    """Return which samples judge by default: bool (samples,).
-
-    They are the eighth that other steps leave out. If weights of the model were solved on some of these, the
-    same number of samples on which none were solved is used instead, if there are any. Of fewer than eight samples the
-    last one judges.
-    """
-    units, eighth = images.units, images.withheld
-    if len(units.unique()) > 1 and not eighth.any():
-        eighth = units == units[-1]
-    fresh = ~is_solved_on(model, images)
-    if bool(fresh[eighth].all()) or not fresh.any():
-        return eighth
-    others = units[fresh].unique()
-    every = len(others) // max(1, len(units[eighth].unique())) or 1
-    return torch.isin(units, others[every - 1 :: every])
-
-
 def _check_gradients(lesson: Lesson, student: nn.Module, few: Tensor) -> None:
     """Raise GradientError unless a network's outputs for a few images have gradients.
 
@@ -778,15 +397,6 @@ def _check_gradients(lesson: Lesson, student: nn.Module, few: Tensor) -> None:
             except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
                 raise not_under_autocast(precision, error, "distill") from error
     student.zero_grad(set_to_none=True)
-
-
-def too_few_batches(count: int, why: str) -> ConfigError:
-    """Return the error for too few batches of a model that runs on whole batches only."""
-    return ConfigError(
-        "distillation must be able to run a model on any number of samples, or have at least two batches, one to judge "
-        f"by, got {count}: {why}; samples must be the first dimension of every input, also of the states of recurrent "
-        f"layers. Pass more batches, or leave distillation out: {without_distillation()} (images)"
-    )
 
 
 @leaves_models_alone

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -34,7 +34,6 @@ from nni_topo.network.runtime.memory import free_memory_of
 from nni_topo.network.runtime.modules import device_of
 from nni_topo.network.runtime.precision import Precision, computing_in
 from nni_topo.network.runtime.switches import random_state_kept, seed_torch
-from nni_topo.recovery.course import Batches
 from nni_topo.recovery.frozen import frozen_parameters
 from nni_topo.recovery.outputs import (
     KNOWN,
@@ -55,6 +54,8 @@ from nni_topo.recovery.pool import Pool, have_one_shape, inputs_to_compare, join
 
 Objective = Literal["auto", "kl", "binary", "squares", "cosine"]
 Augment = Callable[[Any], Any]
+Batches = Iterator[tuple[Any, list[Tensor]]]
+"""Inputs and targets of each step."""
 
 _BLENDED = 0.5  # share of the images in a view
 _AT_ONCE = 256

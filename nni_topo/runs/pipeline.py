@@ -21,8 +21,8 @@ from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import Budget, BudgetOutcome, BudgetPlanner
 from nni_topo.pruners.hooks import Masks
 from nni_topo.recovery import RecoveryMethod, compensation, distillation
-from nni_topo.recovery.distilling import Verdict
 from nni_topo.recovery.report import CompensationReport
+from nni_topo.recovery.verdict import Verdict
 
 if TYPE_CHECKING:
     from nni_topo.runs.depth import DepthOutcome

@@ -52,12 +52,13 @@ from nni_topo.pruners.budget import (
     warn_if_missed,
 )
 from nni_topo.pruners.registry import create_pruner, pruner_info
-from nni_topo.recovery.course import Clock, most_tried_steps
+from nni_topo.recovery.clock import Clock
 from nni_topo.recovery.distilling import course_on
 from nni_topo.recovery.frozen import frozen_layers
 from nni_topo.recovery.lesson import judged
 from nni_topo.recovery.outputs import OutputKind
 from nni_topo.recovery.pool import without_distillation
+from nni_topo.recovery.rates import most_tried_steps
 from nni_topo.runs.depth import Depth, with_depth
 from nni_topo.runs.expected import Expectation, expected
 from nni_topo.runs.images import ImageParts

@@ -15,10 +15,10 @@ from nni_topo.network.runtime.reports import ModelReport, told_of_changes
 from nni_topo.network.speedup.dense_report import DenseReport
 from nni_topo.network.speedup.dependency import OUTPUT, by_reason
 from nni_topo.pruners.budget import BudgetOutcome
-from nni_topo.recovery.distilling import Verdict
 from nni_topo.recovery.frozen import FROZEN, told_of_frozen
 from nni_topo.recovery.outputs import ComparedOutputs
 from nni_topo.recovery.report import CompensationReport
+from nni_topo.recovery.verdict import Verdict
 from nni_topo.runs.depth import DepthOutcome
 from nni_topo.runs.expected import Expectation
 from nni_topo.runs.headline import headline

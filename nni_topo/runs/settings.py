@@ -22,7 +22,8 @@ from nni_topo.pruners.checks import check_no_ratios
 from nni_topo.pruners.registry import PRUNERS, check_pruner_knobs, pruner_info
 from nni_topo.recovery import RecoveryMethod, distillation
 from nni_topo.recovery.distilling import KNOBS as DISTILLATION_KNOBS
-from nni_topo.recovery.distilling import check_can_learn, too_few_batches
+from nni_topo.recovery.distilling import check_can_learn
+from nni_topo.recovery.held_out import too_few_batches
 from nni_topo.recovery.lesson import check_augment
 from nni_topo.recovery.outputs import Outputs
 from nni_topo.recovery.pool import Pool, first_inputs, without_distillation

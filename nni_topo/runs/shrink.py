@@ -16,7 +16,7 @@ from nni_topo.network.runtime.hooks import batches_of
 from nni_topo.network.runtime.public import Running, public
 from nni_topo.pruners.budget import AUTO, Budget, as_budget
 from nni_topo.recovery import RecoveryMethod
-from nni_topo.recovery.course import Clock
+from nni_topo.recovery.clock import Clock
 from nni_topo.recovery.distilling import KNOBS as DISTILLATION
 from nni_topo.recovery.outputs import Outputs
 from nni_topo.rules import ANYTHING, NONE, number, one_of

@@ -12,7 +12,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nni_topo.recovery.distilling import Verdict
+from nni_topo.recovery.verdict import Verdict
 from nni_topo.runs.provenance import Record
 from nni_topo.studies.tables import STEPS, grouped, interval
 

@@ -17,5 +17,6 @@ class Watch:
 def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     """Return the clock of courses, which a test sets."""
     watch = Watch()
-    monkeypatch.setattr("nni_topo.recovery.course.time", watch)
+    for module in ("clock", "course", "rates"):
+        monkeypatch.setattr(f"nni_topo.recovery.{module}.time", watch)
     return watch

@@ -10,8 +10,10 @@ from distill_nets import inputs, pair
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from nni_topo.recovery.course import RATES, Clock, Course, Training, learning, range_test, try_rates
+from nni_topo.recovery.clock import Clock
+from nni_topo.recovery.course import Course, Training, learning
 from nni_topo.recovery.lesson import Lesson
+from nni_topo.recovery.rates import RATES, range_test, try_rates
 
 
 def training(student=None, **knobs):

@@ -12,8 +12,8 @@ from torch import nn
 import nni_topo
 from nni_topo.errors import ConfigError, GradientError, SpeedupError
 from nni_topo.recovery import distill, distillation, distilling, recalibrate_batch_norm
-from nni_topo.recovery.course import RATES
-from nni_topo.recovery.distilling import is_solved_on
+from nni_topo.recovery.held_out import is_solved_on
+from nni_topo.recovery.rates import RATES
 from nni_topo.testing import toy_images, toy_model
 
 
@@ -154,7 +154,7 @@ def test_where_every_rate_breaks_the_network_no_step_is_taken(caplog):
 
 def test_a_rate_that_is_asked_for_is_given_up_where_held_out_loss_grows(caplog):
     dense, original, images = fragile()
-    with caplog.at_level("INFO", "nni_topo.recovery.distilling"):
+    with caplog.at_level("INFO", "nni_topo.recovery.course"):
         high = distillation(dense, original, images, steps=600, lr=0.05, blend=False)
     assert "learning rate 0.05 is given up after 72 of 600 steps" in caplog.text
     assert (high.is_kept, high.steps, high.rates) == (False, 72, ())
@@ -535,9 +535,9 @@ def test_the_time_is_told_before_it_is_spent(watch, caplog, knobs, level, words)
 def test_what_is_discarded_is_learned_once_more_at_a_sixth_of_the_rate(monkeypatch):
     """The range test is made to take a rate that is too high for the whole course."""
     _, original = pair()
-    monkeypatch.setattr("nni_topo.recovery.distilling.RATES", (0.6,))
-    monkeypatch.setattr("nni_topo.recovery.course._MOST_LOSS", 1e9)
-    monkeypatch.setattr("nni_topo.recovery.course._MOST_GROWTH", 1e9)
+    monkeypatch.setattr("nni_topo.recovery.rates.RATES", (0.6,))
+    monkeypatch.setattr("nni_topo.recovery.rates._MOST_LOSS", 1e9)
+    monkeypatch.setattr("nni_topo.recovery.rates._MOST_GROWTH", 1e9)
     near = copy.deepcopy(original)
     with torch.no_grad():
         near.first.weight.mul_(1.02)
