@@ -281,9 +281,9 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     lr : float, optional
         Highest learning rate of AdamW, above 0. By default a range test finds it: the first of 6e-3, 2e-3, 6e-4,
         2e-4 and 6e-5 that doesn't break the network in a few steps. It takes at most a quarter of the steps, or of the
-        time; if that isn't enough for two rates, 2e-4 is taken. If the weights that are learned at this rate are
-        discarded, the steps are taken once more at a sixth of it. If there is no such rate, the result is a copy of
-        ``dense``.
+        time; if that isn't enough for two rates, 2e-4 is taken, or 2e-3 where batch norms learn from the batches. If
+        the weights that are learned at this rate are discarded, the steps are taken once more at a sixth of it. If
+        there is no such rate, the result is a copy of ``dense``.
     outputs : callable, optional
         Returns the part of a model's output to compare, or a function of it, e.g. a pooled embedding. It takes the
         model's output, and the inputs as ``augment`` does, and returns a tensor, or several in a tuple or dict, with an

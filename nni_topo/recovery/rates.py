@@ -31,8 +31,12 @@ _TRIED_RISE = 0.3  # share of the steps at each rate in which the rate rises; it
 # be tried.
 _TRIED_SHARE, _LEAST_TRIED, _FEWEST_TRIED = 0.03, 10, 3
 _SEARCHED = 0.25  # largest share of the steps that the range test takes
-ONE_RATE = 2e-4
-"""The rate if the steps are too few to try two: after few steps the loss is smallest at low rates."""
+ONE_RATE, ONE_RATE_NORMED = 2e-4, 2e-3
+"""The rate if the steps are too few to try two: after few steps the loss is smallest at low rates.
+
+Where batch norms take their statistics from the batches, it is the second one: these statistics move the outputs away
+at once, and at a low rate few steps don't bring them back.
+"""
 _TIMED, _TIMED_SECONDS = 5, 1.0  # most runs that are timed, and most seconds of these but for the first one
 _logger = logging.getLogger(__name__)
 
@@ -93,7 +97,7 @@ def find_rate(training: Training, judge: Judge, lr: float | None, progress: bool
     if lr is not None:
         return Trial(training, lr)
     if not rates:
-        return Trial(training, ONE_RATE)
+        return Trial(training, ONE_RATE_NORMED if training.is_normed else ONE_RATE)
     last = rates[-1]
     if last.is_taken:
         return Trial(training, last.lr, rates)

@@ -588,6 +588,12 @@ def test_the_steps_of_the_range_test_are_some_of_all_steps(watch):
     assert (few.rates, 2e-4 in (few.lr, few.discarded_lr)) == ((), True)
 
 
+@pytest.mark.parametrize(("images", "lr"), [(128, 2e-4), (600, 2e-3)])
+def test_few_steps_have_a_higher_rate_where_batch_norms_learn_from_the_batches(images, lr):
+    few = distillation(*pair(norm=True), batches(images), steps=20)
+    assert (few.rates, lr in (few.lr, few.discarded_lr)) == ((), True)
+
+
 def test_of_groups_every_eighth_judges():
     dense, original = pair()
     data = nni_topo.Calibration(batches(48), groups=[index // 3 for index in range(48)])
