@@ -10,16 +10,20 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata, util
 from pathlib import Path
 
+DESCRIPTION = (
+    "Make trained PyTorch networks smaller and faster, for people who have the network and some of its inputs, but no "
+    "labels."
+)
 VERBS = {
-    "list": "List pruners, recovery methods, models and data by name.",
-    "demo": "Train a small network on digits, prune it by several pruners, and compare.",
+    "shrink": "Make one model smaller from inputs without labels: select channels, reconstruct weights, distil.",
+    "demo": "Train a small network on digits, make it smaller, and compare several pruners.",
+    "prune": "Prune one trained model by a YAML file.",
     "compare": "Compare pruners at equal cost; a comparison resumes where it was stopped.",
     "report": "Write report.html in folders of finished or running runs, and print the tables of comparisons.",
-    "analyze": "Study one model without changing it.",
     "experiment": "Run NNI's experiments and show their results.",
-    "prune": "Prune one trained model by a YAML file.",
-    "shrink": "Make one model smaller from inputs without labels: select channels, reconstruct weights, distil.",
+    "analyze": "Study one model without changing it.",
     "profile": "Measure one model before and after pruning, in turns: time, throughput, memory, MACs, parameters.",
+    "list": "List pruners, recovery methods, models and data by name.",
     "doctor": "Check versions, NNI, torch and torchvision, data, GPU, NNI's port and extras; say what to do.",
 }
 
@@ -52,7 +56,7 @@ def help_of(words: Sequence[str]) -> str:
 
 def chosen(name: str, choices: Mapping[str, str], words: Sequence[str], version: str) -> str:
     """Return the first word if it is one of the choices, each with a line of help; else print the choices and exit."""
-    parser = argparse.ArgumentParser(prog=name, description="Topological pruning for NNI on current PyTorch.")
+    parser = argparse.ArgumentParser(prog=name, description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=version)
     known = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, line in choices.items():

@@ -45,15 +45,15 @@ def experiment_parts() -> Choices:
 
 
 VERBS: Choices = {
-    "list": verbs.List,
+    "shrink": verbs.Shrink,
     "demo": verbs.Demo,
+    "prune": verbs.Prune,
     "compare": verbs.Compare,
     "report": verbs.Report,
-    "analyze": studies,
     "experiment": experiment_parts,
-    "prune": verbs.Prune,
-    "shrink": verbs.Shrink,
+    "analyze": studies,
     "profile": profile.Profile,
+    "list": verbs.List,
     "doctor": doctor.Doctor,
 }
 

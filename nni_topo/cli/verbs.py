@@ -23,7 +23,7 @@ from nni_topo.recovery import list_recoveries, recovery_info
 from nni_topo.recovery.registry import RECOVERIES
 from nni_topo.rules import NONE, check_knobs, number, one_of, whole
 from nni_topo.runs.choices import Cell, CompensationChoice, DistillationChoice, PrunerChoice, Target, load_prune_config
-from nni_topo.runs.headline import headline_of_records
+from nni_topo.runs.headline import headline_of_records, percent_in_words
 from nni_topo.runs.provenance import provenance
 from nni_topo.runs.prune import empty_folder, prune_checkpoint
 from nni_topo.runs.run import distillation_knobs, resolve_device, weighted_model
@@ -31,11 +31,11 @@ from nni_topo.runs.settings import TOLERANCE, Settings
 from nni_topo.runs.shrink import KNOBS, asked_budget, shrink
 from nni_topo.studies.baselines import is_baseline
 from nni_topo.studies.compare import compare
-from nni_topo.studies.demo import DEMO
+from nni_topo.studies.demo import DEMO, show_gain
 from nni_topo.studies.pictures import comparison_figures, plot_distillation
 from nni_topo.studies.plan import SCRATCH, ComparisonPlan, load_plan
 from nni_topo.studies.records import compared_records
-from nni_topo.studies.report import prune_costs, sentences_of, write_report
+from nni_topo.studies.report import GAIN, prune_costs, sentences_of, write_report
 from nni_topo.studies.study import DataVerb, Names, TrainedVerb, Verb, save_figures
 from nni_topo.studies.tables import NumberTable, as_markdown, tables_of
 from nni_topo.zoo import list_data, list_models
@@ -72,18 +72,30 @@ class List(Verb):
 
 @dataclass(frozen=True, kw_only=True)
 class Demo(Verb):
-    """Train a small network on digits, prune it by several pruners, and compare."""
+    """Train a small network on digits, make it smaller, and compare several pruners."""
 
     out: Path = Path("demo")  # output folder
 
     def run(self, console: Console) -> int:
-        """Say how long the demonstration takes, and run it."""
+        """Say how long the demonstration takes, and run it; the last lines say what was gained."""
         cells = len(DEMO.pruners) * len(DEMO.targets)
         console.print(
-            f"{DEMO.seeds} small networks are trained on digits, each pruned {cells} times: some two minutes "
-            f"on two cores. Tables follow here, a picture and report.html in {self.out}/"
+            f"a small network is trained on digits and shrunk. Then {DEMO.seeds} networks are each pruned {cells} "
+            f"times: some two minutes on two cores. Tables follow here, pictures and report.html in {self.out}/"
         )
-        return _run_plan(DEMO, self.out, console, as_json=self.json)
+        report = show_gain(DEMO, self.out)
+        first, last = report.stages[0], report.stages[-1]
+        gain = (
+            f"shrink: {report.sentence}; {percent_in_words(last.accuracy)} of the test images are right, "
+            f"{percent_in_words(first.accuracy)} before"
+        )
+        steps = report.to_dict()["steps"]
+        table = NumberTable(None, list(steps[0]), [list(row.values()) for row in steps])
+        for part in (gain, table):
+            console.print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
+        status = _run_plan(DEMO, self.out, console, as_json=self.json)
+        console.print(f"{gain} · picture: {self.out / GAIN}", markup=False, highlight=False, soft_wrap=True)
+        return status
 
 
 @dataclass(frozen=True, kw_only=True)

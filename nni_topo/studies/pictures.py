@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from nni_topo.recovery.verdict import Verdict
 from nni_topo.runs.provenance import Record
+from nni_topo.runs.report import ShrinkReport
 from nni_topo.studies.tables import STEPS, grouped, interval
 
 _MARKERS = "osD^vP*X<>"
@@ -86,6 +87,26 @@ def comparison_figures(records: Sequence[Record]) -> dict[str, Figure]:
         columns = max(2, round(figure.get_figwidth() / 1.8))
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", fontsize="small", ncols=columns)
     return figures
+
+
+def plot_gain(report: ShrinkReport) -> Figure:
+    """Draw the accuracy after each step, in percent, and the milliseconds of a batch, which must have been measured."""
+    figure = Figure(figsize=(7.5, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    names = [row["network"] for row in report.to_dict()["steps"]]
+    colors = ["0.6", "C3", "C1", "C2"][: len(names)]
+    # The networks after pruning have the same layers, so that one time is that of all.
+    times = [report.time.unpruned_ms[0], *[report.time.ms[0]] * (len(names) - 1)] if report.time else []
+    for axis, title, values in (
+        (left, "test accuracy %", [100.0 * stage.accuracy for stage in report.stages]),
+        (right, f"ms for {report.time.samples if report.time else 0} images", times),
+    ):
+        bars = axis.barh(names[: len(values)], values, color=colors)
+        axis.bar_label(bars, fmt="%.3g", padding=3)
+        axis.invert_yaxis()
+        axis.margins(x=0.15)
+        axis.set_title(title, fontsize="medium")
+    return figure
 
 
 def plot_distillation(verdict: Verdict) -> Figure:

@@ -29,6 +29,8 @@ from nni_topo.studies.pictures import comparison_figures
 from nni_topo.studies.records import compared_records
 from nni_topo.studies.tables import STEPS, best_method, grouped, in_short, tables_of, title_of, widths_of
 
+GAIN = "gain.png"
+"""The demonstration's picture of what a shrink gains."""
 _SOURCES = ("versions", "hardware", "revision")
 
 
@@ -74,8 +76,18 @@ def _contents(folder: Path) -> tuple[list[str], list[Part]]:
         for record in compared_records(folder / "results.jsonl")
     ]
     figures = comparison_figures(records) if records else {}
-    sentences = sentences_of(records)
-    parts: list[Part] = []
+    sentences, parts = list[str](), list[Part]()
+    shrunk = read_json(folder / "shrink.json", "a run's file") or {}
+    if "sentence" in shrunk:
+        sentences.append(shrunk["sentence"])
+        steps, *others = parts_of(shrunk)
+        parts.append(steps)
+        if (folder / GAIN).exists():
+            parts.append(picture_part("Accuracy and time", (folder / GAIN).read_bytes()))
+        asked = {key: shrunk.get(key) for key in ("model", "data", "pruner", "method", "budget")}
+        parts += [*others, Part("How it was run", rows=_as_rows(asked), text_columns=2, folded=True)]
+        parts += _sources([shrunk])
+    sentences += sentences_of(records)
     # First the answer, then its picture, then the tables with all columns.
     for group, rows in grouped(records).items():
         parts.append(Part(title_of(group, rows), *in_short(rows), text_columns=2))
@@ -84,7 +96,7 @@ def _contents(folder: Path) -> tuple[list[str], list[Part]]:
         title = f"all figures: {table.title}" if table.unpruned_first else str(table.title)
         parts.append(Part(title, table.head, table.rows, foot=table.foot, folded=title.startswith("widths")))
     for path in sorted(folder.glob("*.json")):
-        if path.stem == "results":
+        if path.stem == "results" or (path.stem == "shrink" and shrunk):
             continue
         document = read_json(path, "a run's file")
         if path.stem == "summary" and "flops_before" in document:  # of a single pruning run
@@ -95,12 +107,6 @@ def _contents(folder: Path) -> tuple[list[str], list[Part]]:
             if "compensation" in document:
                 parts.append(table_part("Recovery by layer", document["compensation"]))
             parts += _sources([document])
-        elif path.stem == "shrink" and "sentence" in document:
-            sentences.append(document["sentence"])
-            parts += parts_of(document)
-            asked = {key: document.get(key) for key in ("model", "data", "pruner", "method", "budget")}
-            parts.append(Part("How it was run", rows=_as_rows(asked), text_columns=2, folded=True))
-            parts += _sources([document])
         elif path.name == BEST:
             sentences.append(document["sentence"])
             parts.append(Part("Best trial", rows=_as_rows(_of_trial(document)), text_columns=2))
@@ -109,7 +115,7 @@ def _contents(folder: Path) -> tuple[list[str], list[Part]]:
         else:
             parts += _of_document(path.stem, document)
     for path in sorted(folder.glob("*.png")):
-        if path.stem not in figures:
+        if path.stem not in figures and path.name != GAIN:
             parts.append(picture_part(path.stem, path.read_bytes()))
     return sentences, [*parts, *_sources(records)]
 

@@ -290,7 +290,16 @@ def test_a_demonstration_runs_in_this_process(tiny, tmp_path, monkeypatch, capsy
     tiny_for_verbs.made_by.clear()
     assert main(["demo", "--json", "--out", str(tmp_path / "demo")]) == 0
     said = capsys.readouterr()
-    assert "each pruned 1 times: some two minutes" in " ".join(said.err.split())  # before the work
+    shown = " ".join(said.err.split())
+    assert "each pruned 1 times: some two minutes" in shown  # before the work
+    document = json.loads((tmp_path / "demo" / "shrink.json").read_text())
+    assert [stage["network"] for stage in document["stages"]] == ["unpruned", "pruned", "reconstructed", "distilled"]
+    # What was gained comes before the comparison, and in the last line.
+    first, last = (at for at in range(len(shown)) if shown.startswith(f"shrink: {document['sentence']}", at))
+    assert first < shown.index("[1/1]") < last
+    assert shown.endswith(f"picture: {tmp_path / 'demo' / 'gain.png'}")
+    page = (tmp_path / "demo" / "report.html").read_text()
+    assert page.index(document["sentence"]) < page.index("Accuracy and time") < page.index("best method on")
     (record,) = json.loads(said.out)
     assert (record["pruner"], record["target"]) == ("l1", "ratio 0.5")
     assert tiny_for_verbs.made_by == {os.getpid()}
