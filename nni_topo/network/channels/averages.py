@@ -56,13 +56,17 @@ def is_not_negative(value: Any, module_of: Callable[[str], Any]) -> bool:
     if name not in _KEEP_SIGN:
         return False
     # Of these operations only sums and products compute with numbers.
-    numbers = [each for each in value.args[1:] if name in ("mul", "add", "iadd", "imul") and not isinstance(each, Node)]
-    return all(is_not_negative(each, module_of) for each in (*_tensors(value), *numbers))
+    numbers = [
+        argument
+        for argument in value.args[1:]
+        if name in ("mul", "add", "iadd", "imul") and not isinstance(argument, Node)
+    ]
+    return all(is_not_negative(operand, module_of) for operand in (*_tensors(value), *numbers))
 
 
 def _tensors(node: Node) -> list[Node]:
     """List the nodes of tensors, not of sizes, that a node reads."""
-    return [each for each in node.all_input_nodes if "tensor_meta" in each.meta]
+    return [parent for parent in node.all_input_nodes if "tensor_meta" in parent.meta]
 
 
 def average_of(mean: Node, dim: int, ids: np.ndarray, module_of: Callable[[str], Any]) -> Average | None:
@@ -78,31 +82,35 @@ def average_of(mean: Node, dim: int, ids: np.ndarray, module_of: Callable[[str],
         average.nodes.add(node.name)
         for user in node.users:
             name, shape = plain_name(user), tensor_shape(user) or ()
-            given: Any = user.kwargs.get("dim", user.args[1] if len(user.args) > 1 else 0)
+            dim_argument: Any = user.kwargs.get("dim", user.args[1] if len(user.args) > 1 else 0)
             if user.op == "call_module":
                 module: Any = module_of(str(user.target))
-                calls = sum(each.op == "call_module" and each.target == user.target for each in mean.graph.nodes)
+                calls = sum(call.op == "call_module" and call.target == user.target for call in mean.graph.nodes)
                 is_plain = type(module) in CONVOLUTIONS and module.groups == 1 and "weight" in module._parameters
                 if calls != 1 or not is_plain or at != 1:
                     return None
                 average.columns.append((str(user.target), place))
             elif name == "size":
                 continue
-            elif name in ("cat", "concat", "stack") and isinstance(given, int) and shape:
+            elif name in ("cat", "concat", "stack") and isinstance(dim_argument, int) and shape:
                 parts: Any = user.args[0]
-                along = given % len(shape)
+                along = dim_argument % len(shape)
                 if not isinstance(parts, (tuple, list)) or (at is None) != (name == "stack"):
                     return None
                 if name != "stack" and at != along:
                     return None
-                sizes = [1 if name == "stack" else (tensor_shape(part) or ())[along] for part in parts]
+                sizes = [1] * len(parts)
+                if name != "stack":
+                    sizes = [(tensor_shape(part) or ())[along] for part in parts]
                 for index, part in enumerate(parts):
                     if part is node:
                         waiting.append((user, along, sum(sizes[:index]) + place))
-            elif name == "unsqueeze" and isinstance(given, int) and at is None:
-                waiting.append((user, given % len(shape), 0))
+            elif name == "unsqueeze" and isinstance(dim_argument, int) and at is None:
+                waiting.append((user, dim_argument % len(shape), 0))
             elif name in ("contiguous", "clone", "float") and len(user.all_input_nodes) == 1:
                 waiting.append((user, at, place))
             else:
                 return None
-    return average if average.columns else None
+    if average.columns:
+        return average
+    return None

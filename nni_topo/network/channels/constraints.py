@@ -23,7 +23,7 @@ from torch.fx import Node
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from nni_topo.network.channels.flow import ChannelFlow
-from nni_topo.network.channels.ids import FIXED, carry, compressed, given_shapes, varies
+from nni_topo.network.channels.ids import FIXED, carry, compress, given_shapes, varies
 from nni_topo.network.channels.rules import FAILURES, module_rule, rule_of
 from nni_topo.network.graph.traced_int import attribute_sizes_in, resized
 from nni_topo.network.runtime.inputs import tensors_of
@@ -54,7 +54,7 @@ def partial_couplings(
     some channels, although a group can express their couplings.
     """
     free = {name: set(flow.class_ids_of(name).tolist()) - {FIXED} for name in names}
-    found = dict[str, tuple[int, ...]]()
+    ids_by_layer = dict[str, tuple[int, ...]]()
     for group in coupled_names(free):
         all_ids = [flow.class_ids_of(name) for name in group]
         has_staying = any((ids == FIXED).any() and (ids != FIXED).any() for ids in all_ids)
@@ -62,20 +62,20 @@ def partial_couplings(
             continue
         # Kept channels aren't coupled with one another, so each gets an id of its own. Only layers with equal class
         # ids share these ids.
-        own = dict[bytes, np.ndarray]()
+        kept_ids = dict[bytes, np.ndarray]()
         for name, ids in zip(group, all_ids, strict=True):
             # No layer made the channels of the network's input.
-            staying = own.setdefault(ids.tobytes(), -np.maximum(flow.masked_channel_ids(name), 1))
-            found[name] = tuple(np.where(ids == FIXED, staying, ids).tolist())
-    return found
+            staying = kept_ids.setdefault(ids.tobytes(), -np.maximum(flow.masked_channel_ids(name), 1))
+            ids_by_layer[name] = tuple(np.where(ids == FIXED, staying, ids).tolist())
+    return ids_by_layer
 
 
 def _is_stated(flow: ChannelFlow, names: list[str]) -> bool:
     """Tell whether layers are coupled unit by unit in the same order, and no two units of a layer are coupled."""
     if 0 < sum(name in flow.layers for name in names) < len(names):
         return False  # no group has layers and norms
-    first, *others = [flow.class_ids_of(name)[flow.units(name)[:, 0]] for name in names]
-    if not all(np.array_equal(class_ids, first) for class_ids in others):
+    first, *later_ids = [flow.class_ids_of(name)[flow.units(name)[:, 0]] for name in names]
+    if not all(np.array_equal(class_ids, first) for class_ids in later_ids):
         return False
     free = first[first != FIXED]
     return len(np.unique(free)) == len(free)
@@ -109,7 +109,9 @@ def blocks_of(flow: ChannelFlow, norms: Iterable[str] = ()) -> dict[str, int]:
             class_ids, np.tile(class_ids[:pattern], repeats)
         ):
             counts[name] = math.lcm(counts.get(name, 1), repeats)
-    return _with_equal_blocks(flow, counts) if flow.reorders else counts
+    if flow.reorders:
+        return _with_equal_blocks(flow, counts)
+    return counts
 
 
 def _with_equal_blocks(flow: ChannelFlow, counts: dict[str, int]) -> dict[str, int]:
@@ -176,8 +178,8 @@ class DenseOrder(torch.fx.Interpreter):
             if n.op == "call_module" and n.target in before.entering:
                 self.entering[n.target] = before.entering[n.target]
             return self.ids[n.name]
-        found = self._followed(n)
-        if before is not None and _same_ids(found, before.ids[n.name]):
+        ids = self._followed(n)
+        if before is not None and _same_ids(ids, before.ids[n.name]):
             self.ids[n.name] = before.ids[n.name]
         return self.ids[n.name]
 
@@ -194,26 +196,31 @@ class DenseOrder(torch.fx.Interpreter):
 
     def _followed(self, n: Node) -> Any:
         ascending = self._ascending(n)
-        self.ids[n.name] = found = self._renamed(self._moved(n, ascending), ascending)
-        for one, other in zip(tensors_of(found), tensors_of(ascending), strict=False):
-            if one is not other and not torch.equal(compressed(one), compressed(other)):
+        self.ids[n.name] = ids = self._renamed(self._in_dense_order(n, ascending), ascending)
+        for arrived, expected in zip(tensors_of(ids), tensors_of(ascending), strict=False):
+            if arrived is not expected and not torch.equal(compress(arrived), compress(expected)):
                 self.reordered.add(n.name)
-        return found
+        return ids
 
-    def _renamed(self, found: Any, ascending: Any) -> Any:
+    def _renamed(self, ids: Any, ascending: Any) -> Any:
         """Return the flow's ids of a node if other ids of the same groups arrive, such as those of a layer scale."""
-        if not (isinstance(found, Tensor) and isinstance(ascending, Tensor)) or found.shape != ascending.shape:
-            return found
-        arrived, expected = compressed(found), compressed(ascending)
+        if not (isinstance(ids, Tensor) and isinstance(ascending, Tensor)) or ids.shape != ascending.shape:
+            return ids
+        arrived, expected = compress(ids), compress(ascending)
         if torch.equal(arrived.flatten().unique(), expected.flatten().unique()):
-            return found
+            return ids
         if not bool((arrived != FIXED).any()):
             return ascending  # a constant that is repeated over channels, which only the rule gave their ids
         groups_arrived, groups_expected = self.flow.group_ids(arrived.numpy()), self.flow.group_ids(expected.numpy())
         # After a concatenation along another dimension (a class token and patches), each part has ids of its own.
-        fits = all(one in (1, other) for one, other in zip(expected.shape, arrived.shape, strict=True))
+        fits = all(
+            expected_size in (1, arrived_size)
+            for expected_size, arrived_size in zip(expected.shape, arrived.shape, strict=True)
+        )
         same = fits and np.array_equal(groups_arrived, np.broadcast_to(groups_expected, arrived.shape))
-        return ascending if same else found
+        if same:
+            return ascending
+        return ids
 
     def _ascending(self, node: Node) -> Any:
         """Return the ids of a node's outputs without those of pruned channels, in the unpruned model's order."""
@@ -234,7 +241,7 @@ class DenseOrder(torch.fx.Interpreter):
                 shape[d] = ids.shape[d]
         return ids.expand(shape)
 
-    def _moved(self, node: Node, ascending: Any) -> Any:
+    def _in_dense_order(self, node: Node, ascending: Any) -> Any:
         """Return the ids of a node's outputs in the dense model's order; ``ascending``: in the unpruned one's."""
         if node.op in ("placeholder", "get_attr", "output"):
             return ascending
@@ -246,7 +253,8 @@ class DenseOrder(torch.fx.Interpreter):
             return self._through(node, entering[0], ascending) if entering else ascending
         rule = rule_of(node)
         if rule is not None and rule.moves and not (rule.by_index and tensors_of((args[1:], kwargs))):
-            args = (args[0].contiguous(), *args[1:]) if isinstance(args[0], Tensor) else args
+            if isinstance(args[0], Tensor):
+                args = (args[0].contiguous(), *args[1:])
             return self._tried(node, args, kwargs, ascending)
         return _in_order_of(entering, ascending)
 
@@ -280,11 +288,13 @@ class DenseOrder(torch.fx.Interpreter):
     def places(self, name: str) -> np.ndarray:
         """Return the unpruned model's indices of the kept channels that enter a module: int, (kept channels,)."""
         entering = self.flow.entering_channel_ids(name)
-        kept = np.flatnonzero(self.is_kept[self.flow.group_ids(entering)])
+        kept_places = np.flatnonzero(self.is_kept[self.flow.group_ids(entering)])
         arriving = self.entering.get(name, entering[:0])
-        place = dict(zip(entering[kept].tolist(), kept.tolist(), strict=True))
-        found = np.array([place.get(channel_id, -1) for channel_id in arriving.tolist()], dtype=np.int64)
-        return found if np.array_equal(np.sort(found), kept) else kept
+        place = dict(zip(entering[kept_places].tolist(), kept_places.tolist(), strict=True))
+        arriving_places = np.array([place.get(channel_id, -1) for channel_id in arriving.tolist()], dtype=np.int64)
+        if np.array_equal(np.sort(arriving_places), kept_places):
+            return arriving_places
+        return kept_places
 
     def select(self, node: Node, value: Any) -> Any:
         """Remove pruned channels from a node's output tensors, and put the others into the dense model's order."""
@@ -295,25 +305,29 @@ class DenseOrder(torch.fx.Interpreter):
         return tree_unflatten(list(map(_gathered, leaves, full_ids, dense_ids)), spec)
 
 
-def _same_ids(one: Any, other: Any) -> bool:
+def _same_ids(first: Any, second: Any) -> bool:
     """Tell whether two outputs of a node have the same ids."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)) and len(one) == len(other):
-        return all(map(_same_ids, one, other))
-    return type(one) is int and type(other) is int and one == other
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, (tuple, list)) and isinstance(second, (tuple, list)) and len(first) == len(second):
+        return all(map(_same_ids, first, second))
+    return type(first) is int and type(second) is int and first == second
 
 
 def _in_order_of(entering: list[Tensor], ascending: Any) -> Any:
     """Return the output's ids in the order of the first operand that has the same channels; else ``ascending``."""
     if not isinstance(ascending, Tensor):
         return ascending
-    held = [d for d in range(1, ascending.dim()) if varies(ascending, d)]
+    channel_dims = [d for d in range(1, ascending.dim()) if varies(ascending, d)]
     for ids in entering:
-        found = carry(ids, tuple(ascending.shape))
+        expanded = carry(ids, tuple(ascending.shape))
         # An operand with channels in other dimensions has other channels, such as attention scores.
-        if found is not None and held and held == [d for d in range(1, found.dim()) if varies(found, d)]:
-            return found
+        if (
+            expanded is not None
+            and channel_dims
+            and channel_dims == [d for d in range(1, expanded.dim()) if varies(expanded, d)]
+        ):
+            return expanded
     return ascending
 
 
@@ -324,18 +338,18 @@ def _gathered(value: Any, full_ids: Any, dense_ids: Any) -> Any:
     dims = [d for d in range(full_ids.dim()) if full_ids.shape[d] > 1]
     if not dims:
         return value.clone()
-    rest = [d for d in range(value.dim()) if d not in dims]
-    wanted = dense_ids
+    other_dims = [d for d in range(value.dim()) if d not in dims]
+    target_ids = dense_ids
     for d in range(dense_ids.dim()):
         if d not in dims:
-            wanted = wanted.narrow(d, 0, min(wanted.shape[d], 1))
+            target_ids = target_ids.narrow(d, 0, min(target_ids.shape[d], 1))
     # A sorted copy turns the lookup of thousands of ids into one binary search.
-    known = full_ids.flatten().numpy()
-    order = np.argsort(known, kind="stable")
-    places = order[np.searchsorted(known[order], wanted.flatten().numpy()).clip(max=len(order) - 1)]
-    flat = value.permute(*rest, *dims).flatten(len(rest))
+    flat_ids = full_ids.flatten().numpy()
+    order = np.argsort(flat_ids, kind="stable")
+    places = order[np.searchsorted(flat_ids[order], target_ids.flatten().numpy()).clip(max=len(order) - 1)]
+    flat = value.permute(*other_dims, *dims).flatten(len(other_dims))
     picked = flat[..., torch.from_numpy(places).to(value.device)].unflatten(-1, [dense_ids.shape[d] for d in dims])
-    return picked.permute(*np.argsort([*rest, *dims]).tolist()).contiguous()
+    return picked.permute(*np.argsort([*other_dims, *dims]).tolist()).contiguous()
 
 
 class Share(NamedTuple):
@@ -372,8 +386,8 @@ def stays_in_place(
                 return False
     for name in order.entering:
         group_ids = flow.entering_group_ids(name)
-        kept = flow.entering_channel_ids(name)[is_kept[group_ids]]
-        if looked_at[group_ids].any() and not np.array_equal(np.sort(order.entering[name]), np.sort(kept)):
+        kept_ids = flow.entering_channel_ids(name)[is_kept[group_ids]]
+        if looked_at[group_ids].any() and not np.array_equal(np.sort(order.entering[name]), np.sort(kept_ids)):
             return False
     dense_pieces = {(node, piece): group_ids for node, piece, group_ids in _pieces(flow, order.ids)}
     for node, piece, full in _pieces(flow, flow.ids):
@@ -382,38 +396,38 @@ def stays_in_place(
     return True
 
 
-def shares(flow: ChannelFlow, wanted: Mapping[str, int]) -> Shares:
+def shares(flow: ChannelFlow, target_counts: Mapping[str, int]) -> Shares:
     """Return how many channels of each segment may stay, for shuffled layers; ``wanted``: by layer, how many should."""
     if not flow.shuffles:
         return {}
     # The group ids of the channels that each chunk, shuffle or view into rows moves.
-    moved = [set(flow.group_ids(blocks.ids).tolist()) for blocks in flow.blocks if blocks.moves]
+    moves = [set(flow.group_ids(blocks.ids).tolist()) for blocks in flow.blocks if blocks.moves]
     counts = dict[str, int]()
     moves_of = dict[str, set[int]]()  # by layer, which of these move its channels
-    for name in wanted:
+    for name in target_counts:
         group_ids = flow.group_ids_of(name).tolist()
         is_coupled_with_itself = len(set(group_ids)) < len(group_ids)
         if flow.layers[name].depthwise or FIXED in group_ids or is_coupled_with_itself:
             continue
-        places = {place for place, others in enumerate(moved) if not others.isdisjoint(group_ids)}
+        places = {place for place, moved_ids in enumerate(moves) if not moved_ids.isdisjoint(group_ids)}
         if places:
-            counts[name], moves_of[name] = wanted[name], places
+            counts[name], moves_of[name] = target_counts[name], places
     # Layers whose channels are moved together are searched together, from their wanted counts upwards.
-    routes, found = _routes(flow, flow.ids), Shares()
+    routes, share_of = _routes(flow, flow.ids), Shares()
     order: DenseOrder | None = None
     for names in coupled_names(moves_of):
         # With some counts the dense model would send a layer's channels to a piece that gets none in the unpruned one.
         for more in range(_MORE):
-            asked = {name: min(counts[name] + more, flow.layers[name].channels) for name in names}
-            parts, order = _shared_out(flow, routes, counts | asked, names, order)
+            trial_counts = {name: min(counts[name] + more, flow.layers[name].channels) for name in names}
+            parts, order = _shared_out(flow, routes, counts | trial_counts, names, order)
             if parts:
                 for name in names:
-                    found[name] = Share(counts[name], *parts[name])
-                counts |= asked
+                    share_of[name] = Share(counts[name], *parts[name])
+                counts |= trial_counts
                 break
         else:
             counts |= {name: flow.layers[name].channels for name in names}
-    return found
+    return share_of
 
 
 def _shared_out(
@@ -428,18 +442,20 @@ def _shared_out(
         is_kept[flow.group_ids_of(name)[count:]] = False
     # Which channels stay isn't decided yet, and doesn't matter: the dense model routes them by count and rank alone.
     order = DenseOrder(flow, is_kept, before)
-    dense_routes, found = _routes(flow, order.ids), Parts()
+    dense_routes, parts = _routes(flow, order.ids), Parts()
     for name in names:
         group_ids = flow.group_ids_of(name).tolist()
         segments = [routes[group_id] for group_id in group_ids]
-        wanted_routes = [dense_routes[group_id] for group_id in group_ids[: counts[name]]]
-        sizes, wanted = Counter(segments), Counter(wanted_routes)
-        if any(count > sizes[segment] for segment, count in wanted.items()):
+        target_routes = [dense_routes[group_id] for group_id in group_ids[: counts[name]]]
+        sizes, target_sizes = Counter(segments), Counter(target_routes)
+        if any(count > sizes[segment] for segment, count in target_sizes.items()):
             return Parts(), order
         rank = {segment: at for at, segment in enumerate(sizes)}
-        found[name] = tuple(rank[segment] for segment in segments), tuple(wanted[segment] for segment in rank)
-        is_kept[group_ids] = chosen_of(*found[name], np.arange(len(group_ids))[::-1])
-    return (found if stays_in_place(flow, is_kept, names, order) else Parts()), order
+        parts[name] = tuple(rank[segment] for segment in segments), tuple(target_sizes[segment] for segment in rank)
+        is_kept[group_ids] = chosen_of(*parts[name], np.arange(len(group_ids))[::-1])
+    if stays_in_place(flow, is_kept, names, order):
+        return parts, order
+    return Parts(), order
 
 
 def chosen_of(segments: Sequence[int], counts: Sequence[int], order: np.ndarray) -> np.ndarray:
@@ -453,30 +469,30 @@ def chosen_of(segments: Sequence[int], counts: Sequence[int], order: np.ndarray)
 
 def asked_of(flow: ChannelFlow, entries: Iterable[Mapping[str, Any]], ties: Collection[str]) -> dict[str, int]:
     """Return how many channels each layer should keep: all, unless its entry has a sparse_ratio and no coupling."""
-    asked = {name: layer.channels for name, layer in flow.layers.items()}
+    counts = {name: layer.channels for name, layer in flow.layers.items()}
     for entry in entries:
         ratio: Any = entry.get("sparse_ratio")
         (name,) = entry["op_names"]
         is_plain = isinstance(ratio, (int, float)) and not isinstance(entry.get("granularity"), list)
-        if name in asked and is_plain and name not in ties and "global_group_id" not in entry:
-            asked[name] = max(asked[name] - int(asked[name] * ratio), 1)
-    return asked
+        if name in counts and is_plain and name not in ties and "global_group_id" not in entry:
+            counts[name] = max(counts[name] - int(counts[name] * ratio), 1)
+    return counts
 
 
 def _routes(flow: ChannelFlow, ids: Mapping[str, Any]) -> Routes:
     """List, by group id, the pieces that a channel goes to."""
-    found: dict[int, tuple[tuple[str, int], ...]] = defaultdict(tuple)
+    routes: dict[int, tuple[tuple[str, int], ...]] = defaultdict(tuple)
     for node, piece, group_ids in _pieces(flow, ids):
         for group_id in group_ids.tolist():
-            found[group_id] = (*found[group_id], (node, piece))
-    return found
+            routes[group_id] = (*routes[group_id], (node, piece))
+    return routes
 
 
 def _pieces(flow: ChannelFlow, ids: Mapping[str, Any]) -> list[tuple[str, int, np.ndarray]]:
     """List the pieces: name of the node that splits, index of its output, and the group ids in it, ascending."""
-    found = []
+    pieces = []
     for node in flow.traced.graph.nodes:
         if isinstance(ids[node.name], (tuple, list)):
             for place, piece in enumerate(tensors_of(ids[node.name])):
-                found.append((node.name, place, np.unique(flow.group_ids(compressed(piece).numpy()))))
-    return found
+                pieces.append((node.name, place, np.unique(flow.group_ids(compress(piece).numpy()))))
+    return pieces

@@ -34,7 +34,7 @@ from nni_topo.network.channels.ids import (
     ForeignWidth,
     FreeParameter,
     Layer,
-    compressed,
+    compress,
     fixed,
     given_shapes,
     smallest_of_connected,
@@ -47,7 +47,7 @@ from nni_topo.network.channels.rules import (
     Operation,
     first_argument,
     has_property,
-    made,
+    ids_of_new_tensor,
     module_rule,
     reads_shape_only,
     rule_of,
@@ -112,24 +112,24 @@ class Propagation(torch.fx.Interpreter):
         super().__init__(graph_module)
         self.traced = graph_module
         self.extra_traceback = False  # our error messages need no text from the interpreter
-        self._given = ChannelIds()
-        self._given.dims = dims or {}
-        self.layers = self._given.layers
+        self._channels = ChannelIds()
+        self._channels.dims = dims or {}
+        self.layers = self._channels.layers
         self.channel_wise = set[str]()  # channel-wise convolutions, which make no channels of their own
-        self.free_parameters = self._given.free_parameters
+        self.free_parameters = self._channels.free_parameters
         self.attention = find_heads(graph_module)  # by name, the attention modules that the graph calls
         self.heads: dict[str, Attention] = {}  # by layer that computes queries, keys or values of each head
         self.shared: dict[str, Attention] = {}  # by layer that only computes keys or values shared by all heads
-        self.blocks = self._given.blocks
-        self.summed, self.guessed = self._given.summed, self._given.guessed
-        self.ids, self.picks = self._given.by_node, self._given.picks
+        self.blocks = self._channels.blocks
+        self.summed, self.guessed = self._channels.summed, self._channels.guessed
+        self.ids, self.picks = self._channels.by_node, self._channels.picks
         self._called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
         self._entering: dict[str, np.ndarray] = {}
 
     @property
     def reorders(self) -> bool:
         """Whether the dense model may put channels into another order: see `DenseOrder`."""
-        return self._given.reorders
+        return self._channels.reorders
 
     def channel_ids_of(self, name: str) -> np.ndarray:
         """List the ids of a layer's output channels: int, shape (channels,)."""
@@ -140,40 +140,45 @@ class Propagation(torch.fx.Interpreter):
 
         ``kept_too``: that aren't coupled with channels which are kept either.
         """
-        free = self.free_parameters | self._given.one_valued
-        several = {name: each for name, each in free.items() if len(each.dims) > 1}
+        free = self.free_parameters | self._channels.one_valued
+        several = {name: parameter for name, parameter in free.items() if len(parameter.dims) > 1}
         if not several:
             return {}
-        before, after, _ = self._given.settled()
-        group_ids = before if kept_too else after
-        made = np.zeros(len(group_ids), dtype=np.bool_)
+        before, after, _ = self._channels.settle()
+        group_ids = after
+        if kept_too:
+            group_ids = before
+        is_of_layer = np.zeros(len(group_ids), dtype=np.bool_)
         for name in self.layers:
-            made[group_ids[self.channel_ids_of(name)]] = True
-        made[FIXED] = False
-        found = {}
-        for name, each in several.items():
-            coupled = np.unique(group_ids[each.ids])
+            is_of_layer[group_ids[self.channel_ids_of(name)]] = True
+        is_of_layer[FIXED] = False
+        uncoupled = {}
+        for name, parameter in several.items():
+            coupled = np.unique(group_ids[parameter.ids])
             # A single one means that all entries are coupled, so another dimension holds the channels.
-            if made[coupled].sum() < 2:
-                found[name] = each
-        return found
+            if is_of_layer[coupled].sum() < 2:
+                uncoupled[name] = parameter
+        return uncoupled
 
     def run_node(self, n: Node) -> Any:
         """Compute the channel ids of a node's outputs from the ids of its arguments."""
         is_random = any(RANDOM in parent.meta for parent in n.all_input_nodes)
-        self._given.reason = reasons.joins_random(n) if is_random else reasons.joins_constant(n)
-        self._given.node = n
-        found = self._ids_of(n)
+        self._channels.reason = reasons.joins_random(n) if is_random else reasons.joins_constant(n)
+        self._channels.node = n
+        outputs = self._ids_of(n)
         if RANDOM in n.meta:
             # With fewer channels other numbers would be drawn, and outputs couldn't be compared.
             entering = self.fetch_args_kwargs_from_env(n)
-            for ids in map(compressed, tensors_of((entering, found))):
-                self._given.pin(np.unique(ids), reasons.random_shape(n))
+            for ids in map(compress, tensors_of((entering, outputs))):
+                self._channels.pin(np.unique(ids), reasons.random_shape(n))
         if UNUSED in n.meta and n.op == "call_module":
-            for ids in map(compressed, tensors_of(found)):
-                self._given.pin(np.unique(ids), reasons.not_followed())
-        self.ids[n.name] = compressed(found) if isinstance(found, Tensor) else tree_map(compressed, found)
-        return found
+            for ids in map(compress, tensors_of(outputs)):
+                self._channels.pin(np.unique(ids), reasons.not_followed())
+        if isinstance(outputs, Tensor):
+            self.ids[n.name] = compress(outputs)
+        else:
+            self.ids[n.name] = tree_map(compress, outputs)
+        return outputs
 
     def _ids_of(self, n: Node) -> Any:
         if n.op in ("placeholder", "output"):
@@ -182,19 +187,23 @@ class Propagation(torch.fx.Interpreter):
             value = super().run_node(n)
             if is_of_forward(n) and value.dtype in (torch.bool, torch.int64, torch.int32):
                 self.picks[n.name] = value.cpu()
-            owner, _, own = str(n.target).rpartition(".")
+            owner, _, attribute = str(n.target).rpartition(".")
             module = self.fetch_attr(owner) if owner in self._called else None
-            if module is not None and (not is_head(module) or own in (weight_name(module), *row_names(module))):
+            if module is not None and (not is_head(module) or attribute in (weight_name(module), *row_names(module))):
                 # The graph calls its module, and the parameter is cut with that.
-                if owner in self.layers and isinstance(module, nn.Embedding) and own == "weight":
+                if owner in self.layers and isinstance(module, nn.Embedding) and attribute == "weight":
                     # The columns of an embedding have the ids of its channels, because a head may read its weight.
                     return torch.from_numpy(self.channel_ids_of(owner)).expand(value.shape)
                 return tree_map(fixed, value)
             is_free = not is_of_forward(n) and can_follow(value)
-            return self._parameter(str(n.target), value) if is_free else tree_map(fixed, value)
+            if is_free:
+                return self._parameter(str(n.target), value)
+            return tree_map(fixed, value)
         values = {parent: self.env[parent] for parent in n.all_input_nodes}
-        op = Operation(n, values, self._given, self.fetch_attr)
-        return self._module(op) if n.op == "call_module" else self._function(op)
+        op = Operation(n, values, self._channels, self.fetch_attr)
+        if n.op == "call_module":
+            return self._module(op)
+        return self._function(op)
 
     def _parameter(self, name: str, value: Tensor) -> Tensor:
         """Return the ids of a free parameter: by default of its last dimension, of a weight the first (outputs)."""
@@ -202,9 +211,9 @@ class Propagation(torch.fx.Interpreter):
             dims = [d for d in range(value.dim()) if value.shape[d] > 1]
             if name.endswith(_WEIGHT):
                 dims.reverse()
-            dim = self._given.dims.get(name, dims[-1])
+            dim = self._channels.dims.get(name, dims[-1])
             count = value.shape[dim]
-            self.free_parameters[name] = FreeParameter(self._given.new(count), count, dim, dims)
+            self.free_parameters[name] = FreeParameter(self._channels.new(count), count, dim, dims)
         return self.free_parameters[name].ids_of_places(tuple(value.shape))
 
     def _module(self, op: Operation) -> Any:
@@ -222,8 +231,8 @@ class Propagation(torch.fx.Interpreter):
                 return op.all_kept(reason=reasons.complex_reader(op.node))
             return op.all_kept(reason=reasons.uncut_module(op.node, type(module).__name__))
         if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)) and first.dim() != module.weight.dim():
-            inputs = [tensor_shape(each) for each in self.traced.graph.nodes if each.op == "placeholder"]
-            if any(each is not None and len(each) == first.dim() for each in inputs[:1]):
+            inputs = [tensor_shape(node) for node in self.traced.graph.nodes if node.op == "placeholder"]
+            if any(input_shape is not None and len(input_shape) == first.dim() for input_shape in inputs[:1]):
                 raise ConfigError(
                     "example_inputs must hold a batch, the samples in the first dimension, "
                     f"got a tensor of shape {tuple(first.shape)}, which enters {name} (example_inputs)"
@@ -236,10 +245,10 @@ class Propagation(torch.fx.Interpreter):
         if op.rule is not None and op.rule.moves:
             return self._applied(op, op.rule.apply)
         if isinstance(module, nn.PReLU) and (module.num_parameters == 1 or not varies(first, 1)):
-            return op.passed()  # all channels share one slope, or the slopes of the places
+            return op.keep_places()  # all channels share one slope, or the slopes of the places
         if isinstance(module, nn.GroupNorm) and module.num_groups < module.num_channels:
             # A norm's groups must have equal sizes after pruning, too.
-            side = np.split(self._given.per_channel(first, 1), module.num_groups)
+            side = np.split(self._channels.per_channel(first, 1), module.num_groups)
             self.blocks.append(Blocks([list(side)], may_vanish=True, place=described(op.node)))
         if isinstance(module, (*PER_CHANNEL, *RULES)) or is_normalizing(module):
             rule = RULES.get(type(module))
@@ -251,22 +260,22 @@ class Propagation(torch.fx.Interpreter):
                 of_channels = [d for d in range(first.dim() - dims, first.dim()) if varies(first, d)]
                 if not of_channels:
                     self.guessed.add(op.node.name)
-                    return op.passed()  # it works over places, and treats each channel separately
+                    return op.keep_places()  # it works over places, and treats each channel separately
                 if len(of_channels) > 1:
                     first = op.whole_rows(first, of_channels[1:])
                 # Each entry has the id of its channel. Along the dimensions before them ids usually don't differ.
-                entering = self._given.per_channel(_with_one_place(first, first.dim() - dims).flatten(-dims), -1)
+                entering = self._channels.per_channel(_with_one_place(first, first.dim() - dims).flatten(-dims), -1)
             elif (
                 rule is None
                 and dim == -1
                 and varies(first, -1)
                 and any(varies(first, d) for d in range(first.dim() - 1))
             ):
-                rows = compressed(first).flatten(0, -2).numpy()
-                self._given.tie_columns(name, rows)
+                rows = compress(first).flatten(0, -2).numpy()
+                self._channels.tie_columns(name, rows)
                 entering = rows[0]
             else:
-                entering = self._given.per_channel(first, dim % first.dim())
+                entering = self._channels.per_channel(first, dim % first.dim())
             before = self._entering.get(name, entering)
             if has_no_width(module):
                 # Its calls may lose different channels; its width attribute follows the first call.
@@ -275,7 +284,7 @@ class Propagation(torch.fx.Interpreter):
                 self._tie_calls(name, entering)
             else:
                 reason = reasons.several_widths(op.node)
-                self._given.pin(np.unique(before), reason)
+                self._channels.pin(np.unique(before), reason)
                 return op.all_kept(reason=reason)
             if gives_no_channels(module):
                 return given_shapes(op.node)
@@ -283,7 +292,7 @@ class Propagation(torch.fx.Interpreter):
             return self._applied(op, op.rule.apply)
         if isinstance(module, tuple(RULES)) or not (any(True for _ in module.parameters()) or is_normalizing(module)):
             self.guessed.add(op.node.name)
-        return op.passed()
+        return op.keep_places()
 
     def _on_nothing(self, op: Operation, name: str) -> Any:
         """Keep the channels of a module that gets an empty tensor in all of its calls, and those before it.
@@ -297,15 +306,15 @@ class Propagation(torch.fx.Interpreter):
         for inner, module in op.module.named_modules(prefix=name):
             count = output_channels(module)
             if count is not None and inner not in self.layers:
-                self.layers[inner] = Layer(inner, self._given.new(count), count, depthwise=False)
-                self._given.pin(self.channel_ids_of(inner), reason)
+                self.layers[inner] = Layer(inner, self._channels.new(count), count, depthwise=False)
+                self._channels.pin(self.channel_ids_of(inner), reason)
         waiting, seen = list(op.node.all_input_nodes), set[Node]()
         while waiting:
             parent = waiting.pop()
-            whole = [ids for ids in tensors_of(self.ids.get(parent.name)) if ids.numel()]
-            for ids in whole:
-                self._given.pin(np.unique(ids.numpy()), reason)
-            if not whole and parent not in seen:
+            nonempty = [ids for ids in tensors_of(self.ids.get(parent.name)) if ids.numel()]
+            for ids in nonempty:
+                self._channels.pin(np.unique(ids.numpy()), reason)
+            if not nonempty and parent not in seen:
                 waiting += parent.all_input_nodes
             seen.add(parent)
         return given_shapes(op.node)
@@ -316,42 +325,44 @@ class Propagation(torch.fx.Interpreter):
         ids, shape = op.ids[0], op.shape or ()
         if not _is_channel_wise(op.module, ids, shape) or ids.shape[2] != len(self._entering.get(name, ids[0, 0])):
             return op.all_kept(reason=reasons.convolved_elsewhere(op.node))
-        self._tie_calls(name, self._given.per_channel(ids, 2))
+        self._tie_calls(name, self._channels.per_channel(ids, 2))
         return ids[:, :1].expand(shape)
 
     def _recur(self, op: Operation, name: str) -> Any:
         """Let a recurrent layer lose input channels, and couple each unit's gates and initial states."""
         states, *initial = op.ids
-        self._tie_calls(name, self._given.per_channel(states, states.dim() - 1))
+        self._tie_calls(name, self._channels.per_channel(states, states.dim() - 1))
         if name not in self.attention:
             # Its outputs are its states, whose size is kept.
             return op.all_kept(initial, reasons.recurrent_input(op.node, type(op.module).__name__))
         units = self._head_ids(self.attention[name])
         for state in initial:
-            self._given.tie(self._given.per_channel(state, state.dim() - 1), units)
+            self._channels.tie(self._channels.per_channel(state, state.dim() - 1), units)
 
-        def held(leaf: Tensor) -> Tensor:
+        def unit_ids(leaf: Tensor) -> Tensor:
             # An output holds the units once for each direction, a state once.
             return torch.from_numpy(np.tile(units, leaf.shape[-1] // len(units))).expand(leaf.shape)
 
-        return tree_map_only(Tensor, held, given_shapes(op.node))
+        return tree_map_only(Tensor, unit_ids, given_shapes(op.node))
 
     def _head_ids(self, attention: Attention) -> np.ndarray:
         """Give ids to the layers that compute heads, couple each head's; return the ids of the heads' output."""
         for name in attention.layers:
             if name not in self.layers:
-                own = [attention.channels[name]] if name in attention.channels else []
-                count = sum(rows.size for rows in (*own, *attention.shared.get(name, ())))
-                self.layers[name] = Layer(name, self._given.new(count), count, depthwise=False)
+                head_rows = []
+                if name in attention.channels:
+                    head_rows = [attention.channels[name]]
+                count = sum(rows.size for rows in (*head_rows, *attention.shared.get(name, ())))
+                self.layers[name] = Layer(name, self._channels.new(count), count, depthwise=False)
                 if name not in self._entering:
                     self._entering[name] = np.zeros(entering_channels(self.fetch_attr(name)), dtype=np.int64)
-                (self.heads if own else self.shared)[name] = attention
+                (self.heads if head_rows else self.shared)[name] = attention
         ids_by_layer = [channels + self.layers[name].first for name, channels in attention.channels.items()]
         for ids_of_head in zip(*ids_by_layer, strict=True):
-            self._given.tie(ids_of_head[0][0], np.concatenate(ids_of_head))
+            self._channels.tie(ids_of_head[0][0], np.concatenate(ids_of_head))
         for name, shared in attention.shared.items():
             for rows in shared:
-                self._given.pin(rows.ravel() + self.layers[name].first, reasons.shared_by_heads(attention.name))
+                self._channels.pin(rows.ravel() + self.layers[name].first, reasons.shared_by_heads(attention.name))
         layer, order = attention.outputs
         context: np.ndarray = order + self.layers[layer].first
         return context
@@ -360,49 +371,53 @@ class Propagation(torch.fx.Interpreter):
         """Couple the layers that compute each head. Tensors that none of these layers reads keep all channels."""
         read = states_read(op.node, op.args, op.kwargs)
         for name, states in read.items():
-            for each in states:
-                self._tie_calls(name, self._given.per_channel(each, each.dim() - 1))
+            for tensor in states:
+                self._tie_calls(name, self._channels.per_channel(tensor, tensor.dim() - 1))
         heads, context_ids = attention.query_heads, self._head_ids(attention)
         first = context_ids.reshape(heads, -1)[:, 0]
         states_of_all = [state for states in read.values() for state in states]
         needed = []
-        for each in op.ids:
+        for tensor in op.ids:
             # A position bias per head from another module: in T5 the first block computes it for all blocks.
-            if each.dim() == 4 and each.shape[1] == heads and varies(each, 1):
-                self._given.tie(first, self._given.per_channel(each, 1))
-            elif each.dim() == 3 and each.shape[0] % heads == 0 and varies(each, 0):
+            if tensor.dim() == 4 and tensor.shape[1] == heads and varies(tensor, 1):
+                self._channels.tie(first, self._channels.per_channel(tensor, 1))
+            elif tensor.dim() == 3 and tensor.shape[0] % heads == 0 and varies(tensor, 0):
                 # (batch * heads, ...): the heads of one sample are neighbours.
-                self._given.tie(first, self._given.per_channel(each.unflatten(0, (-1, heads)), 1))
-            elif not any(torch.equal(each, state) for state in states_of_all):
-                needed.append(each)
-        found = op.all_kept(needed, reasons.needs_all_channels(op.node, attention.name))
-        context, *others = tensors_of(found)
+                self._channels.tie(first, self._channels.per_channel(tensor.unflatten(0, (-1, heads)), 1))
+            elif not any(torch.equal(tensor, state) for state in states_of_all):
+                needed.append(tensor)
+        kept_outputs = op.all_kept(needed, reasons.needs_all_channels(op.node, attention.name))
+        context, *further = tensors_of(kept_outputs)
         if op.node.op != "call_module" or attention.out is None:  # else it comes from the output projection
             context = torch.from_numpy(context_ids).expand(context.shape)
         outputs = [context]
-        for each in others:
-            is_by_head = each.dim() == 4 and each.shape[1] == heads  # attention weights
-            outputs.append(torch.from_numpy(first).view(-1, 1, 1).expand(each.shape) if is_by_head else each)
+        for output in further:
+            is_by_head = output.dim() == 4 and output.shape[1] == heads  # attention weights
+            if is_by_head:
+                output = torch.from_numpy(first).view(-1, 1, 1).expand(output.shape)
+            outputs.append(output)
         leaves = iter(outputs)
-        return tree_map_only(Tensor, lambda _: next(leaves), found)
+        return tree_map_only(Tensor, lambda _: next(leaves), kept_outputs)
 
     def _layer(self, name: str, module: Any, ids: Tensor, shape: tuple[int, ...]) -> Tensor:
-        dim = len(shape) - 1 if isinstance(module, (nn.Linear, nn.Embedding)) else 1
+        dim = 1
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            dim = len(shape) - 1
         count = output_channels(module) or 0
         # A layer that is called again has the same output channels, because its weights are the same.
         if name not in self.layers:
-            self.layers[name] = Layer(name, self._given.new(count), count, is_depthwise(module))
+            self.layers[name] = Layer(name, self._channels.new(count), count, is_depthwise(module))
         leaving = self.layers[name].ids
         if not isinstance(module, nn.Embedding):
-            entering = self._given.per_channel(ids, dim)
+            entering = self._channels.per_channel(ids, dim)
             self._tie_calls(name, entering)
             groups = getattr(module, "groups", 1)
             if is_depthwise(module):
                 # Several outputs may come from one input (channel multiplier).
-                self._given.tie(np.repeat(entering, len(leaving) // groups), leaving)
+                self._channels.tie(np.repeat(entering, len(leaving) // groups), leaving)
             elif groups > 1:
                 sides = [list(np.split(entering, groups)), list(np.split(leaving, groups))]
-                self.blocks.append(Blocks(sides, may_vanish=True, place=described(self._given.node)))
+                self.blocks.append(Blocks(sides, may_vanish=True, place=described(self._channels.node)))
         view = [1] * len(shape)
         view[dim] = count
         # Expanding gives the other dimensions stride 0, so that `varies` needn't compare values.
@@ -410,7 +425,7 @@ class Propagation(torch.fx.Interpreter):
 
     def _tie_calls(self, name: str, entering: np.ndarray) -> None:
         """Couple the channels that enter a module in all of its calls, because they meet the same weights."""
-        self._given.tie(self._entering.setdefault(name, entering), entering)
+        self._channels.tie(self._entering.setdefault(name, entering), entering)
 
     def _function(self, op: Operation) -> Any:
         node, rule = op.node, op.rule
@@ -418,11 +433,13 @@ class Propagation(torch.fx.Interpreter):
             return self._attend(op, self.attention[str(node.args[0].target)])  # type: ignore[union-attr]
         has_ids = bool(op.ids) and not makes_mask(node) and not (rule is not None and rule.is_like)
         if not has_ids and op.shape is not None:
-            return made(node, op.shape, self._given)
+            return ids_of_new_tensor(node, op.shape, self._channels)
         gives_tensors = bool(tensors_of(given_shapes(node))) or (rule is not None and (rule.moves or rule.writes))
         if not has_ids or not gives_tensors:
-            return self._applied(op, Operation.moved)  # it returns a size, say
-        return op.by_place(known=False) if rule is None else self._applied(op, rule.apply)
+            return self._applied(op, Operation.run_on_ids)  # it returns a size, say
+        if rule is None:
+            return op.by_place(is_elementwise=False)
+        return self._applied(op, rule.apply)
 
     def _applied(self, op: Operation, apply: Callable[[Operation], Any]) -> Any:
         """Apply a rule; if it raises, keep all channels that enter."""
@@ -439,7 +456,8 @@ class Propagation(torch.fx.Interpreter):
 def _with_one_place(ids: Tensor, dims: int) -> Tensor:
     """Shorten each of the first dimensions along which ids don't differ to length 1."""
     for d in range(dims):
-        ids = ids if varies(ids, d) else ids.narrow(d, 0, 1)
+        if not varies(ids, d):
+            ids = ids.narrow(d, 0, 1)
     return ids
 
 
@@ -476,7 +494,7 @@ class ChannelFlow(Propagation):
         for node in graph_module.graph.nodes:
             if AS_NUMBERS in node.meta:
                 for ids in tensors_of(self.ids[node.name]):
-                    self._given.pin(np.unique(ids.numpy()), reasons.read_as_numbers(node))
+                    self._channels.pin(np.unique(ids.numpy()), reasons.read_as_numbers(node))
         self._couple_shared_weights(arriving)
         needed = list[tuple[np.ndarray, reasons.Reason]]()
         for name, is_kept, why in kept_for_training:
@@ -490,17 +508,17 @@ class ChannelFlow(Propagation):
                 for channels in self._ids_within(node, sizes):
                     needed.append((channels, reasons.stored(of=name)))
         if needed:
-            before = self._given.settled()[0]
+            before = self._channels.settle()[0]
             # A mask on what the model returns is an error, but one on what is needed otherwise is undone.
             for channels, why in needed:
-                self._given.pin(channels[~np.isin(before[channels], before[arriving])], why)
-        attribute_sizes = attribute_channels(graph_module.graph, self.ids, self._given.settled()[0])
+                self._channels.pin(channels[~np.isin(before[channels], before[arriving])], why)
+        attribute_sizes = attribute_channels(graph_module.graph, self.ids, self._channels.settle()[0])
         self._follow_layer_widths(attribute_sizes)
         fold_numbers(graph_module.graph, attribute_sizes.keys())
         self._keep_fixed_places(attribute_sizes.keys())
         self._keep_shuffled_into_groups()
-        self._before, self._group_ids, self._reasons = self._given.settled()
-        for name in self._given.heads_only(self._before):
+        self._before, self._group_ids, self._reasons = self._channels.settle()
+        for name in self._channels.heads_only(self._before):
             self._entering.pop(name, None)
         self._leaving = np.setdiff1d(self._before[arriving], FIXED)
         remaining = []
@@ -516,7 +534,7 @@ class ChannelFlow(Propagation):
         self._attribute_sizes: dict[Place, tuple[int, list[np.ndarray]]] = {}
         for held_at, uses in attribute_sizes.items():
             distinct = dict.fromkeys(tuple(self.group_ids(channels).tolist()) for _, channels in uses)
-            counted = [np.array(each, dtype=np.int64) for each in distinct]
+            counted = [np.array(counted_ids, dtype=np.int64) for counted_ids in distinct]
             self._attribute_sizes[held_at] = uses[0][0], counted
             # One attribute counts all of these channels, so their numbers must stay equal.
             if len(counted) > 1:
@@ -532,16 +550,16 @@ class ChannelFlow(Propagation):
         the layers reach equal numbers in all blocks by one pattern: the channels at one position of every block form a
         class. Other blocks of these channels need the pattern, too: between 4 and 6 channels it repeats every 2.
         """
-        moved = set[int]()
+        moved_ids = set[int]()
         for blocks in self.blocks:
             if blocks.moves and self.reorders:  # these are chosen by segment instead
-                moved.update(self.group_ids(blocks.ids).tolist())
+                moved_ids.update(self.group_ids(blocks.ids).tolist())
         firsts = sorted(layer.first for layer in self.layers.values())
         waiting = list[tuple[np.ndarray, bool]]()  # group ids, (blocks, channels of a block); whether of several layers
         for blocks in self.blocks:
             for side in blocks.sides if blocks.may_vanish else ():
                 ids = self.group_ids(np.stack(side))
-                if len(side) > 1 and moved.isdisjoint(ids.ravel().tolist()):
+                if len(side) > 1 and moved_ids.isdisjoint(ids.ravel().tolist()):
                     waiting.append((ids, len(np.unique(np.searchsorted(firsts, ids, "right"))) > 1))
         class_ids, reached = np.arange(self.size), np.zeros(self.size, dtype=np.bool_)
         while True:
@@ -560,18 +578,22 @@ class ChannelFlow(Propagation):
         for node in self.traced.graph.nodes:
             if node.target not in CHECKS or len(node.all_input_nodes) != len(node.args) - (node.target is operator.mod):
                 continue
-            one, other = node.args
-            counted, rows = counted_by(one, self.ids), list[np.ndarray]()
+            first, second = node.args
+            counted, rows = counted_by(first, self.ids), list[np.ndarray]()
             if counted is None:
                 continue
             if node.target is operator.mod:
-                is_constant = not isinstance(other, TracedInt) or other.place not in self._attribute_sizes
-                divides = isinstance(other, int) and 1 < plain(other) < len(counted) and not len(counted) % plain(other)
+                is_constant = not isinstance(second, TracedInt) or second.place not in self._attribute_sizes
+                divides = (
+                    isinstance(second, int) and 1 < plain(second) < len(counted) and not len(counted) % plain(second)
+                )
                 if divides and is_constant:
-                    rows = np.split(counted, plain(other))
+                    rows = np.split(counted, plain(second))
             elif node.target in (operator.eq, operator.ne):
-                equal = counted_by(other, self.ids)
-                rows = [counted, equal] if equal is not None and len(equal) == len(counted) else []
+                equal = counted_by(second, self.ids)
+                rows = []
+                if equal is not None and len(equal) == len(counted):
+                    rows = [counted, equal]
             rows = [self.group_ids(row) for row in rows]
             if rows and any(not np.array_equal(np.sort(row), np.sort(rows[0])) for row in rows):
                 self.blocks.append(Blocks([rows], may_vanish=False, place=described(node)))
@@ -580,13 +602,15 @@ class ChannelFlow(Propagation):
         """Return the ids that a tensor may hold that a module computed, which is one node: those with its sizes."""
         module: Any = node.args[0] if node.target is attend else node
         attention = self.attention.get(str(module.target))
-        found = [np.unique(ids.numpy()) for ids in tensors_of(self.ids[node.name])]
+        output_ids = [np.unique(ids.numpy()) for ids in tensors_of(self.ids[node.name])]
         if attention is None:
-            return [ids for ids in found if len(ids) in sizes]
+            return [ids for ids in output_ids if len(ids) in sizes]
         samples, heads = (tensor_shape(node) or (1,))[0], attention.query_heads
         of_heads = [self.channel_ids_of(layer) for layer in attention.layers]
         widths = {heads, samples * heads, heads * attention.size, *map(len, of_heads)}
-        return of_heads if widths.intersection(sizes) else []
+        if widths.intersection(sizes):
+            return of_heads
+        return []
 
     def _dims_before_last(self, args: tuple[Any, ...]) -> dict[str, int]:
         """Return, by name, the channel dimension of free parameters for which it isn't the default.
@@ -594,29 +618,29 @@ class ChannelFlow(Propagation):
         If the default dimension isn't coupled with removable channels (position biases have the heads first), the
         other dimensions are tried, the likeliest first. Weights of layers, whose default is the rows, come last.
         """
-        found: dict[str, int] = {}
+        channel_dims: dict[str, int] = {}
         # A matrix whose wrong dimension is taken keeps the channels that it is multiplied with, so that the parameters
         # which these channels are added to aren't coupled with removable ones: look for the matrix's dimension first.
         for are_weights, kept_too in ((False, True), (False, False), (True, False)):
             before: Propagation = self
-            if found:
-                before = Propagation(self.traced, found)
+            if channel_dims:
+                before = Propagation(self.traced, channel_dims)
                 before.run(*tree_map(fixed, args))
-            left: dict[str, list[int]] = {}
+            untried: dict[str, list[int]] = {}
             uncoupled = before.uncoupled(kept_too=kept_too)
             if kept_too and len(uncoupled) == len(before.uncoupled()):
                 continue
-            for name, each in uncoupled.items():
+            for name, parameter in uncoupled.items():
                 if name.endswith(_WEIGHT) is are_weights:
-                    left[name] = each.dims[:-1]
-            while left := {name: dims for name, dims in left.items() if dims}:
-                tried = {name: dims.pop() for name, dims in left.items()}
-                other = Propagation(self.traced, found | tried)
-                other.run(*tree_map(fixed, args))
-                for name in tried.keys() - other.uncoupled().keys():
-                    found[name] = tried[name]
-                    del left[name]
-        return found
+                    untried[name] = parameter.dims[:-1]
+            while untried := {name: dims for name, dims in untried.items() if dims}:
+                tried = {name: dims.pop() for name, dims in untried.items()}
+                trial = Propagation(self.traced, channel_dims | tried)
+                trial.run(*tree_map(fixed, args))
+                for name in tried.keys() - trial.uncoupled().keys():
+                    channel_dims[name] = tried[name]
+                    del untried[name]
+        return channel_dims
 
     def _couple_shared_weights(self, arriving: np.ndarray) -> None:
         """Couple the channels of modules that share a tensor, so that they can share the smaller tensor.
@@ -628,7 +652,7 @@ class ChannelFlow(Propagation):
         ties = find_ties(self.traced)
         if not ties:
             return
-        before = self._given.settled()[0]  # group ids, as if no weight were shared
+        before = self._channels.settle()[0]  # group ids, as if no weight were shared
         staying = np.unique([FIXED, *before[arriving]])
         nodes = {str(node.target): node for node in self.traced.graph.nodes if node.op in ("call_module", "get_attr")}
         for names in ties:
@@ -637,67 +661,92 @@ class ChannelFlow(Propagation):
                 owner = name.rpartition(".")[0]
                 if name in nodes or owner in self.layers or owner in self._entering:
                     used.append(name)
-            for one, other in pairwise(used):
-                reader = other  # a module may only be called as part of another one
+            for first_name, second_name in pairwise(used):
+                reader = second_name  # a module may only be called as part of another one
                 while reader and reader not in nodes:
                     reader = reader.rpartition(".")[0]
-                self._given.node = nodes[reader] if reader else next(iter(self.traced.graph.nodes))
-                for first, second in zip_longest(*self._ids_in_shared(one, other)):
+                if reader:
+                    self._channels.node = nodes[reader]
+                else:
+                    self._channels.node = next(iter(self.traced.graph.nodes))
+                for first, second in zip_longest(*self._ids_in_shared(first_name, second_name)):
                     if first is not None and second is not None and len(first) == len(second):
-                        first_stays, second_stays = (np.isin(before[each], staying) for each in (first, second))
+                        first_stays, second_stays = (np.isin(before[ids], staying) for ids in (first, second))
                         is_free = ~first_stays & ~second_stays
-                        self._given.tie(first[is_free], second[is_free])
-                        self._given.pin(
-                            np.unique(first[second_stays & ~first_stays]), reasons.shared_weight(one, other)
+                        self._channels.tie(first[is_free], second[is_free])
+                        self._channels.pin(
+                            np.unique(first[second_stays & ~first_stays]),
+                            reasons.shared_weight(first_name, second_name),
                         )
-                        self._given.pin(
-                            np.unique(second[first_stays & ~second_stays]), reasons.shared_weight(other, one)
+                        self._channels.pin(
+                            np.unique(second[first_stays & ~second_stays]),
+                            reasons.shared_weight(second_name, first_name),
                         )
                         continue
                     # If one module can't be cut along a dimension, the other keeps all channels of it.
                     if first is not None:
-                        self._given.pin(first[~np.isin(before[first], staying)], reasons.shared_weight(one, other))
+                        self._channels.pin(
+                            first[~np.isin(before[first], staying)], reasons.shared_weight(first_name, second_name)
+                        )
                     if second is not None:
-                        self._given.pin(second[~np.isin(before[second], staying)], reasons.shared_weight(other, one))
+                        self._channels.pin(
+                            second[~np.isin(before[second], staying)], reasons.shared_weight(second_name, first_name)
+                        )
 
-    def _ids_in_shared(self, one: str, other: str) -> list[list[np.ndarray | None]]:
+    def _ids_in_shared(self, first_name: str, second_name: str) -> list[list[np.ndarray | None]]:
         """Return the ids along a tensor's first dimensions, for two of its names; None where it can't be cut."""
-        owners, own = (one.rpartition(".")[0], other.rpartition(".")[0]), one.rpartition(".")[2]
+        owners, attribute = (
+            (first_name.rpartition(".")[0], second_name.rpartition(".")[0]),
+            first_name.rpartition(".")[2],
+        )
         modules = [self.traced.get_submodule(owner) for owner in owners]
         if (
             type(modules[0]) is type(modules[1])
-            and own == other.rpartition(".")[2]
-            and own not in ("bias", "in_proj_bias")
-            and not self.free_parameters.keys() & {one, other}
+            and attribute == second_name.rpartition(".")[2]
+            and attribute not in ("bias", "in_proj_bias")
+            and not self.free_parameters.keys() & {first_name, second_name}
             and getattr(modules[0], "groups", 1) == getattr(modules[1], "groups", 1)
         ):
             # Modules of one class are cut alike, whatever their groups, gates and heads are: along output and input
             # channels, norms along input channels.
-            found = list[list[np.ndarray | None]]()
+            ids_by_owner = list[list[np.ndarray | None]]()
             for owner in owners:
-                leaving = [self.layers[owner].ids] if owner in self.layers else []
-                found.append([*leaving, *([self._entering[owner]] if len(self._entering.get(owner, ())) else [])])
-            return found
-        return [self._ids_in_parameter(name, module) for name, module in zip((one, other), modules, strict=True)]
+                ids_of_dims = list[np.ndarray | None]()
+                if owner in self.layers:
+                    ids_of_dims.append(self.layers[owner].ids)
+                if len(self._entering.get(owner, ())):
+                    ids_of_dims.append(self._entering[owner])
+                ids_by_owner.append(ids_of_dims)
+            return ids_by_owner
+        return [
+            self._ids_in_parameter(name, module)
+            for name, module in zip((first_name, second_name), modules, strict=True)
+        ]
 
     def _ids_in_parameter(self, name: str, module: Any) -> list[np.ndarray | None]:
         """Return the ids along the first dimensions of a module's tensor; None, or no entry, where it can't be cut."""
-        owner, _, own = name.rpartition(".")
+        owner, _, attribute = name.rpartition(".")
         if name in self.free_parameters:
             free = self.free_parameters[name]
             return [None] * free.dim + [free.ids]
         if owner not in self.layers:
-            return [self._entering[owner]] if isinstance(module, PER_CHANNEL) and owner in self._entering else []
+            if isinstance(module, PER_CHANNEL) and owner in self._entering:
+                return [self._entering[owner]]
+            return []
         leaving, reads = self.layers[owner].ids, self._entering.get(owner)
         if is_recurrent(module):
             return []
-        if own in row_names(module):
+        if attribute in row_names(module):
             return [leaving]
         if isinstance(module, nn.Embedding):
             return [None, leaving]
         if getattr(module, "groups", 1) > 1:
-            return [leaving] if is_depthwise(module) and not isinstance(module, TRANSPOSED) else []
-        return [reads, leaving] if isinstance(module, TRANSPOSED) else [leaving, reads]
+            if is_depthwise(module) and not isinstance(module, TRANSPOSED):
+                return [leaving]
+            return []
+        if isinstance(module, TRANSPOSED):
+            return [reads, leaving]
+        return [leaving, reads]
 
     def _keep_fixed_places(self, following: Collection[Place]) -> None:
         """Keep channels that a forward picks or counts by fixed numbers, as ``z[:, 1:4]`` or ``z.split(3, 1)``.
@@ -720,11 +769,11 @@ class ChannelFlow(Propagation):
                 # If channels are spread over several dimensions (heads), an index in one dimension is no channel.
                 if not entering.shape[dim] == entering.numel() == size > 1:
                     continue
-                held = np.zeros(size, dtype=np.bool_)
+                stays = np.zeros(size, dtype=np.bool_)
                 for part in rule.held(FixedPlaces(node, dim, shape, is_fixed, self.picks, self.ids[node.name])):
-                    held[part] = True
-                if held.any():
-                    self._given.pin(entering.flatten().numpy()[held], rule.why_held(node))
+                    stays[part] = True
+                if stays.any():
+                    self._channels.pin(entering.flatten().numpy()[stays], rule.why_held(node))
 
     def _follow_layer_widths(self, following: dict[Place, list[tuple[int, np.ndarray]]]) -> None:
         """Let widths of PyTorch's layers that a forward reads, as ``self.conv.in_channels``, count their own channels.
@@ -749,42 +798,44 @@ class ChannelFlow(Propagation):
                 following[name, key, path] = [*uses, (1, channels)]
             else:
                 reader = checked[name, key, path] if is_only_checked else read[name, key, path]
-                self._given.pin(np.unique(channels), reasons.number_made(reader))
+                self._channels.pin(np.unique(channels), reasons.number_made(reader))
 
     def _keep_shuffled_into_groups(self) -> None:
         """Keep shuffled channels that a grouped convolution reads: the dense model would put them into other groups."""
         moves = [blocks.ids for blocks in self.blocks if blocks.moves]
         if not (self.reorders and moves):
             return
-        group_ids = self._given.settled()[0]
-        moved = group_ids[np.concatenate(moves)]
+        group_ids = self._channels.settle()[0]
+        moved_ids = group_ids[np.concatenate(moves)]
         for node in self.traced.graph.nodes:
             name = str(node.target)
             module: Any = self.fetch_attr(name) if node.op == "call_module" and name in self.layers else None
             if getattr(module, "groups", 1) > 1 and not is_depthwise(module):
                 entering = group_ids[self._entering[name]]
-                if (np.diff(entering[np.isin(entering, moved)]) < 0).any():
-                    self._given.pin(np.unique(entering), reasons.call_not_covered(node))
+                if (np.diff(entering[np.isin(entering, moved_ids)]) < 0).any():
+                    self._channels.pin(np.unique(entering), reasons.call_not_covered(node))
 
     def group_ids(self, ids: np.ndarray) -> np.ndarray:
         """Look up group ids, int, shape (n,): equal for coupled channels, ``FIXED`` for kept channels."""
-        found: np.ndarray = self._group_ids[ids]
-        return found
+        group_ids: np.ndarray = self._group_ids[ids]
+        return group_ids
 
     def foreign_widths(self) -> dict[str, ForeignWidth]:
         """Return, by name, the modules that reshape channels to the width of channels not coupled with them."""
-        return self._given.foreign_widths()
+        return self._channels.foreign_widths()
 
     def sizes_kept(self, is_kept: np.ndarray) -> dict[Place, int]:
         """Return the new values of attributes that count channels; ``is_kept``: bool, by group id."""
-        return {place: parts * int(is_kept[each[0]].sum()) for place, (parts, each) in self._attribute_sizes.items()}
+        return {
+            place: parts * int(is_kept[counted[0]].sum()) for place, (parts, counted) in self._attribute_sizes.items()
+        }
 
     def factors(self, is_kept: np.ndarray) -> Iterator[tuple[str, int, float]]:
         """Yield layers, their input channels that are means over channels, and the share of these that is kept.
 
         ``is_kept``: bool, by group id.
         """
-        for average in self._given.averages.values():
+        for average in self._channels.averages.values():
             share = float(is_kept[self.group_ids(average.ids)].mean())
             for layer, column in average.columns:
                 yield layer, column, share
@@ -792,7 +843,7 @@ class ChannelFlow(Propagation):
     @property
     def averaged(self) -> set[str]:
         """The nodes whose values are larger in the dense model, until a layer's weights make up for it."""
-        return set[str]().union(*(average.nodes for average in self._given.averages.values()))
+        return set[str]().union(*(average.nodes for average in self._channels.averages.values()))
 
     def counted_in(self, place: Place) -> list[int]:
         """List the channels that an attribute counts: group ids; none if it isn't known to count any."""
@@ -826,7 +877,7 @@ class ChannelFlow(Propagation):
         The numbers of channels and samples are no such sizes; that of a parameter is a number. A comparison with 1 is
         left out: it sets a single step of a sequence apart, and channels can't be told from a single place.
         """
-        found = dict[Check, None]()
+        checks = dict[Check, None]()
         for node in self.traced.graph.nodes:
             if node.target not in (operator.eq, operator.ne) or UNSHOWN not in node.meta:
                 continue
@@ -834,10 +885,13 @@ class ChannelFlow(Propagation):
             for side in node.args:
                 value, changes = self._number(side)
                 if value is not None:
-                    (sizes if changes else numbers).append(value)
+                    if changes:
+                        sizes.append(value)
+                    else:
+                        numbers.append(value)
             if len(sizes) == len(numbers) == 1 and numbers[0] > 1:
-                found[node.target, sizes[0], numbers[0]] = None
-        return tuple(found)
+                checks[node.target, sizes[0], numbers[0]] = None
+        return tuple(checks)
 
     def _number(self, value: Any) -> tuple[int | None, bool]:
         """Return a number in the graph, and whether it changes with the sizes of the inputs.
@@ -845,13 +899,17 @@ class ChannelFlow(Propagation):
         None if it changes with the number of samples, or counts channels.
         """
         if not isinstance(value, Node):
-            return (plain(value), False) if isinstance(value, int) else (None, False)
+            if isinstance(value, int):
+                return (plain(value), False)
+            return (None, False)
         if value.target in ON_NUMBERS:
             compute: Any = value.target
-            operands = [self._number(each) for each in value.args]
+            operands = [self._number(argument) for argument in value.args]
             numbers = [number for number, _ in operands if number is not None]
-            result = compute(*numbers) if len(numbers) == len(operands) else None
-            return result, any(changes for _, changes in operands)
+            computed = None
+            if len(numbers) == len(operands):
+                computed = compute(*numbers)
+            return computed, any(changes for _, changes in operands)
         if value.target != "size" or len(value.args) != 2:
             return None, False
         tensor, dim = cast("tuple[Node, int]", value.args)
@@ -868,7 +926,7 @@ class ChannelFlow(Propagation):
     @property
     def shuffles(self) -> bool:
         """Whether the network shuffles channels and splits channels with chunk."""
-        return self.reorders and self._given.chunks
+        return self.reorders and self._channels.chunks
 
     @property
     def size(self) -> int:
@@ -881,18 +939,20 @@ class ChannelFlow(Propagation):
 
     def masked_channel_ids(self, name: str) -> np.ndarray:
         """Look up the ids of the channels that a mask of a layer or norm decides on: int, shape (channels,)."""
-        return self.channel_ids_of(name) if name in self.layers else self.entering_channel_ids(name)
+        if name in self.layers:
+            return self.channel_ids_of(name)
+        return self.entering_channel_ids(name)
 
     def class_ids_of(self, name: str) -> np.ndarray:
         """Look up the class ids of the channels that a mask of a layer or norm decides on: int, shape (channels,)."""
-        found: np.ndarray = self._class_ids[self.masked_group_ids(name)]
-        return found
+        class_ids: np.ndarray = self._class_ids[self.masked_group_ids(name)]
+        return class_ids
 
     def masked_group_ids(self, name: str) -> np.ndarray:
         """Look up the group ids of the channels that a mask of a layer or norm decides on: int, shape (channels,)."""
         return self.group_ids(self.masked_channel_ids(name))
 
-    def kept(self, chosen: Mapping[str, np.ndarray]) -> np.ndarray:
+    def kept_groups(self, chosen: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return which channels stay if layers and norms keep the selected channels: bool, by group id.
 
         ``chosen``: by layer or norm, bool, shape (channels,) or (heads,). A channel stays if any channel coupled with
@@ -900,16 +960,16 @@ class ChannelFlow(Propagation):
         before it. Of a layer whose channels only reach norms in ``chosen``, no channel is selected that none of these
         norms selects.
         """
-        kept, stated = np.zeros(self.size, dtype=np.bool_), np.zeros(self.size, dtype=np.bool_)
+        is_kept, stated = np.zeros(self.size, dtype=np.bool_), np.zeros(self.size, dtype=np.bool_)
         norms = {name: chosen[name] for name in chosen if name not in self.layers}
         silenced, beside = self._silenced(norms), self.read_beside(frozenset(norms)) if norms else {}
         for name, layer in self.layers.items():
-            ids, own = self.group_ids_of(name), chosen.get(name)
-            if own is not None and len(own) < len(ids):
+            ids, selection = self.group_ids_of(name), chosen.get(name)
+            if selection is not None and len(selection) < len(ids):
                 ids = self.group_ids(self.unit_channel_ids(name))
             # For an output projection ``chosen`` may select columns, which don't count here.
-            if own is not None and len(own) == len(ids):
-                selected = ids[own]
+            if selection is not None and len(selection) == len(ids):
+                selected = ids[selection]
             elif not layer.depthwise:
                 selected = ids
             else:
@@ -917,9 +977,9 @@ class ChannelFlow(Propagation):
             stated[ids] = True
             if norms:
                 selected = selected[~silenced[selected] | np.isin(selected, list(beside.get(name, ())))]
-            kept[selected] = True
-        kept[FIXED] = True
-        return kept | ~stated
+            is_kept[selected] = True
+        is_kept[FIXED] = True
+        return is_kept | ~stated
 
     def _silenced(self, chosen: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return the channels that norms read and none of them selects: bool, by group id."""
@@ -946,12 +1006,12 @@ class ChannelFlow(Propagation):
         beside = dict[str, dict[int, str]]()
         sources = ["", *self.layers]  # source and group id are stored as one number: rank of the source * size + id
         nothing = np.zeros(0, dtype=np.int64)
-        held = dict[Node, np.ndarray]()  # group ids of a node's outputs
+        output_ids = dict[Node, np.ndarray]()  # group ids of a node's outputs
         raw = dict[Node, np.ndarray]()  # of these, sources and group ids that no norm has read yet
         for node in self.traced.graph.nodes:
             name, parents = str(node.target), node.all_input_nodes
             arrays = [np.unique(self.group_ids(ids.numpy())) for ids in tensors_of(self.ids[node.name])]
-            held[node], raw[node] = np.setdiff1d(np.concatenate([nothing, *arrays]), FIXED), nothing
+            output_ids[node], raw[node] = np.setdiff1d(np.concatenate([nothing, *arrays]), FIXED), nothing
             reads_sizes = node.op != "output" and (not arrays or has_property(node, "reads_sizes"))
             if (node.op == "call_module" and name in norms) or reads_sizes:
                 continue
@@ -960,17 +1020,21 @@ class ChannelFlow(Propagation):
             is_attention = node.op == "call_module" and name in self.attention
             is_layer = node.op == "call_module" and name in self.layers and not self.layers[name].depthwise
             if node.op == "output" or is_attention or is_layer:
-                read, source = entering, "" if is_attention or not is_layer else name
-                raw[node] = sources.index(source) * self.size + held[node]
+                read, source = entering, ""
+                if is_layer and not is_attention:
+                    source = name
+                raw[node] = sources.index(source) * self.size + output_ids[node]
             else:
-                passes = np.isin(entering % self.size, held[node])
-                before = np.concatenate([nothing, *(held[parent] for parent in parents)])
-                raw[node] = np.concatenate([entering[passes], np.setdiff1d(held[node], before)])
+                passes = np.isin(entering % self.size, output_ids[node])
+                before = np.concatenate([nothing, *(output_ids[parent] for parent in parents)])
+                raw[node] = np.concatenate([entering[passes], np.setdiff1d(output_ids[node], before)])
                 # What a chunk or a slice leaves out isn't read by it.
                 moves = node.target is operator.getitem or has_property(node, "moves") or has_property(node, "picks")
-                read = nothing if moves else entering[~passes]
-            for each in read.tolist():
-                beside.setdefault(sources[each // self.size], {}).setdefault(each % self.size, place(node))
+                read = entering[~passes]
+                if moves:
+                    read = nothing
+            for code in read.tolist():
+                beside.setdefault(sources[code // self.size], {}).setdefault(code % self.size, place(node))
         return beside
 
     def coupled_with(self, name: str) -> list[str]:
@@ -981,34 +1045,34 @@ class ChannelFlow(Propagation):
             return np.unique(np.concatenate([self._before[self.channel_ids_of(layer)], class_ids[class_ids != FIXED]]))
 
         shared = labels(name)
-        return [other for other in self.layers if other != name and np.isin(labels(other), shared).any()]
+        return [layer for layer in self.layers if layer != name and np.isin(labels(layer), shared).any()]
 
     def coupling_operations(self, name: str) -> list[Node]:
         """List the operations that couple a layer's channels with others or with one another, in network order."""
         group_ids = np.unique(self._before[self.channel_ids_of(name)])
-        found = dict[Node, None]()
-        for node, pairs in self._given.ties():
+        operations = dict[Node, None]()
+        for node, pairs in self._channels.ties():
             different = pairs[pairs[:, 0] != pairs[:, 1]]
             if np.isin(self._before[different[:, 0]], group_ids).any():
-                found[node] = None
-        return list(found)
+                operations[node] = None
+        return list(operations)
 
     def block_places(self, name: str) -> tuple[str, ...]:
         """List the operations that require equal blocks of a layer's channels, in network order."""
         group_ids = np.setdiff1d(self.masked_group_ids(name), FIXED)
-        found = dict[str, None]()
+        places = dict[str, None]()
         for blocks in self.blocks:
             if np.isin(group_ids, self.group_ids(blocks.ids)).any():
-                found[blocks.place] = None
-        return tuple(found)
+                places[blocks.place] = None
+        return tuple(places)
 
     def why_pinned(self, name: str) -> reasons.Reasons:
         """Return the reasons why channels of a layer, or before a norm, can never be removed, each once."""
         group_ids = self._before[self.masked_channel_ids(name)].tolist()
-        found = [self._reasons[group_id] for group_id in group_ids if group_id in self._reasons]
+        pinned_reasons = [self._reasons[group_id] for group_id in group_ids if group_id in self._reasons]
         if ((self.class_ids_of(name) == FIXED) & (self.masked_group_ids(name) != FIXED)).any():
-            found.append(reasons.blocks_equal(self.block_places(name)))
-        return tuple(dict.fromkeys(found))
+            pinned_reasons.append(reasons.blocks_equal(self.block_places(name)))
+        return tuple(dict.fromkeys(pinned_reasons))
 
     def reaches_output(self, name: str) -> bool:
         """Tell whether any channel of a layer, or before a norm, is in the model's output, and so has to stay."""
@@ -1029,19 +1093,19 @@ class ChannelFlow(Propagation):
 
     def read(self) -> list[tuple[np.ndarray, str]]:
         """List the channels that layers, norms and index operations read: group ids, and the reader."""
-        found = [(self.group_ids(entering), name) for name, entering in self._entering.items() if len(entering)]
+        reads = [(self.group_ids(entering), name) for name, entering in self._entering.items() if len(entering)]
         for node in self.traced.graph.nodes:
             ids = self.ids[node.name]
             picks = has_property(node, "picks") and not reads_shape_only(node)
             # Operations that only move entries or are elementwise also run on zero channels.
             picks = picks and not all(has_property(user, "meets") or has_property(user, "moves") for user in node.users)
             if picks and isinstance(ids, Tensor) and ids.numel():
-                found.append((np.unique(self.group_ids(ids.numpy())), place(node)))
+                reads.append((np.unique(self.group_ids(ids.numpy())), place(node)))
         for blocks in self.blocks:
             for block in blocks.sides[0] if blocks.is_filled else ():
-                own = block[block != FIXED]
-                found.append((np.unique(self.group_ids(own)), blocks.place))
-        return found
+                block_ids = block[block != FIXED]
+                reads.append((np.unique(self.group_ids(block_ids)), blocks.place))
+        return reads
 
     def units(self, name: str) -> np.ndarray:
         """Return the indices of a layer's output channels by unit, such as a head: int, (units, channels of a unit)."""
@@ -1069,22 +1133,24 @@ class ChannelFlow(Propagation):
         )
         # A depth-wise convolution with a channel multiplier follows the layer before it.
         follows = self.layers[name].depthwise and len(self.entering_channel_ids(name)) < len(group_ids)
-        return size if is_even and not follows else 1
+        if is_even and not follows:
+            return size
+        return 1
 
     def output_projections(self) -> dict[str, Attention]:
         """Return the linear layers that read all heads of an attention module and nothing else, by name."""
-        found: dict[str, Attention] = {}
-        for attention in dict.fromkeys(each.name for each in self.heads.values()):
+        projections: dict[str, Attention] = {}
+        for attention in dict.fromkeys(heads.name for heads in self.heads.values()):
             if self.attention[attention].recurrent:
                 continue
             layer, order = self.attention[attention].outputs
             context = self.group_ids_of(layer)[order]
-            found |= {
+            projections |= {
                 name: self.attention[attention]
                 for name in self.layers
                 if FIXED not in context and np.array_equal(self.entering_group_ids(name), context)
             }
-        return found
+        return projections
 
 
 def why_read_beside(flow: ChannelFlow, norms: Iterable[str], group_ids: np.ndarray) -> reasons.Reasons:
@@ -1101,7 +1167,7 @@ _PASSING = (nn.Identity, nn.modules.dropout._DropoutNd)
 def norms_after(model: nn.Module, flow: ChannelFlow) -> dict[str, str]:
     """Return, by layer, the batch norm that reads exactly its channels. Layers without one are left out."""
     first = {layer.first: name for name, layer in flow.layers.items()}
-    found = {}
+    norms = {}
     for name, module in model.named_modules():
         entering = flow.entering_channel_ids(name)
         if not isinstance(module, NORMS) or not is_plain_norm(module) or not len(entering):
@@ -1111,8 +1177,8 @@ def norms_after(model: nn.Module, flow: ChannelFlow) -> dict[str, str]:
             continue
         # After a concatenation ids of several layers enter: only the first ones are this layer's.
         if np.array_equal(entering, flow.layers[layer].ids):
-            found[layer] = name
-    return found
+            norms[layer] = name
+    return norms
 
 
 def only_norm_after(model: nn.Module, flow: ChannelFlow, name: str) -> nn.Module | None:
@@ -1127,7 +1193,9 @@ def only_norm_after(model: nn.Module, flow: ChannelFlow, name: str) -> nn.Module
     if not is_plain_norm(norm) or not isinstance(norm.running_mean, Tensor):
         return None
     calls_of_norm = {node for node in flow.traced.graph.nodes if node.op == "call_module" and node.target == name_after}
-    return norm if calls_of_norm == readers else None
+    if calls_of_norm == readers:
+        return norm
+    return None
 
 
 def followers(node: Node) -> Iterator[Node]:

@@ -69,7 +69,8 @@ class FreeParameter:
 
     def ids_of_places(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Return the channel id of each entry: int64, of the parameter's shape."""
-        view = [-1 if d == self.dim else 1 for d in range(len(shape))]
+        view = [1] * len(shape)
+        view[self.dim] = -1
         return torch.from_numpy(self.ids).view(view).expand(shape)
 
 
@@ -154,8 +155,8 @@ class ChannelIds:
     def filled(self, name: str, dims: list[int], shape: tuple[int, ...]) -> torch.Tensor:
         """Return new ids for a constant tensor, along one of the dimensions whose size an attribute holds."""
         dim = self.dims.get(name, dims[-1])
-        self.one_valued[name] = made = FreeParameter(self.new(shape[dim]), shape[dim], dim, dims)
-        return made.ids_of_places(shape)
+        self.one_valued[name] = parameter = FreeParameter(self.new(shape[dim]), shape[dim], dim, dims)
+        return parameter.ids_of_places(shape)
 
     def pin(self, ids: np.ndarray, reason: Reason) -> None:
         """Keep channels, and all channels coupled with them."""
@@ -165,12 +166,12 @@ class ChannelIds:
         """Keep the channels in each column of ids, (ids, columns), unless the column's channels are all coupled."""
         self._columns.append((columns, reason))
 
-    def tie(self, ones: np.ndarray | int, others: np.ndarray | int, *, as_width: bool = False) -> None:
+    def tie(self, first_ids: np.ndarray | int, second_ids: np.ndarray | int, *, as_width: bool = False) -> None:
         """Couple channels pairwise; channels coupled with ``FIXED`` can't be pruned.
 
-        ``as_width``: whether the only reason is that ``others`` are reshaped to the width of ``ones``.
+        ``as_width``: whether the only reason is that ``second_ids`` are reshaped to the width of ``first_ids``.
         """
-        pairs = np.stack(np.broadcast_arrays(ones, others), -1).reshape(-1, 2)
+        pairs = np.stack(np.broadcast_arrays(first_ids, second_ids), -1).reshape(-1, 2)
         stay = (pairs == FIXED).any(1)
         if (pairs[stay] != FIXED).any():
             self.pin(pairs[stay].max(1), self.reason)
@@ -200,14 +201,14 @@ class ChannelIds:
         """List the operations that couple channels, in network order, each with the pairs of ids: int, (pairs, 2)."""
         return list(zip(self._tied_at, self._pairs[1:], strict=True))
 
-    def couple(self, one: torch.Tensor, other: torch.Tensor) -> None:
+    def couple(self, first: torch.Tensor, second: torch.Tensor) -> None:
         """Couple the ids of two tensors that are combined elementwise; both are broadcast."""
-        one, other = torch.broadcast_tensors(one, other)
+        first, second = torch.broadcast_tensors(first, second)
         # Along a dimension in which neither differs (batch, pixels) one entry is enough, so fewer pairs are sorted.
-        for d in range(one.dim()):
-            if not (one.shape[d] == 0 or varies(one, d) or varies(other, d)):
-                one, other = one.narrow(d, 0, 1), other.narrow(d, 0, 1)
-        self.tie(*np.divmod(np.unique((one * self.count + other).numpy()), self.count))
+        for d in range(first.dim()):
+            if not (first.shape[d] == 0 or varies(first, d) or varies(second, d)):
+                first, second = first.narrow(d, 0, 1), second.narrow(d, 0, 1)
+        self.tie(*np.divmod(np.unique((first * self.count + second).numpy()), self.count))
 
     def per_channel(self, ids: torch.Tensor, dim: int) -> np.ndarray:
         """Return one id for each index of a dimension: int, (channels,); couple the ids that share an index."""
@@ -218,7 +219,7 @@ class ChannelIds:
             self.couple(first, rows)
         return first.reshape(-1).numpy()
 
-    def settled(self) -> tuple[np.ndarray, np.ndarray, dict[int, Reason]]:
+    def settle(self) -> tuple[np.ndarray, np.ndarray, dict[int, Reason]]:
         """Return group ids before and after keeping channels, int, (count,) each, and by group id the reasons."""
         before, reasons = self._tied(self._pairs), dict[int, Reason]()
         apart = [(rows[:, (before[rows] != before[rows[:1]]).any(0)], reason) for rows, reason in self._columns]
@@ -231,49 +232,51 @@ class ChannelIds:
         """Return the group id of each channel, int, (count,), given arrays of coupled pairs."""
         pairs = np.concatenate(arrays)
         while True:
-            found = smallest_of_connected(pairs, self.count)
+            group_ids = smallest_of_connected(pairs, self.count)
             more = list[np.ndarray]()
             for ids, rows in self._rows:
                 first = rows[:, 0]
-                is_new = (found[rows] == found[first][:, None]).all(1) & (found[ids] != found[first])
+                is_new = (group_ids[rows] == group_ids[first][:, None]).all(1) & (group_ids[ids] != group_ids[first])
                 more.append(np.stack([ids[is_new], first[is_new]], -1))
             if not sum(map(len, more)):
                 for _, rows in self._by_head:
-                    if (found[rows] != found[rows[:, :1]]).any():
+                    if (group_ids[rows] != group_ids[rows[:, :1]]).any():
                         columns = np.stack(np.broadcast_arrays(rows[:1], rows), -1).reshape(-1, 2)
-                        more.append(columns[found[columns[:, 0]] != found[columns[:, 1]]])
+                        more.append(columns[group_ids[columns[:, 0]] != group_ids[columns[:, 1]]])
             if not sum(map(len, more)):
-                return found
+                return group_ids
             pairs = np.concatenate([pairs, *more])
 
     def foreign_widths(self) -> dict[str, ForeignWidth]:
         """Return, by name, the modules that reshape channels to the width of channels not coupled with them."""
         if not self.widths:
             return {}
-        groups = self._tied([each for at, each in enumerate(self._pairs) if at not in self._as_widths])
+        groups = self._tied([pairs for at, pairs in enumerate(self._pairs) if at not in self._as_widths])
         staying = np.concatenate([[FIXED], *(groups[ids] for ids, _ in self._pins)])
-        found = dict[str, ForeignWidth]()
-        for each in self.widths:
-            own, viewed = (np.setdiff1d(groups[ids.numpy()], FIXED) for ids in (each.of, each.viewed))
-            if len(own) + len(viewed) and not np.isin(viewed, own).any():
-                known = found.get(each.owner, ForeignWidth(each.dim, False, 0))
+        widths = dict[str, ForeignWidth]()
+        for width in self.widths:
+            source, viewed = (np.setdiff1d(groups[ids.numpy()], FIXED) for ids in (width.of, width.viewed))
+            if len(source) + len(viewed) and not np.isin(viewed, source).any():
+                earlier = widths.get(width.owner, ForeignWidth(width.dim, False, 0))
                 is_kept = bool(np.isin(viewed, staying).all())
-                found[each.owner] = ForeignWidth(known.dim, known.by_kept or is_kept, known.times + 1)
-        return found
+                widths[width.owner] = ForeignWidth(earlier.dim, earlier.by_kept or is_kept, earlier.times + 1)
+        return widths
 
 
 def smallest_of_connected(pairs: np.ndarray, count: int) -> np.ndarray:
     """Return for each id below ``count`` the smallest id that pairs, (pairs, 2), connect with it: int, (count,)."""
     graph = coo_matrix((np.ones(len(pairs), dtype=bool), pairs.T), shape=(count, count))
     _, firsts, parts = np.unique(connected_components(graph, directed=False)[1], return_index=True, return_inverse=True)
-    found: np.ndarray = firsts[parts]
-    return found
+    smallest: np.ndarray = firsts[parts]
+    return smallest
 
 
 def fixed(leaf: Any) -> Any:
     """Return ids ``FIXED`` for a tensor, so that its channels can't be pruned; return other leaves unchanged."""
     # All ids are on the CPU, whatever the model's device.
-    return staying(tuple(leaf.shape)) if isinstance(leaf, torch.Tensor) else leaf
+    if isinstance(leaf, torch.Tensor):
+        return staying(tuple(leaf.shape))
+    return leaf
 
 
 def staying(shape: tuple[int, ...]) -> torch.Tensor:
@@ -281,11 +284,12 @@ def staying(shape: tuple[int, ...]) -> torch.Tensor:
     return torch.tensor(FIXED).expand(shape)
 
 
-def compressed(leaf: Any) -> Any:
+def compress(leaf: Any) -> Any:
     """Shorten each dimension along which ids don't differ to length 1; return leaves that aren't tensors unchanged."""
     if isinstance(leaf, torch.Tensor):
         for d in range(leaf.dim()):
-            leaf = leaf if leaf.shape[d] == 0 or varies(leaf, d) else leaf.narrow(d, 0, 1)
+            if not (leaf.shape[d] == 0 or varies(leaf, d)):
+                leaf = leaf.narrow(d, 0, 1)
         return leaf.clone()
     return leaf
 
@@ -334,13 +338,15 @@ def carry_reduced(ids: torch.Tensor, shape: tuple[int, ...], dims: Iterable[int]
         return None
     for d in pruned:
         ids = ids.narrow(d, 0, 1)
-    rest = ids if len(shape) == ids.dim() else ids.squeeze(tuple(pruned))
-    return rest.expand(shape) if rest.dim() == len(shape) else None
+    reduced = ids if len(shape) == ids.dim() else ids.squeeze(tuple(pruned))
+    if reduced.dim() == len(shape):
+        return reduced.expand(shape)
+    return None
 
 
 def meet_alike(ids: list[torch.Tensor], shape: tuple[int, ...]) -> bool:
     """Tell whether tensors broadcast to a shape."""
     try:
-        return tuple(torch.broadcast_shapes(*(each.shape for each in ids))) == shape
+        return tuple(torch.broadcast_shapes(*(tensor.shape for tensor in ids))) == shape
     except RuntimeError:
         return False

@@ -51,19 +51,19 @@ Reasons = tuple[Reason, ...]
 """All reasons why one layer keeps channels, each once."""
 
 
-def told(reasons: Iterable[Reason]) -> str:
+def join_texts(reasons: Iterable[Reason]) -> str:
     """Join the texts of several reasons into one line, each text once."""
     return "; ".join(dict.fromkeys(str(reason) for reason in reasons))
 
 
 def as_text(reasons: Mapping[str, Reasons]) -> dict[str, str]:
     """Return the reasons of each layer as one line of text, by layer."""
-    return {name: told(found) for name, found in reasons.items()}
+    return {name: join_texts(layer_reasons) for name, layer_reasons in reasons.items()}
 
 
-def in_part(kept: int, channels: int, reasons: Reasons) -> str:
+def in_part(n_kept: int, channels: int, reasons: Reasons) -> str:
     """Return why a layer keeps some of its channels, as text."""
-    return f"{kept} of {channels} channels are kept: {told(reasons)}"
+    return f"{n_kept} of {channels} channels are kept: {join_texts(reasons)}"
 
 
 # Advice to users, by kind of reason. Kinds that masks cause, not the model, have no entry.
@@ -328,12 +328,12 @@ def shared(names: Iterable[str], unmasked: Sequence[str]) -> Reason:
     return Reason("shared", text=text)
 
 
-def shared_weight(parameter: str, other: str) -> Reason:
+def shared_weight(parameter: str, other_name: str) -> Reason:
     """Return the reason for channels that stay because a layer with the same weight keeps them; both by full name."""
     # Layers that are coupled with the owner of the parameter get this reason, too, so the text names both parameters.
-    owner = other.rpartition(".")[0]
+    owner = other_name.rpartition(".")[0]
     return Reason(
-        "shared_weight", owner, owner, f"{parameter} is the same parameter as {other}, where these channels stay"
+        "shared_weight", owner, owner, f"{parameter} is the same parameter as {other_name}, where these channels stay"
     )
 
 
@@ -349,11 +349,11 @@ def blocks_equal(places: Iterable[str]) -> Reason:
     return Reason("blocks_equal", text=f"all blocks keep the same number of channels, as {', '.join(places)} requires")
 
 
-def unequal(kept: Mapping[str, Reasons]) -> str:
+def unequal(kept_reasons: Mapping[str, Reasons]) -> str:
     """Return why a dense model may differ from the masked one, given why layers have to keep removed channels."""
-    found = "an operation reads removed channels of the layers before it"
-    if kept:
-        names = ", ".join(kept)
-        why = told(reason for reasons in kept.values() for reason in reasons)
-        found = f"masks remove channels of {names} that have to stay: {why}; {leaving_out(names)}"
-    return f"{found}; check=False returns the dense model all the same; its outputs differ and it has to be fine-tuned"
+    text = "an operation reads removed channels of the layers before it"
+    if kept_reasons:
+        names = ", ".join(kept_reasons)
+        why = join_texts(reason for reasons in kept_reasons.values() for reason in reasons)
+        text = f"masks remove channels of {names} that have to stay: {why}; {leaving_out(names)}"
+    return f"{text}; check=False returns the dense model all the same; its outputs differ and it has to be fine-tuned"

@@ -46,7 +46,7 @@ from nni_topo.network.channels.ids import (
     TakenWidth,
     carry,
     carry_reduced,
-    compressed,
+    compress,
     given_shapes,
     meet_alike,
     staying,
@@ -117,110 +117,117 @@ class Operation:
         default = reasons.no_rule
         if self.rule is not None:
             default = reasons.rule_keeps if self.rule.is_registered else reasons.call_not_covered
-        self.channels.pin(np.unique(compressed(ids)), reason or default(self.node))
+        self.channels.pin(np.unique(compress(ids)), reason or default(self.node))
 
     # The methods below return the ids of the output.
 
     def all_kept(self, ids: list[Tensor] | None = None, reason: reasons.Reason | None = None) -> Any:
         """Keep all channels that enter, or those of ``ids``; return ids ``FIXED`` for the outputs."""
-        found = given_shapes(self.node)
+        outputs = given_shapes(self.node)
         # An operation that returns no tensor (a size, an assertion) needs no channels, unless it writes into a tensor.
-        if tensors_of(found) or plain_name(self.node) == "setitem":
-            for each in self.ids if ids is None else ids:
-                self.keep(each, reason)
-        return found
+        if tensors_of(outputs) or plain_name(self.node) == "setitem":
+            entering = self.ids if ids is None else ids
+            for tensor in entering:
+                self.keep(tensor, reason)
+        return outputs
 
-    def moved(self) -> Any:
+    def run_on_ids(self) -> Any:
         """Run an operator that moves entries, or returns a size, on the ids."""
         return self.run(self.args, self.kwargs)
 
-    def viewed(self) -> Any:
+    def run_on_contiguous_ids(self) -> Any:
         """Run a method that views a tensor on a contiguous copy of the ids; expanded tensors can't be viewed."""
         return self.run((self.args[0].contiguous(), *self.args[1:]), self.kwargs)
 
-    def carried(
+    def expand_to_outputs(
         self,
         ids: list[Tensor],
         carry: Callable[[Tensor, tuple[int, ...]], Tensor | None],
         reason: reasons.Reason | None = None,
     ) -> Any:
         """Expand the ids of one tensor to each output's shape by ``carry``; if it returns None, keep all channels."""
-        found = given_shapes(self.node)
+        outputs = given_shapes(self.node)
         leaves: list[Tensor] = []
-        for each in tensors_of(found):
-            leaf = carry(ids[0], tuple(each.shape)) if len(ids) == 1 else None
+        for output in tensors_of(outputs):
+            leaf = None
+            if len(ids) == 1:
+                leaf = carry(ids[0], tuple(output.shape))
             if leaf is None:
                 return self.all_kept(ids, reason)
             leaves.append(leaf)
-        rest = iter(leaves)
-        return tree_map_only(Tensor, lambda _: next(rest), found)
+        expanded = iter(leaves)
+        return tree_map_only(Tensor, lambda _: next(expanded), outputs)
 
-    def passed(self, ids: list[Tensor] | None = None) -> Any:
+    def keep_places(self, ids: list[Tensor] | None = None) -> Any:
         """Leave channels where they are, as most operators do; keep them if the shapes don't fit."""
-        return self.carried(self.ids if ids is None else ids, carry)
+        return self.expand_to_outputs(self.ids if ids is None else ids, carry)
 
-    def met(self, ids: list[Tensor], shape: tuple[int, ...]) -> Tensor:
+    def couple_elementwise(self, ids: list[Tensor], shape: tuple[int, ...]) -> Tensor:
         """Couple operands that are combined elementwise; one that is broadcast along the channels isn't coupled."""
-        full = [each.view((1,) * (len(shape) - each.dim()) + tuple(each.shape)) for each in ids]
+        full = [operand.view((1,) * (len(shape) - operand.dim()) + tuple(operand.shape)) for operand in ids]
         # The dimension of the channels isn't known, but it is one along which ids differ.
         varying = set[int]()
-        for each in full:
-            varying.update(_varying(each))
-        coupled = [each for each in full if all(each.shape[d] == shape[d] for d in varying)]
-        for other in coupled[1:]:
-            self.couple(coupled[0], other)
-        found = coupled[0] if coupled else full[0]
-        for each in full:
-            held = _varying(each)
-            if not held or any(each is other for other in coupled):
+        for operand in full:
+            varying.update(_varying(operand))
+        coupled = [operand for operand in full if all(operand.shape[d] == shape[d] for d in varying)]
+        for follower in coupled[1:]:
+            self.couple(coupled[0], follower)
+        output_ids = full[0]
+        if coupled:
+            output_ids = coupled[0]
+        for operand in full:
+            channel_dims = _varying(operand)
+            if not channel_dims or any(operand is member for member in coupled):
                 continue
             # If two are broadcast along each other's channels, the output has the first one's; the other's are kept.
-            if any(not varies(found, d) for d in held):
-                self.keep(each)
-            if coupled and all(each.shape[d] == (shape[d] if d in held else 1) for d in varying):
+            if any(not varies(output_ids, d) for d in channel_dims):
+                self.keep(operand)
+            if coupled and all(operand.shape[d] == (shape[d] if d in channel_dims else 1) for d in varying):
                 # For example one entry per head: it is removed with the head, if that is removed as a whole.
-                sizes = [shape[d] if d in held else -1 for d in range(len(shape))]
-                ordered = [compressed(one).expand(sizes) for one in (each, found)]
-                entries, rows = (one.movedim(held, list(range(len(held)))) for one in ordered)
-                rows = rows.flatten(0, len(held) - 1).flatten(1)
+                sizes = [shape[d] if d in channel_dims else -1 for d in range(len(shape))]
+                ordered = [compress(tensor).expand(sizes) for tensor in (operand, output_ids)]
+                entries, rows = (tensor.movedim(channel_dims, list(range(len(channel_dims)))) for tensor in ordered)
+                rows = rows.flatten(0, len(channel_dims) - 1).flatten(1)
                 self.channels.tie_whole_rows(entries.flatten().numpy(), rows.numpy())
-        return found.expand(shape)
+        return output_ids.expand(shape)
 
-    def by_place(self, ids: list[Tensor] | None = None, *, known: bool, meets: bool = False) -> Any:
+    def by_place(self, ids: list[Tensor] | None = None, *, is_elementwise: bool, meets: bool = False) -> Any:
         """Treat the operator as elementwise.
 
-        ``known``: whether it certainly is; otherwise the dry run checks more. ``meets``: whether it certainly combines
-        several tensors elementwise. Otherwise this is assumed if their shapes fit and none is a parameter, as in a
-        functional layer.
+        ``is_elementwise``: whether it certainly is; otherwise the dry run checks more. ``meets``: whether it certainly
+        combines several tensors elementwise. Otherwise this is assumed if their shapes fit and none is a parameter, as
+        in a functional layer.
         """
-        ids = self.ids if ids is None else ids
-        if self.shape is None or not known:
+        if ids is None:
+            ids = self.ids
+        if self.shape is None or not is_elementwise:
             self.channels.guessed.add(self.node.name)
         may_meet = meets or not any(node.op == "get_attr" for node in self.node.all_input_nodes)
         if self.shape is not None and len(ids) > 1 and may_meet and meet_alike(ids, self.shape):
-            return self.met(ids, self.shape)
-        return self.passed(ids)
+            return self.couple_elementwise(ids, self.shape)
+        return self.keep_places(ids)
 
     def along(self, dims: tuple[int, ...], *, adds: bool = False, reduces: bool = False) -> Any:
         """Follow an operator that works along dimensions, counted from 0, and needs all entries unless it ``adds``.
 
         ``reduces``: whether the output lacks these dimensions, or has them with length 1.
         """
-        held = [d for d in dims if varies(self.ids[0], d)]
-        if held and adds and (not reduces or held == _varying(self.ids[0])):
+        channel_dims = [d for d in dims if varies(self.ids[0], d)]
+        if channel_dims and adds and (not reduces or channel_dims == _varying(self.ids[0])):
             self.channels.summed.add(self.node.name)
-        elif held:
-            whole = self.whole_rows(self.ids[0], held)
+        elif channel_dims:
+            rows = self.whole_rows(self.ids[0], channel_dims)
             if reduces or self.shape != tuple(self.ids[0].shape):
-                self.ids[0] = whole
+                self.ids[0] = rows
         if len(self.ids) > 1 and self.shape is not None and meet_alike(self.ids, self.shape):
-            return self.met(self.ids, self.shape)
+            return self.couple_elementwise(self.ids, self.shape)
         if len(self.ids) > 1:
-            return self.passed()
+            return self.keep_places()
         if not reduces:
             # If it returns fewer entries than it reads (topk), the operation is the reason, not the way it is called.
-            return self.carried(self.ids, carry, reasons.result_depends(self.node) if held and not adds else None)
-        return self.carried(self.ids, lambda ids, shape: carry_reduced(ids, shape, dims))
+            reason = reasons.result_depends(self.node) if channel_dims and not adds else None
+            return self.expand_to_outputs(self.ids, carry, reason)
+        return self.expand_to_outputs(self.ids, lambda ids, shape: carry_reduced(ids, shape, dims))
 
     def whole_rows(self, ids: Tensor, dims: list[int]) -> Tensor:
         """Remove entries along dimensions together, or keep them; return ids that don't differ along these.
@@ -236,10 +243,12 @@ class Operation:
         if outer and outer[0] < dims[0]:
             self.couple(first, ids)
         else:
-            entries = compressed(ids).movedim(dims, list(range(len(dims))))
+            entries = compress(ids).movedim(dims, list(range(len(dims))))
             rows = entries.flatten(0, len(dims) - 1).flatten(1) if outer else entries.reshape(-1, 1)
             self.channels.pin_unless_tied(rows.numpy(), reasons.result_depends(self.node))
-        return first.expand(ids.shape) if outer else ids
+        if outer:
+            return first.expand(ids.shape)
+        return ids
 
 
 def _argument(
@@ -249,7 +258,9 @@ def _argument(
         for key in (name, *_ALIASES.get(name, ())):
             if key in kwargs:
                 return kwargs[key]
-    return args[at] if len(args) > at else default
+    if len(args) > at:
+        return args[at]
+    return default
 
 
 # NumPy's names of arguments, which PyTorch's functions take as well as their own.
@@ -264,7 +275,7 @@ def first_argument(node: Node) -> Any:
 def _input_first(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Put the argument that is usually given by position before the other arguments by name."""
     firsts = ("input", *_ALIASES["input"])
-    return dict(sorted(kwargs.items(), key=lambda item: item[0] not in firsts))
+    return dict(sorted(kwargs.items(), key=lambda pair: pair[0] not in firsts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -335,10 +346,10 @@ def rule(
     """Enter a function as the rule of operators: names as `operation_name` returns, or classes of modules."""
 
     def enter(apply: Callable[[Operation], Any]) -> Callable[[Operation], Any]:
-        for each in operators:
-            if each in _TABLE:
-                raise ValueError(f"an operator has one rule, got a second one ({each})")
-            _TABLE[each] = OperatorRule(apply, **properties)
+        for operator in operators:
+            if operator in _TABLE:
+                raise ValueError(f"an operator has one rule, got a second one ({operator})")
+            _TABLE[operator] = OperatorRule(apply, **properties)
         return apply
 
     return enter
@@ -353,14 +364,18 @@ def rule_of(node: Node) -> OperatorRule | None:
     """Look up the rule of a function or method that a node calls; None without one."""
     if node.op not in ("call_function", "call_method"):
         return None
-    target = node.target.overloadpacket if isinstance(node.target, torch._ops.OpOverload) else node.target
-    return _TABLE[target] if target in _TABLE else _TABLE.get(operation_name(node))
+    target = node.target
+    if isinstance(node.target, torch._ops.OpOverload):
+        target = node.target.overloadpacket
+    if target in _TABLE:
+        return _TABLE[target]
+    return _TABLE.get(operation_name(node))
 
 
 def moves_entries(name: str) -> bool:
     """Tell whether the function or method of this name only moves entries of tensors."""
-    found = _TABLE.get(name)
-    return found is not None and found.moves
+    operator_rule = _TABLE.get(name)
+    return operator_rule is not None and operator_rule.moves
 
 
 def module_rule(module: nn.Module) -> OperatorRule | None:
@@ -371,10 +386,10 @@ def module_rule(module: nn.Module) -> OperatorRule | None:
     return None
 
 
-def has_property(node: Node, what: str) -> bool:
+def has_property(node: Node, name: str) -> bool:
     """Tell whether the rule of the function or method that a node calls has a property of `OperatorRule`."""
-    found = rule_of(node)
-    return found is not None and bool(getattr(found, what))
+    operator_rule = rule_of(node)
+    return operator_rule is not None and bool(getattr(operator_rule, name))
 
 
 # Operators that move entries.
@@ -387,7 +402,7 @@ def has_property(node: Node, what: str) -> bool:
 )  # fmt: skip
 @rule("flatten", nn.Flatten, nn.Unflatten, moves=True, joins=True)
 def _moves(op: Operation) -> Any:
-    return op.moved()
+    return op.run_on_ids()
 
 
 @rule("expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave", moves=True)
@@ -397,33 +412,36 @@ def _repeated(op: Operation) -> Any:
     A tensor with one value for all channels, such as an index or a mask, gets the ids of the channels along which it is
     repeated: of each removed channel its value isn't read.
     """
-    moved, source, name = op.moved(), op.ids[0], operation_name(op.node)
+    moved_ids, source, name = op.run_on_ids(), op.ids[0], operation_name(op.node)
     if _varying(source) and not _is_own(source, op.channels):
-        return moved
+        return moved_ids
     sizes: dict[int, Any] = {}  # by dimension, counted from the last, as -1: what gives its size
     if name == "expand_as":
-        other: Any = op.node.args[1] if len(op.node.args) > 1 else op.node.kwargs["other"]
-        sizes = {d - moved.dim(): (other, d) for d in range(moved.dim())}
+        template: Any = op.node.args[1] if len(op.node.args) > 1 else op.node.kwargs["other"]
+        sizes = {d - moved_ids.dim(): (template, d) for d in range(moved_ids.dim())}
     elif name == "repeat_interleave":
         dim, times = op.argument(2, "dim"), _argument(op.node.args, op.node.kwargs, 1, ("repeats",))
         if isinstance(dim, int) and isinstance(times, TracedInt) and times.place is not None and not _varying(source):
             # The neighbours made of one entry, such as the heads of a sample, count the channels of an attribute.
-            dim %= moved.dim()
-            shape = (*moved.shape[:dim], plain(times), *moved.shape[dim + 1 :])
+            dim %= moved_ids.dim()
+            shape = (*moved_ids.shape[:dim], plain(times), *moved_ids.shape[dim + 1 :])
             made_of_one = op.channels.filled(op.node.name, [dim], shape)
-            return made_of_one.repeat([source.shape[d] if d == dim else 1 for d in range(moved.dim())])
+            repeats = [1] * moved_ids.dim()
+            repeats[dim] = source.shape[dim]
+            return made_of_one.repeat(repeats)
         if isinstance(dim, int) and isinstance(times, Node):
-            sizes[dim % moved.dim() - moved.dim()] = times
+            sizes[dim % moved_ids.dim() - moved_ids.dim()] = times
     else:
         listed = _sizes_of(op.node)
         sizes = {d - len(listed): size for d, size in enumerate(listed)}
     repeated = {}
     for d, size in sizes.items():
-        if (source.shape[d] if -d <= source.dim() else 1) == 1 < moved.shape[d]:
-            repeated[d + moved.dim()] = size
-    ids = _ids_of_sizes(op.node, repeated, tuple(moved.shape), op.channels)
+        has_one_entry = -d > source.dim() or source.shape[d] == 1
+        if has_one_entry and moved_ids.shape[d] > 1:
+            repeated[d + moved_ids.dim()] = size
+    ids = _ids_of_sizes(op.node, repeated, tuple(moved_ids.shape), op.channels)
     if ids is None:
-        return moved
+        return moved_ids
     if _varying(source):
         op.keep(source)  # a parameter without channels, such as the kernel of a blur
     return ids
@@ -432,7 +450,7 @@ def _repeated(op: Operation) -> Any:
 @rule("broadcast_tensors")
 def _broadcast(op: Operation) -> Any:
     """Follow tensors that are expanded to one shape, as elementwise operations do."""
-    return [op.met(op.ids, tuple(torch.broadcast_shapes(*(each.shape for each in op.ids))))] * len(op.ids)
+    return [op.couple_elementwise(op.ids, tuple(torch.broadcast_shapes(*(ids.shape for ids in op.ids))))] * len(op.ids)
 
 
 @rule("channel_shuffle", nn.ChannelShuffle, moves=True)
@@ -444,33 +462,35 @@ def _shuffled(op: Operation) -> Any:
         blocks = list(op.ids[0].movedim(1, 0).flatten(1)[:, 0].view(rows, -1).numpy())
         op.channels.blocks.append(Blocks([blocks], may_vanish=False, moves=True, place=described(op.node)))
         op.channels.reorders = True
-    return op.moved()
+    return op.run_on_ids()
 
 
 @rule("cat", "concat", "concatenate", "stack", moves=True)
-def _joined(op: Operation) -> Any:
+def _concatenation(op: Operation) -> Any:
     """Follow a concatenation, which couples its parts unless it is along the channels."""
-    moved, dim = op.moved(), op.argument(1, "dim", default=0)
-    parts = [each.unsqueeze(dim) for each in op.ids] if operation_name(op.node) == "stack" else op.ids
+    moved_ids, dim = op.run_on_ids(), op.argument(1, "dim", default=0)
+    parts = op.ids
+    if operation_name(op.node) == "stack":
+        parts = [ids.unsqueeze(dim) for ids in op.ids]
     slices = []
     for part in parts:
         if part.shape[dim]:  # a part may have no channels left
             # If ids differ within one slice, channels are in another dimension: all parts must keep the same ones.
             first = part.narrow(dim, 0, 1)
             if not any(varies(first, d) for d in range(1, first.dim())):
-                return moved
+                return moved_ids
             slices.append(first)
     if slices and all(varies(part, dim) for part in parts):
         # Heads of several channels span both dimensions. Nothing is coupled if each head is removed as a whole.
-        group_ids = torch.from_numpy(op.channels.settled()[0])
-        if not any(_varying(group_ids[each]) for each in slices):
-            return moved
-    for other in slices[1:]:
-        op.couple(slices[0], other)
+        group_ids = torch.from_numpy(op.channels.settle()[0])
+        if not any(_varying(group_ids[ids]) for ids in slices):
+            return moved_ids
+    for ids in slices[1:]:
+        op.couple(slices[0], ids)
     # Coupled channels get one id, so that after this operation ids differ along the channels only.
     if slices and not any(varies(part, dim) for part in parts):
-        return slices[0].expand(moved.shape)
-    return torch.from_numpy(op.channels.settled()[1])[moved]
+        return slices[0].expand(moved_ids.shape)
+    return torch.from_numpy(op.channels.settle()[1])[moved_ids]
 
 
 @rule(
@@ -500,7 +520,7 @@ def _padded(op: Operation) -> Any:
 
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-def _kept(op: Operation) -> Any:
+def _keep_all(op: Operation) -> Any:
     return op.all_kept()
 
 
@@ -516,39 +536,41 @@ def _as_real(op: Operation) -> Any:
     return op.ids[0].unsqueeze(-1).expand(op.shape or ())
 
 
-rule("view_as", moves=True)(Operation.viewed)
+rule("view_as", moves=True)(Operation.run_on_contiguous_ids)
 
 
-def _held_by_view(given: FixedPlaces) -> list[slice]:
+def _held_by_view(call: FixedPlaces) -> list[slice]:
     # Only if all channels end up in one dimension: of heads and channels per head, either number may be fixed.
-    for d, size in enumerate(_sizes_of(given.node)):
-        ids = given.leaving
-        if ids.shape[d] == ids.numel() == given.size and size != -1 and given.is_fixed(size):
+    for d, size in enumerate(_sizes_of(call.node)):
+        ids = call.leaving
+        if ids.shape[d] == ids.numel() == call.size and size != -1 and call.is_fixed(size):
             return [slice(None)]
     return []
 
 
 @rule("view", "reshape", moves=True, joins=True, held=_held_by_view, why_held=reasons.fixed_sizes)
 def _viewed(op: Operation) -> Any:
-    moved = op.viewed() if op.node.op == "call_method" else op.moved()
-    return _taken_apart(op, moved, _sizes_of(op.node))
+    moved_ids = op.run_on_contiguous_ids() if op.node.op == "call_method" else op.run_on_ids()
+    return _taken_apart(op, moved_ids, _sizes_of(op.node))
 
 
 @rule("unflatten", moves=True, joins=True)
 def _unflattened(op: Operation) -> Any:
-    moved = op.moved()
-    given: Any = op.node.kwargs.get("sizes", op.node.args[-1])
+    moved_ids = op.run_on_ids()
+    size_argument: Any = op.node.kwargs.get("sizes", op.node.args[-1])
     # Sizes given as a slice of a shape are one node; they change with that shape.
-    parts = given if isinstance(given, (tuple, list)) else [given] * moved.dim()
-    sizes = (*[None] * (_varying(moved) or [0])[0], *parts)
-    return _taken_apart(op, moved, sizes)
+    parts = size_argument if isinstance(size_argument, (tuple, list)) else [size_argument] * moved_ids.dim()
+    sizes = (*[None] * (_varying(moved_ids) or [0])[0], *parts)
+    return _taken_apart(op, moved_ids, sizes)
 
 
 def _sizes_of(node: Node) -> Any:
     """Return a view's sizes as they are in the graph: numbers, or nodes if they come from a shape."""
     names = ("shape", "size", "repeats", "dims")
     sizes: Any = node.args[1:] or _argument((), node.kwargs, 0, names, ())
-    return sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
+    if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
+        return sizes[0]
+    return sizes
 
 
 def _varying(ids: Tensor) -> list[int]:
@@ -556,54 +578,65 @@ def _varying(ids: Tensor) -> list[int]:
     return [d for d in range(ids.dim()) if varies(ids, d)]
 
 
-def _taken_apart(op: Operation, moved: Tensor, sizes: Any) -> Tensor:
+def _taken_apart(op: Operation, moved_ids: Tensor, sizes: Any) -> Tensor:
     """Constrain channels that a view splits into a fixed number of rows, or into rows of a fixed length."""
     for d, size in enumerate(sizes):
-        if d in _varying(moved) or not _varying(moved):
-            _note_taken_width(op, size, moved)
-        counted = _counted(size, op.channels)
-        if counted is not None and _varying(moved) == [d] and moved.shape[d] == len(counted):
-            _count_alike(op, counted, moved, as_width=True)
+        if d in _varying(moved_ids) or not _varying(moved_ids):
+            _note_taken_width(op, size, moved_ids)
+        counted = _counted_ids(size, op.channels)
+        if counted is not None and _varying(moved_ids) == [d] and moved_ids.shape[d] == len(counted):
+            _count_alike(op, counted, moved_ids, as_width=True)
     if len(op.ids) != 1 or len(_varying(op.ids[0])) != 1:
-        return moved
-    places = _varying(moved)
+        return moved_ids
+    places = _varying(moved_ids)
     if len(places) < 2 or len(sizes) <= places[-1]:
-        return moved
+        return moved_ids
     # Numbers, and numbers computed from attributes, are fixed.
     fixed_sizes = [
         (isinstance(sizes[d], int) or is_computed_of_attributes(sizes[d])) and sizes[d] != -1 for d in places
     ]
-    first, *rest = fixed_sizes
+    first, *following = fixed_sizes
     is_counted = isinstance(sizes[places[0]], TracedInt)
-    rows = moved.movedim(places, list(range(len(places)))).flatten(len(places))[..., 0].flatten(1).numpy()
-    if first and len(rest) == 1 and not rest[0]:
+    rows = moved_ids.movedim(places, list(range(len(places)))).flatten(len(places))[..., 0].flatten(1).numpy()
+    if first and len(following) == 1 and not following[0]:
         where = described(op.node)
         op.channels.blocks.append(Blocks([list(rows)], may_vanish=False, moves=True, place=where, counted=is_counted))
         op.channels.reorders = True
-    elif all(rest) and (not first or (is_counted and not any(isinstance(sizes[d], TracedInt) for d in places[1:]))):
+    elif all(following) and (
+        not first or (is_counted and not any(isinstance(sizes[d], TracedInt) for d in places[1:]))
+    ):
         op.channels.tie(rows[:, :1], rows)
-    return moved
+    return moved_ids
 
 
-def _note_taken_width(op: Operation, size: Any, moved: Tensor) -> None:
+def _ids_of_node(node: Any, channels: ChannelIds) -> Any:
+    """Return the channel ids of a node's output; None for what is no node, or has none yet."""
+    if not isinstance(node, Node):
+        return None
+    return channels.by_node.get(node.name)
+
+
+def _note_taken_width(op: Operation, size: Any, moved_ids: Tensor) -> None:
     """Note a size that is computed from a tensor's width, in case another tensor's channels are reshaped to it."""
     waiting = [size]
     while waiting:
-        each = waiting.pop()
-        if not isinstance(each, Node):
+        node = waiting.pop()
+        if not isinstance(node, Node):
             continue
-        if plain_name(each) != "size" or len(each.args) != 2:
-            waiting += each.args if each.target in ON_NUMBERS else []
+        if plain_name(node) != "size" or len(node.args) != 2:
+            if node.target in ON_NUMBERS:
+                waiting += node.args
             continue
-        tensor, dim = each.args
-        ids = op.channels.by_node.get(tensor.name) if isinstance(tensor, Node) else None
+        tensor, dim = node.args
+        ids = _ids_of_node(tensor, op.channels)
         if not isinstance(ids, Tensor) or not isinstance(dim, int):
             continue
         last = ids.dim() - 1
         # Kept channels may be reshaped to it, too, if that dimension holds channels.
-        if dim % ids.dim() in (1, last) and (_varying(moved) or ids.shape[dim] > 1):
+        if dim % ids.dim() in (1, last) and (_varying(moved_ids) or ids.shape[dim] > 1):
             of_last = dim % ids.dim() == last
-            op.channels.widths.append(TakenWidth(owner_of(op.node), LAST if of_last else FIRST, ids, compressed(moved)))
+            width_dim = LAST if of_last else FIRST
+            op.channels.widths.append(TakenWidth(owner_of(op.node), width_dim, ids, compress(moved_ids)))
 
 
 # Operators that pick some entries of a dimension. Channels that a fixed number counts are kept: see `FixedPlaces`.
@@ -612,39 +645,41 @@ def _note_taken_width(op: Operation, size: Any, moved: Tensor) -> None:
 _SPLIT_SIZES = ("split_size_or_sections", "split_size", "split_sizes")
 
 
-def _held_by_split(given: FixedPlaces) -> list[slice]:
-    if not given.is_along(2):
+def _held_by_split(call: FixedPlaces) -> list[slice]:
+    if not call.is_along(2):
         return []
-    sizes = given.argument(1, *_SPLIT_SIZES)
-    if given.is_fixed(sizes):
+    sizes = call.argument(1, *_SPLIT_SIZES)
+    if call.is_fixed(sizes):
         # All pieces but the last one keep their size, and the last one doesn't vanish.
         size = max(int(sizes), 1)
-        return [slice((given.size - 1) // size * size + 1)]
+        return [slice((call.size - 1) // size * size + 1)]
     if not isinstance(sizes, Sequence):
         return []
-    metas: Any = given.node.meta.get("tensor_meta")
-    held, start = [], 0
-    for each, piece in zip(sizes, metas, strict=True):
-        length = piece.shape[given.dim]
+    metas: Any = call.node.meta.get("tensor_meta")
+    slices, start = [], 0
+    for piece_size, piece in zip(sizes, metas, strict=True):
+        length = piece.shape[call.dim]
         # A size that is computed counts the channels of another tensor: see `_split`.
-        if given.is_fixed(each) or not isinstance(each, (int, Node)):
-            held.append(slice(start, start + length))
+        if call.is_fixed(piece_size) or not isinstance(piece_size, (int, Node)):
+            slices.append(slice(start, start + length))
         start += length
-    return held
+    return slices
 
 
 @rule("split", "split_with_sizes", moves=True, held=_held_by_split)
 def _split(op: Operation) -> Any:
-    pieces = op.moved()
+    pieces = op.run_on_ids()
     sizes: Any = _argument(op.node.args, op.node.kwargs, 1, _SPLIT_SIZES)
-    listed = sizes if isinstance(sizes, Sequence) else ()
+    listed: Sequence[Any] = ()
+    if isinstance(sizes, Sequence):
+        listed = sizes
     if op.ids and varies(op.ids[0], op.argument(2, "dim", default=0)):
         for size in listed or (sizes,):
             _note_taken_width(op, size, op.ids[0])
     for size, piece in zip(listed, pieces, strict=False):
         if not isinstance(size, Node) or len(_varying(piece)) != 1:
             continue
-        counted = _counted(size, op.channels)
+        counted = _counted_ids(size, op.channels)
         if counted is None or len(counted) != piece.shape[_varying(piece)[0]]:
             op.keep(piece)  # a computed size that counts no channels
         else:
@@ -652,21 +687,21 @@ def _split(op: Operation) -> Any:
     return pieces
 
 
-def _count_alike(op: Operation, counted: Tensor, other: Tensor, *, as_width: bool = False) -> None:
+def _count_alike(op: Operation, counted: Tensor, ids: Tensor, *, as_width: bool = False) -> None:
     """Couple the channels of ``other`` with ``counted``, whose number they take; ``as_width``: see `ChannelIds.tie`."""
-    channels = op.channels.per_channel(other, _varying(other)[0])
+    channels = op.channels.per_channel(ids, _varying(ids)[0])
     if not np.isin(channels, counted.numpy()).any():
         op.channels.tie(counted.numpy(), channels, as_width=as_width)
 
 
 @rule("chunk", moves=True)
 def _chunked(op: Operation) -> Any:
-    pieces = op.moved()
+    pieces = op.run_on_ids()
     channels, ids, dim = op.channels, op.ids[0], op.argument(2, "dim", default=0)
-    asked = op.argument(1, "chunks")
+    n_chunks = op.argument(1, "chunks")
     short = pieces[0].shape[dim] - pieces[-1].shape[dim]
-    if (short or asked != len(pieces)) and varies(ids, dim):
-        if asked != len(pieces) or channels.reorders or _varying(ids) != [dim % ids.dim()]:
+    if (short or n_chunks != len(pieces)) and varies(ids, dim):
+        if n_chunks != len(pieces) or channels.reorders or _varying(ids) != [dim % ids.dim()]:
             op.keep(ids, reasons.fixed_channels(op.node))  # the dense model would make other pieces
             return pieces
         # The last piece is shorter, as in EdgeNeXt. If all pieces lose equally many channels, the dense model's chunk
@@ -679,13 +714,15 @@ def _chunked(op: Operation) -> Any:
         return pieces
     # In the dense model chunk makes equal pieces too, so all pieces have to lose equally many channels.
     if pieces[0].dim() > 1 and not short:
-        held = [d for d in range(1, pieces[0].dim()) if any(varies(piece, d) for piece in pieces)]
-        rows = [channels.per_channel(piece, held[0] if len(held) == 1 else 1) for piece in pieces]
+        channel_dims = [d for d in range(1, pieces[0].dim()) if any(varies(piece, d) for piece in pieces)]
+        channel_dim = channel_dims[0] if len(channel_dims) == 1 else 1
+        rows = [channels.per_channel(piece, channel_dim) for piece in pieces]
         sides, channels.chunks = _by_layer(rows, channels), True
         # After a shuffle, one piece may have more channels of a layer than another.
         uneven = any(len({len(block) for block in side}) > 1 for side in sides)
-        found = [rows] if uneven else sides
-        channels.blocks.append(Blocks(found, may_vanish=False, moves=True, is_uneven=uneven, place=described(op.node)))
+        if uneven:
+            sides = [rows]
+        channels.blocks.append(Blocks(sides, may_vanish=False, moves=True, is_uneven=uneven, place=described(op.node)))
     return pieces
 
 
@@ -695,7 +732,7 @@ def _gated(op: Operation) -> Any:
     dim = op.argument(1, "dim", default=-1) if op.module is None else op.module.dim
     first, second = op.ids[0].chunk(2, dim)
     op.couple(first, second)
-    return torch.from_numpy(op.channels.settled()[1])[first]
+    return torch.from_numpy(op.channels.settle()[1])[first]
 
 
 def _by_layer(pieces: list[np.ndarray], channels: ChannelIds) -> list[list[np.ndarray]]:
@@ -703,10 +740,10 @@ def _by_layer(pieces: list[np.ndarray], channels: ChannelIds) -> list[list[np.nd
     if not channels.reorders:
         return [pieces]
     # After a shuffle a piece holds channels of every layer: each layer has to lose equally many in each piece.
-    made: list[Layer | FreeParameter] = [
+    makers: list[Layer | FreeParameter] = [
         *channels.layers.values(), *channels.free_parameters.values(), *channels.one_valued.values()
     ]  # fmt: skip
-    firsts = np.array(sorted([FIXED, *(each.first for each in made)]))
+    firsts = np.array(sorted([FIXED, *(maker.first for maker in makers)]))
     owners = [np.searchsorted(firsts, piece, side="right") for piece in pieces]
     sides: list[list[np.ndarray]] = []
     for layer in np.unique(np.concatenate(owners)):
@@ -717,68 +754,72 @@ def _by_layer(pieces: list[np.ndarray], channels: ChannelIds) -> list[list[np.nd
     return sides
 
 
-def _held_by_ends(given: FixedPlaces, *ends: Any) -> list[slice]:
+def _held_by_ends(call: FixedPlaces, *ends: Any) -> list[slice]:
     # A bound beyond all channels, or before them, stays at the same end if channels are removed.
-    fixed = [end for end in ends if given.is_fixed(end) and 0 < abs(end) < given.size]
+    fixed = [end for end in ends if call.is_fixed(end) and 0 < abs(end) < call.size]
     return [slice(end) if end > 0 else slice(end, None) for end in fixed]
 
 
-def _held_by_place(given: FixedPlaces, place: Any) -> list[slice]:
+def _held_by_place(call: FixedPlaces, place: Any) -> list[slice]:
     # The first or last channel needn't be kept if only its shape or type is read.
-    if not given.is_fixed(place) or (place in (0, -1) and reads_shape_only(given.node)):
+    if not call.is_fixed(place) or (place in (0, -1) and reads_shape_only(call.node)):
         return []
     return [slice(place + 1) if place >= 0 else slice(place, None)]
 
 
-def _held_by_narrow(given: FixedPlaces) -> list[slice]:
-    if not given.is_along(1):
+def _held_by_narrow(call: FixedPlaces) -> list[slice]:
+    if not call.is_along(1):
         return []
-    start, length = given.argument(2, "start"), given.argument(3, "length")
-    if not given.is_fixed(length):
-        return _held_by_ends(given, start)
-    return [slice(start + length) if given.is_fixed(start) and start >= 0 else slice(None)]
+    start, length = call.argument(2, "start"), call.argument(3, "length")
+    if not call.is_fixed(length):
+        return _held_by_ends(call, start)
+    return [slice(start + length) if call.is_fixed(start) and start >= 0 else slice(None)]
 
 
-def _held_by_roll(given: FixedPlaces) -> list[slice]:
-    shifts, dims = given.argument(1, "shifts"), given.argument(2, "dims")
+def _held_by_roll(call: FixedPlaces) -> list[slice]:
+    shifts, dims = call.argument(1, "shifts"), call.argument(2, "dims")
     if dims is None or dims == ():
         return [slice(None)]  # it rolls the flattened tensor
-    pairs = zip(*(each if isinstance(each, Sequence) else [each] for each in (shifts, dims)), strict=True)
-    fixed = [shift for shift, dim in pairs if dim % len(given.shape) == given.dim and given.is_fixed(shift) and shift]
+    pairs = zip(
+        *(argument if isinstance(argument, Sequence) else [argument] for argument in (shifts, dims)), strict=True
+    )
+    fixed = [shift for shift, dim in pairs if dim % len(call.shape) == call.dim and call.is_fixed(shift) and shift]
     # The channels that move from the end to the start, or from the start to the end.
     return [slice(-shift, None) if shift > 0 else slice(-shift) for shift in fixed]
 
 
-@rule("unbind", moves=True, held=lambda given: [slice(None)] if given.is_along(1) else [])
-@rule("tensor_split", moves=True, held=lambda given: [slice(None)] if given.is_along(2) else [])
+@rule("unbind", moves=True, held=lambda call: [slice(None)] if call.is_along(1) else [])
+@rule("tensor_split", moves=True, held=lambda call: [slice(None)] if call.is_along(2) else [])
 @rule("narrow", moves=True, picks=True, held=_held_by_narrow)
 @rule(
     "select", moves=True, picks=True, picks_one=True,
-    held=lambda given: _held_by_place(given, given.argument(2, "index")) if given.is_along(1) else [],
+    held=lambda call: _held_by_place(call, call.argument(2, "index")) if call.is_along(1) else [],
 )  # fmt: skip
 @rule("roll", moves=True, held=_held_by_roll)
 def _pieces_taken(op: Operation) -> Any:
-    return op.moved()
+    return op.run_on_ids()
 
 
-def _held_by_index(given: FixedPlaces) -> list[slice]:
-    index: Any = given.node.args[1]
-    parts = list(index) if isinstance(index, tuple) else [index]
-    taken = [_dimensions(part) for part in parts]
-    missing = len(given.shape) - sum(taken)
-    found: Any = slice(None)
+def _held_by_index(call: FixedPlaces) -> list[slice]:
+    index: Any = call.node.args[1]
+    parts = _index_parts(index)
+    counts = [_dimensions(part) for part in parts]
+    missing = len(call.shape) - sum(counts)
+    channel_index: Any = slice(None)
     first = 0
-    for part, dims in zip(parts, taken, strict=True):
-        if first <= given.dim < first + dims:
-            found = part
+    for part, dims in zip(parts, counts, strict=True):
+        if first <= call.dim < first + dims:
+            channel_index = part
         first += missing if part is Ellipsis else dims
-    if isinstance(found, slice):
-        if found.step not in (None, 1):
+    if isinstance(channel_index, slice):
+        if channel_index.step not in (None, 1):
             return [slice(None)]
-        return _held_by_ends(given, found.start, found.stop)
-    if isinstance(found, (list, tuple)) or (isinstance(found, Node) and found.name in given.picks):
+        return _held_by_ends(call, channel_index.start, channel_index.stop)
+    if isinstance(channel_index, (list, tuple)) or (
+        isinstance(channel_index, Node) and channel_index.name in call.picks
+    ):
         return [slice(None)]
-    return _held_by_place(given, found)
+    return _held_by_place(call, channel_index)
 
 
 def reads_shape_only(node: Node) -> bool:
@@ -796,17 +837,28 @@ def reads_shape_only(node: Node) -> bool:
     return True
 
 
+def _index_parts(index: Any) -> list[Any]:
+    """List the parts of an index: the items of a tuple, or the one number, slice or tensor."""
+    if isinstance(index, tuple):
+        return list(index)
+    return [index]
+
+
 def _dimensions(part: Any) -> int:
     """Return how many dimensions of a tensor one part of an index takes."""
     if part is None or part is Ellipsis or isinstance(part, bool):
         return 0
     if isinstance(part, Node):
         meta: Any = part.meta.get("tensor_meta")
-        return len(meta.shape) if getattr(meta, "dtype", None) == torch.bool else 1
+        if getattr(meta, "dtype", None) == torch.bool:
+            return len(meta.shape)
+        return 1
     first, depth = part, 0
     while isinstance(first, (list, tuple)) and first:
         first, depth = first[0], depth + 1
-    return depth if isinstance(first, bool) else 1
+    if isinstance(first, bool):
+        return depth
+    return 1
 
 
 @rule("getitem", moves=True, by_index=True, picks=True, picks_one=True, held=_held_by_index)
@@ -814,12 +866,12 @@ def _indexed(op: Operation) -> Any:
     if _index_is_known(op):
         return _picked(op)
     if not tensors_of(given_shapes(op.node)):
-        return op.moved()
+        return op.run_on_ids()
     # A computed index or mask. Along dimensions without channels ids don't differ, so picking the first entry will do.
     states, index = op.ids[0], op.node.args[1]
-    parts: list[Any] = list(index) if isinstance(index, tuple) else [index]
-    if any(_varying(each) for each in op.ids[1:]):
-        return op.by_place(known=False)
+    parts = _index_parts(index)
+    if any(_varying(ids) for ids in op.ids[1:]):
+        return op.by_place(is_elementwise=False)
     missing = states.dim() - sum(map(_dimensions, parts))
     places, first = list[Any](), 0
     for part in parts:
@@ -827,23 +879,27 @@ def _indexed(op: Operation) -> Any:
         meta: Any = part.meta.get("tensor_meta") if isinstance(part, Node) else None
         if meta is not None:
             if meta.dtype == torch.uint8 or any(varies(states, d) for d in range(first, first + count)):
-                return op.by_place(known=False)
-            rank = 1 if meta.dtype == torch.bool else len(meta.shape)
+                return op.by_place(is_elementwise=False)
+            rank = len(meta.shape)
+            if meta.dtype == torch.bool:
+                rank = 1
             places += [torch.zeros([1] * rank, dtype=torch.int64)] * count
         elif part is None or part is Ellipsis or isinstance(part, (int, slice)):
             places.append(part)
         else:
-            return op.by_place(known=False)
+            return op.by_place(is_elementwise=False)
         first += count
     try:
         return states[tuple(places)].expand(op.shape or ())
     except FAILURES:
-        return op.by_place(known=False)
+        return op.by_place(is_elementwise=False)
 
 
-def _held_by_index_select(given: FixedPlaces) -> list[slice]:
-    index = given.argument(2, "index", "indices")
-    return [slice(None)] if given.is_along(1) and isinstance(index, Node) and index.name in given.picks else []
+def _held_by_index_select(call: FixedPlaces) -> list[slice]:
+    index = call.argument(2, "index", "indices")
+    if call.is_along(1) and isinstance(index, Node) and index.name in call.picks:
+        return [slice(None)]
+    return []
 
 
 @rule("index_select", moves=True, by_index=True, held=_held_by_index_select)
@@ -864,9 +920,11 @@ def _gathered(op: Operation) -> Any:
     return _by_row(op, op.argument(1, "dim"), [op.argument(0, "input"), op.argument(2, "index")])
 
 
-def _held_by_take(given: FixedPlaces) -> list[slice]:
-    index = given.argument(1, "indices")
-    return [slice(None)] if given.is_along(2) and isinstance(index, Node) and index.name in given.picks else []
+def _held_by_take(call: FixedPlaces) -> list[slice]:
+    index = call.argument(1, "indices")
+    if call.is_along(2) and isinstance(index, Node) and index.name in call.picks:
+        return [slice(None)]
+    return []
 
 
 @rule("take_along_dim", by_index=True, held=_held_by_take, dims=Dims(2, None))
@@ -882,29 +940,31 @@ def _by_row(op: Operation, dim: Any, tensors: list[Tensor], *, may_expand: bool 
     ``tensors``: the tensors with an entry for each of these places; ``may_expand``: whether they are broadcast.
     """
     shape, rank = op.shape, tensors[0].dim()
-    if shape is None or not isinstance(dim, int) or any(each.dim() != rank for each in tensors):
+    if shape is None or not isinstance(dim, int) or any(tensor.dim() != rank for tensor in tensors):
         return op.all_kept()
     dim %= rank
-    if any(varies(each, dim) for each in tensors):
-        return _works_along(op) if varies(tensors[0], dim) else op.all_kept()
+    if any(varies(tensor, dim) for tensor in tensors):
+        if varies(tensors[0], dim):
+            return _works_along(op)
+        return op.all_kept()
     # Ids don't differ between rows, so the first row of each stands for all.
-    first = [each.narrow(dim, 0, 1) for each in tensors]
+    first = [tensor.narrow(dim, 0, 1) for tensor in tensors]
     for d in range(rank):
         if d == dim:
             continue
-        if any(varies(each, d) for each in first):
-            if any(each.shape[d] != shape[d] and not (may_expand and each.shape[d] == 1) for each in first):
+        if any(varies(row, d) for row in first):
+            if any(row.shape[d] != shape[d] and not (may_expand and row.shape[d] == 1) for row in first):
                 return op.all_kept(reason=reasons.fixed_channels(op.node))
         else:
-            first = [each.narrow(d, 0, 1) for each in first]
-    sizes = torch.broadcast_shapes(*(each.shape for each in first))
-    return op.met(first, tuple(sizes)).expand(shape)
+            first = [row.narrow(d, 0, 1) for row in first]
+    sizes = torch.broadcast_shapes(*(row.shape for row in first))
+    return op.couple_elementwise(first, tuple(sizes)).expand(shape)
 
 
 def _index_is_known(op: Operation) -> bool:
     """Tell whether all indices of an operator are numbers or constant tensors of the forward."""
     indices = op.node.all_input_nodes[1:]
-    if indices and all(each.name in op.channels.picks for each in indices):
+    if indices and all(node.name in op.channels.picks for node in indices):
         return True
     return not tensors_of((op.args[1:], op.kwargs))
 
@@ -929,13 +989,13 @@ def _written(op: Operation) -> Any:
         return _number_written(op, target, op.node.args[1])
     # If the index contains tensors, their nodes say how many dimensions each takes.
     index: Any = op.node.args[1] if len(op.ids) > 2 else place
-    parts = list(index) if isinstance(index, tuple) else [index]
+    parts = _index_parts(index)
     if len(op.ids) > 2:
         # The tensors select rows to overwrite. All channels must be in the last dimension of both.
         takes_all = sum(map(_dimensions, parts)) < target.dim() or parts[-1] == slice(None)
         is_alike = value.numel() > 0 and target.shape[-1] == value.shape[-1]
-        in_last = all(set(_varying(each)) <= {each.dim() - 1} for each in (target, value))
-        if takes_all and is_alike and in_last and not any(_varying(each) for each in op.ids[1:-1]):
+        in_last = all(set(_varying(tensor)) <= {tensor.dim() - 1} for tensor in (target, value))
+        if takes_all and is_alike and in_last and not any(_varying(ids) for ids in op.ids[1:-1]):
             op.couple(target[(0,) * (target.dim() - 1)], value[(0,) * (value.dim() - 1)])
             return target
     elif all((isinstance(part, (int, slice)) or part is Ellipsis) and not isinstance(part, bool) for part in parts):
@@ -955,19 +1015,20 @@ def _written(op: Operation) -> Any:
 
 def _number_written(op: Operation, target: Tensor, index: Any) -> Any:
     """Follow a number that is written into a tensor: into places of all channels, or where a mask of them holds."""
-    parts = list(index) if isinstance(index, tuple) else [index]
-    taken = [_dimensions(part) for part in parts]
-    if isinstance(index, Node) and taken == [target.dim()]:
-        return op.met([target, op.values[index]], tuple(target.shape))
+    parts = _index_parts(index)
+    counts = [_dimensions(part) for part in parts]
+    if isinstance(index, Node) and counts == [target.dim()]:
+        return op.couple_elementwise([target, op.values[index]], tuple(target.shape))
     indices = [op.values[part] for part in parts if isinstance(part, Node)]
-    whole, first = list[int](), 0  # dimensions of which the number fills all entries
-    for part, count in zip(parts, taken, strict=True):
-        count = target.dim() - sum(taken) if part is Ellipsis else count
+    full_dims, first = list[int](), 0  # dimensions of which the number fills all entries
+    for part, count in zip(parts, counts, strict=True):
+        if part is Ellipsis:
+            count = target.dim() - sum(counts)
         if part is Ellipsis or part == slice(None):
-            whole += range(first, first + count)
+            full_dims += range(first, first + count)
         first += count
-    whole += range(first, target.dim())
-    if set(_varying(target)) <= set(whole) and not any(_varying(each) for each in tensors_of(indices)):
+    full_dims += range(first, target.dim())
+    if set(_varying(target)) <= set(full_dims) and not any(_varying(ids) for ids in tensors_of(indices)):
         return target
     return op.all_kept(reason=reasons.overwritten(op.node))
 
@@ -983,13 +1044,15 @@ def _number_written(op: Operation, target: Tensor, index: Any) -> Any:
     meets=True,
 )  # fmt: skip
 def _meet(op: Operation) -> Any:
-    return op.by_place(known=True, meets=True)
+    return op.by_place(is_elementwise=True, meets=True)
 
 
 @rule("where", meets=True)
 def _chosen(op: Operation) -> Any:
     # With only a condition it lists the indices where that holds.
-    return op.by_place(known=True, meets=True) if op.argument(1, "input") is not None else _places_listed(op)
+    if op.argument(1, "input") is not None:
+        return op.by_place(is_elementwise=True, meets=True)
+    return _places_listed(op)
 
 
 @rule("nonzero", "argwhere")
@@ -1000,7 +1063,9 @@ def _places_listed(op: Operation) -> Any:
 @rule("max", "min", meets=True, dims=Dims(1, None, reduces=True))
 def _largest(op: Operation) -> Any:
     # With two tensors it is elementwise.
-    return op.by_place(known=True, meets=True) if len(op.ids) > 1 else _works_along(op)
+    if len(op.ids) > 1:
+        return op.by_place(is_elementwise=True, meets=True)
+    return _works_along(op)
 
 
 @rule("prelu", "batch_norm", "instance_norm", meets=True)
@@ -1008,7 +1073,7 @@ def _scaled_by_channel(op: Operation) -> Any:
     """Follow an operator that holds one number for each channel, in vectors: the channels are in dimension 1."""
     states = op.argument(0, "input")
     vectors = [ids.view(-1, *[1] * (states.dim() - 2)) for ids in op.ids if ids is not states]
-    return op.by_place([states, *vectors], known=True, meets=True)
+    return op.by_place([states, *vectors], is_elementwise=True, meets=True)
 
 
 # Elementwise operators on one tensor.
@@ -1031,19 +1096,19 @@ def _scaled_by_channel(op: Operation) -> Any:
     nn.Softsign, nn.LogSigmoid, nn.Threshold, nn.RReLU, nn.Tanh,
 )  # fmt: skip
 def _pointwise(op: Operation) -> Any:
-    return op.by_place(known=True)
+    return op.by_place(is_elementwise=True)
 
 
 @rule("to", "type_as")
 def _typed(op: Operation) -> Any:
     # Only the type or device of the other tensor is read.
-    return op.by_place(op.ids[:1], known=True)
+    return op.by_place(op.ids[:1], is_elementwise=True)
 
 
 # Operators that make tensors, or read their sizes.
 
 
-rule("size", "dim", reads_sizes=True)(Operation.moved)
+rule("size", "dim", reads_sizes=True)(Operation.run_on_ids)
 
 
 @rule("zeros", "ones", "full", one_value=True)
@@ -1051,10 +1116,10 @@ rule("size", "dim", reads_sizes=True)(Operation.moved)
 @rule("new_zeros", "new_ones", "new_full", one_value=True, is_like=True, reads_sizes=True)
 @rule("new_empty", one_value=True, is_like=True, reads_sizes=True, is_unset=True)
 def _made_of_one_value(op: Operation) -> Any:
-    return op.by_place(known=False)  # called only if the value is a traced tensor; `made` is for all others
+    return op.by_place(is_elementwise=False)  # called only if the value is a traced tensor; `made` is for all others
 
 
-def made(node: Node, shape: tuple[int, ...], channels: ChannelIds) -> Tensor:
+def ids_of_new_tensor(node: Node, shape: tuple[int, ...], channels: ChannelIds) -> Tensor:
     """Return the ids of a tensor that is made from no traced tensor.
 
     As a constant, it keeps the channels that it is combined with. But a tensor filled with one value gets the ids of a
@@ -1066,7 +1131,9 @@ def made(node: Node, shape: tuple[int, ...], channels: ChannelIds) -> Tensor:
     ids = None
     if has_property(node, "one_value") and len(sizes) >= len(shape):
         ids = _ids_of_sizes(node, dict(enumerate(sizes)), shape, channels)
-    return staying(shape) if ids is None else ids
+    if ids is None:
+        return staying(shape)
+    return ids
 
 
 def _ids_of_sizes(node: Node, sizes: Mapping[int, Any], shape: tuple[int, ...], channels: ChannelIds) -> Tensor | None:
@@ -1079,7 +1146,7 @@ def _ids_of_sizes(node: Node, sizes: Mapping[int, Any], shape: tuple[int, ...], 
         tensor, at = size if isinstance(size, tuple) else (None, None)
         if isinstance(size, Node) and plain_name(size) == "size" and len(size.args) == 2:
             tensor, at = size.args
-        ids = channels.by_node.get(tensor.name) if isinstance(tensor, Node) else None
+        ids = _ids_of_node(tensor, channels)
         if isinstance(tensor, Node) and isinstance(ids, Tensor) and isinstance(at, int):
             measured.setdefault(tensor, {})[d] = at % ids.dim()
     for tensor, dims in measured.items():
@@ -1097,18 +1164,20 @@ def _ids_of_sizes(node: Node, sizes: Mapping[int, Any], shape: tuple[int, ...], 
             view = [1] * len(shape)
             for at in along:
                 view[places[at]] = entries.shape[at]
-            others = [at for at in range(entries.dim()) if at not in along]
-            return entries.permute([*others, *ordered]).reshape(view).expand(shape)
-    held = [d for d, size in sizes.items() if isinstance(size, TracedInt) and size.place is not None]
-    return channels.filled(node.name, held, shape) if held else None
+            other_dims = [at for at in range(entries.dim()) if at not in along]
+            return entries.permute([*other_dims, *ordered]).reshape(view).expand(shape)
+    attribute_dims = [d for d, size in sizes.items() if isinstance(size, TracedInt) and size.place is not None]
+    if attribute_dims:
+        return channels.filled(node.name, attribute_dims, shape)
+    return None
 
 
-def _counted(size: Any, channels: ChannelIds) -> Tensor | None:
+def _counted_ids(size: Any, channels: ChannelIds) -> Tensor | None:
     """Return the ids of the channels that a size in a graph counts, ``(channels,)``; None if it counts none."""
     if not isinstance(size, Node) or plain_name(size) != "size" or len(size.args) != 2:
         return None
     tensor, at = size.args
-    ids = channels.by_node.get(tensor.name) if isinstance(tensor, Node) else None
+    ids = _ids_of_node(tensor, channels)
     if isinstance(ids, Tensor) and isinstance(at, int) and ids.numel() == ids.shape[at] > 1:
         return ids.flatten()
     return None
@@ -1171,28 +1240,30 @@ def _works_along(op: Operation) -> Any:
     where: Dims = op.rule.dims  # type: ignore[assignment, union-attr]
     rank = op.ids[0].dim()
     at = len(op.args) if where.at is None else where.at
-    given: Any = getattr(op.module, "dim", op.argument(at, "dim"))
-    if given is None or isinstance(given, bool):  # ``x.std(True)`` gives no dimension
-        given = where.default(rank) if callable(where.default) else where.default
-    listed: list[Any] = list(given) if isinstance(given, Iterable) else [given]
-    if given is None or not listed or rank == 0:
+    dim_argument: Any = getattr(op.module, "dim", op.argument(at, "dim"))
+    if dim_argument is None or isinstance(dim_argument, bool):  # ``x.std(True)`` gives no dimension
+        dim_argument = where.default
+        if callable(where.default):
+            dim_argument = where.default(rank)
+    listed: list[Any] = list(dim_argument) if isinstance(dim_argument, Iterable) else [dim_argument]
+    if dim_argument is None or not listed or rank == 0:
         dims = tuple(range(rank))
     elif all(isinstance(d, int) for d in listed):
         dims = tuple(d % rank for d in listed)
     else:
-        return op.by_place(known=False)
+        return op.by_place(is_elementwise=False)
     adds = where.adds
     if adds and "norm" in operation_name(op.node):
         # Zeros don't change a norm of such an order.
         order = op.argument(1, "p", "ord")
         adds = order is None or order in ("fro", "nuc") or (isinstance(order, (int, float)) and order >= 0)
-    held = [d for d in dims if varies(op.ids[0], d)]
-    if held and held == _varying(op.ids[0]) and len(op.ids) == 1:
-        adds = adds or _makes_up(op, held)
+    channel_dims = [d for d in dims if varies(op.ids[0], d)]
+    if channel_dims and channel_dims == _varying(op.ids[0]) and len(op.ids) == 1:
+        adds = adds or _makes_up(op, channel_dims)
     return op.along(dims, adds=adds, reduces=where.reduces)
 
 
-def _makes_up(op: Operation, held: list[int]) -> bool:
+def _makes_up(op: Operation, channel_dims: list[int]) -> bool:
     """Tell whether removed channels of zeros don't change what a maximum or mean over channels leads to."""
     name, node = operation_name(op.node), op.node
     if name == "max":
@@ -1201,9 +1272,9 @@ def _makes_up(op: Operation, held: list[int]) -> bool:
         return all(values) and is_not_negative(node.all_input_nodes[0], op.modules)
     if name == "amax":
         return is_not_negative(node.all_input_nodes[0], op.modules)
-    if name != "mean" or len(held) != 1:
+    if name != "mean" or len(channel_dims) != 1:
         return False
-    average = average_of(node, held[0], op.channels.per_channel(op.ids[0], held[0]), op.modules)
+    average = average_of(node, channel_dims[0], op.channels.per_channel(op.ids[0], channel_dims[0]), op.modules)
     if average is None:
         return False
     op.channels.averages[node.name] = average
@@ -1213,7 +1284,7 @@ def _makes_up(op: Operation, held: list[int]) -> bool:
 @rule("scatter", "scatter_add", "scatter_reduce", dims=Dims(1, None))
 def _scattered(op: Operation) -> Any:
     tensors = [op.argument(0, "input"), op.argument(2, "index"), op.argument(3, "src", "value")]
-    return _by_row(op, op.argument(1, "dim"), [each for each in tensors if isinstance(each, Tensor)])
+    return _by_row(op, op.argument(1, "dim"), [tensor for tensor in tensors if isinstance(tensor, Tensor)])
 
 
 @rule("index_add", "index_copy", "index_reduce", "index_fill", dims=Dims(1, None))
@@ -1233,7 +1304,7 @@ def _group_norm(op: Operation) -> Any:
 def _layer_norm(op: Operation) -> Any:
     shape, rank = op.argument(1, "normalized_shape"), op.ids[0].dim()
     if not isinstance(shape, Iterable):
-        return op.by_place(known=False)
+        return op.by_place(is_elementwise=False)
     return op.along(tuple(range(rank - len(list(shape)), rank)))
 
 
@@ -1244,9 +1315,11 @@ def _layer_norm(op: Operation) -> Any:
 def _product(op: Operation) -> Any:
     """Couple the channels over which a matrix product sums; channels of other rows or columns stay where they are."""
     if op.shape is None or len(op.ids) != 2:
-        return op.by_place(known=False)
-    one, other = op.ids
-    return _multiplied(op, one, other, op.shape, [_is_attribute(op, 0, "input"), _is_attribute(op, 1, *_SECOND)])
+        return op.by_place(is_elementwise=False)
+    first_factor, second_factor = op.ids
+    return _multiplied(
+        op, first_factor, second_factor, op.shape, [_is_attribute(op, 0, "input"), _is_attribute(op, 1, *_SECOND)]
+    )
 
 
 _SECOND = ("other", "mat2", "tensor2")
@@ -1264,44 +1337,52 @@ def _product_added(op: Operation) -> Any:
     if op.shape is None or len(op.ids) != 3:
         return op.all_kept()
     names = ("mat1", "batch1"), ("mat2", "batch2")
-    one, other = (op.argument(at, *names[at - 1]) for at in (1, 2))
+    first_factor, second_factor = (op.argument(at, *names[at - 1]) for at in (1, 2))
     is_own = [_is_attribute(op, at, *names[at - 1]) for at in (1, 2)]
-    product, added = _multiplied(op, one, other, op.shape, is_own), op.argument(0, "input")
+    product, added = _multiplied(op, first_factor, second_factor, op.shape, is_own), op.argument(0, "input")
     sizes = (1,) * (product.dim() - added.dim()) + tuple(added.shape)
     if all(sizes[d] == 1 for d in _varying(product)) and not _varying(added):
         return product  # the same is added to all channels
-    return op.met([added, product], op.shape)
+    return op.couple_elementwise([added, product], op.shape)
 
 
-def _multiplied(op: Operation, one: Tensor, other: Tensor, shape: tuple[int, ...], is_own: list[bool]) -> Any:
+def _multiplied(
+    op: Operation, first_factor: Tensor, second_factor: Tensor, shape: tuple[int, ...], is_own: list[bool]
+) -> Any:
     """Return the ids of a product of two matrices; ``is_own``: whether each is a parameter or constant of the model."""
-    if min(one.dim(), other.dim()) < 2:
+    if min(first_factor.dim(), second_factor.dim()) < 2:
         return op.all_kept()
-    factors = one, other
-    if any(varies(each, d) for each in factors for d in range(each.dim() - 2)):
-        return _product_by_head(op, one, other)
+    factors = first_factor, second_factor
+    if any(varies(factor, d) for factor in factors for d in range(factor.dim() - 2)):
+        return _product_by_head(op, first_factor, second_factor)
     # The dimensions of each factor that hold channels, counted from the end.
-    rows, columns = ([d for d in (-2, -1) if varies(each, d)] for each in factors)
+    rows, columns = ([d for d in (-2, -1) if varies(factor, d)] for factor in factors)
     if rows in ([], [-1]) and columns in ([], [-2]):
-        op.couple(one[..., :1, :].flatten(0, -2)[0], other[..., :, :1].transpose(-1, -2).flatten(0, -2)[0])
+        op.couple(
+            first_factor[..., :1, :].flatten(0, -2)[0], second_factor[..., :, :1].transpose(-1, -2).flatten(0, -2)[0]
+        )
         return staying(shape)
     # Channels in the rows of the first factor, or the columns of the second, are rows or columns of the product.
     is_simple = (rows, columns) in (([-2], []), ([], [-1]))
     is_read_by_row = is_own == [True, False] and (rows, columns) == ([-2], [-2])
     if not (is_simple or is_read_by_row) and is_own.count(True) == 1:
         # A parameter keeps its size, so that the channels of the other factor can be removed.
-        op.keep(one if is_own[0] else other)
-        rows, columns = ([], columns) if is_own[0] else (rows, [])
+        if is_own[0]:
+            op.keep(first_factor)
+            rows = []
+        else:
+            op.keep(second_factor)
+            columns = []
     if -2 in rows:
         # All rows are multiplied with the same factor, such as keys and values that heads share, or the inputs of a
         # weight: it is kept. Rows that are heads of several channels are removed as a whole.
-        op.keep(other)
-        op.couple(one[..., :1], one)
-        return one[..., :1].expand(shape)
+        op.keep(second_factor)
+        op.couple(first_factor[..., :1], first_factor)
+        return first_factor[..., :1].expand(shape)
     if -1 in columns:
-        op.keep(one)
-        op.couple(other[..., :1, :], other)
-        return other[..., :1, :].expand(shape)
+        op.keep(first_factor)
+        op.couple(second_factor[..., :1, :], second_factor)
+        return second_factor[..., :1, :].expand(shape)
     return op.all_kept()
 
 
@@ -1309,18 +1390,20 @@ def _multiplied(op: Operation, one: Tensor, other: Tensor, shape: tuple[int, ...
 def _own_linear(op: Operation) -> Any:
     """Follow functional.linear with a free parameter as weight, (outputs, inputs), with channels in rows or columns."""
     states, weight, *bias = op.ids
-    node = op.argument(1, "weight") if op.module is None else None
+    node = None
+    if op.module is None:
+        node = op.argument(1, "weight")
     if node is None or op.shape is None or weight.dim() != 2:
         return op.all_kept()
     if varies(weight, 0):
         op.keep(states)
-        for each in bias:
-            op.couple(weight[:, 0], each)
+        for bias_ids in bias:
+            op.couple(weight[:, 0], bias_ids)
         return weight[:, 0].expand(op.shape)
     if any(varies(states, d) for d in range(states.dim() - 1)):
         return op.all_kept()
-    for each in bias:
-        op.keep(each)
+    for bias_ids in bias:
+        op.keep(bias_ids)
     op.channels.couple(states.flatten(0, -2)[0], weight[0])
     op.channels.summed.add(op.node.name)
     return staying(op.shape)
@@ -1329,12 +1412,12 @@ def _own_linear(op: Operation) -> Any:
 @rule("pack_padded_sequence", "pad_packed_sequence")
 def _packed(op: Operation) -> Any:
     """Follow packing or padding of sequences: the channels are in the last dimension before and after."""
-    rows, found = op.ids[0], given_shapes(op.node)
+    rows, outputs = op.ids[0], given_shapes(op.node)
     is_padded = operation_name(op.node) == "pad_packed_sequence"
     padding = op.argument(3, "padding_value", default=0) if is_padded else 0
     if padding != 0 or any(varies(rows, d) for d in range(rows.dim() - 1)):
         return op.all_kept()
-    return rows.flatten(0, -2)[0].expand(found[0].shape), *found[1:]
+    return rows.flatten(0, -2)[0].expand(outputs[0].shape), *outputs[1:]
 
 
 @rule("lstm", "gru", "rnn_tanh", "rnn_relu")
@@ -1345,9 +1428,9 @@ def _recurrent_on_packed(op: Operation) -> Any:
         return op.all_kept()  # not packed, so no call of PyTorch's own modules
     names = [str(node.target) for node in op.node.args[3]]  # type: ignore[union-attr]
     lowest = [weight for name, weight in zip(names, weights, strict=True) if "weight_ih_l0" in name]
-    for each in op.ids[1:]:
-        if not any(each is weight for weight in lowest):
-            op.keep(each)
+    for ids in op.ids[1:]:
+        if not any(ids is weight for weight in lowest):
+            op.keep(ids)
     for weight in lowest:
         op.couple(rows[0], weight[0])
     return given_shapes(op.node)
@@ -1358,8 +1441,8 @@ def _own_convolution(op: Operation) -> Any:
     """Follow a functional depth-wise convolution with a free parameter as weight, (channels, 1, ...)."""
     states, weight, *bias = op.ids
     groups, node = op.argument(6, "groups", default=1), op.node
-    given: Any = node.kwargs.get("groups", node.args[6] if len(node.args) > 6 else 1)
-    is_computed = isinstance(given, (Node, TracedInt))  # it changes with the channels
+    groups_argument: Any = node.kwargs.get("groups", node.args[6] if len(node.args) > 6 else 1)
+    is_computed = isinstance(groups_argument, (Node, TracedInt))  # it changes with the channels
     if op.shape is None or groups != len(weight) or weight.shape[1] != 1:
         return op.all_kept()
     if not is_computed:
@@ -1370,34 +1453,43 @@ def _own_convolution(op: Operation) -> Any:
     if op.shape[1] != len(row) or states.shape[1] != len(row):
         return op.all_kept()
     op.couple(states.transpose(1, -1).flatten(0, -2)[0], row)
-    for each in bias:
-        op.couple(each, row)
+    for bias_ids in bias:
+        op.couple(bias_ids, row)
     return row.view(-1, *[1] * (len(op.shape) - 2)).expand(op.shape)
 
 
-def _product_by_head(op: Operation, one: Tensor, other: Tensor) -> Any:
+def _product_by_head(op: Operation, first_factor: Tensor, second_factor: Tensor) -> Any:
     """Follow matrix products, one for each head: each head is removed as a whole."""
-    heads_at = {d - each.dim() for each in (one, other) for d in range(each.dim() - 2) if varies(each, d)}
+    heads_at = {
+        d - factor.dim()
+        for factor in (first_factor, second_factor)
+        for d in range(factor.dim() - 2)
+        if varies(factor, d)
+    }
     at = heads_at.pop()
     # A factor without channels there is the same for all heads, or belongs to heads that all stay.
-    by_head = [each for each in (one, other) if varies(each, at)] if min(one.dim(), other.dim()) >= -at else []
-    others = [each for each in (one, other) if each.dim() >= -at and not varies(each, at)]
-    if heads_at or not by_head or any(each.shape[at] > 1 for each in others):
+    by_head = list[Tensor]()
+    if min(first_factor.dim(), second_factor.dim()) >= -at:
+        by_head = [factor for factor in (first_factor, second_factor) if varies(factor, at)]
+    other_factors = [
+        factor for factor in (first_factor, second_factor) if factor.dim() >= -at and not varies(factor, at)
+    ]
+    if heads_at or not by_head or any(factor.shape[at] > 1 for factor in other_factors):
         return op.all_kept(reason=None if heads_at or not by_head else reasons.heads_stay(op.node))
     firsts = []
-    for each in by_head:
-        channels = compressed(each).movedim(at, 0).flatten(1)
+    for factor in by_head:
+        channels = compress(factor).movedim(at, 0).flatten(1)
         op.couple(channels[:, :1], channels)
         firsts.append(channels[:, 0])
     for first in firsts[1:]:
         op.couple(firsts[0], first)
-    if len(by_head) == 1 and varies(one, -2) and varies(other, -1):
+    if len(by_head) == 1 and varies(first_factor, -2) and varies(second_factor, -1):
         return op.all_kept()
     # If channels are multiplied with channels (attention over channels), the whole product belongs to the head.
-    if varies(other, -1) and not varies(one, -2):
-        return other[..., :1, :].expand(op.shape or ())
-    if varies(one, -2) and not varies(other, -1):
-        return one[..., :1].expand(op.shape or ())
+    if varies(second_factor, -1) and not varies(first_factor, -2):
+        return second_factor[..., :1, :].expand(op.shape or ())
+    if varies(first_factor, -2) and not varies(second_factor, -1):
+        return first_factor[..., :1].expand(op.shape or ())
     return firsts[0].view(-1, *[1] * (-at - 1)).expand(op.shape or ())
 
 
@@ -1406,24 +1498,24 @@ def _attention(op: Operation) -> Any:
     """Follow PyTorch's attention function: heads are removed as a whole, with their queries, keys and values."""
     query, key, value = (op.argument(at, name) for at, name in enumerate(("query", "key", "value")))
     mask = op.argument(3, "attn_mask")
-    if all(_varying(each) in ([], [each.dim() - 1]) for each in (query, key, value)):
+    if all(_varying(operand) in ([], [operand.dim() - 1]) for operand in (query, key, value)):
         return op.all_kept(reason=reasons.one_head(op.node))  # with fewer channels it would scale by another number
     heads = []
     if isinstance(mask, Tensor) and mask.dim() > 2 and mask.shape[-3] > 1:
         # A bias per head loses heads with the queries, if its heads can be removed.
         if _varying(mask) != [mask.dim() - 3]:
             return op.all_kept()
-        heads.append(compressed(mask).movedim(-3, 0).flatten(1))
+        heads.append(compress(mask).movedim(-3, 0).flatten(1))
     weighs_channels = False
-    for each in (query, key, value):
-        held = [d - each.dim() for d in range(each.dim() - 1) if varies(each, d)]
-        if held not in ([-3], [-3, -2]):
+    for operand in (query, key, value):
+        channel_dims = [d - operand.dim() for d in range(operand.dim() - 1) if varies(operand, d)]
+        if channel_dims not in ([-3], [-3, -2]):
             return op.all_kept()
-        weighs_channels |= held == [-3, -2]
-        heads.append(compressed(each).movedim(-3, 0).flatten(1))
+        weighs_channels |= channel_dims == [-3, -2]
+        heads.append(compress(operand).movedim(-3, 0).flatten(1))
     # One row for each head of keys: with `enable_gqa` several neighbouring heads of queries share it.
     shared_by = query.shape[-3] // key.shape[-3]
-    sets = [each.reshape(key.shape[-3], -1) for each in heads]
+    sets = [ids.reshape(key.shape[-3], -1) for ids in heads]
     for channels in sets:
         op.couple(channels[:, :1], channels)
         op.couple(sets[0][:, 0], channels[:, 0])
@@ -1439,7 +1531,7 @@ def _einstein_sum(op: Operation) -> Any:
     Channels of one letter are coupled, and go to the output's dimension of that letter, or are summed over. A free
     parameter that mixes places, such as a graph's adjacency matrix in ``"nm,bmc->bnc"``, keeps its size.
     """
-    read = letters_of(op.node, [tuple(each.shape) for each in op.ids])
+    read = letters_of(op.node, [tuple(ids.shape) for ids in op.ids])
     if read is None or op.shape is None or len(read[1]) != len(op.shape):
         return op.all_kept()
     operands, output = read
@@ -1469,67 +1561,73 @@ def _einstein_sum(op: Operation) -> Any:
             keep_operand(at)
     # So is a free parameter that mixes places: none of its letters is a letter of another operand's channels.
     is_own = [_is_own(ids, op.channels) for ids in entering_ids]
-    of_channels = set[str]().union(*(letters_of_channels(at) for at, own in enumerate(is_own) if not own))
+    of_channels = set[str]().union(
+        *(letters_of_channels(at) for at, is_parameter in enumerate(is_own) if not is_parameter)
+    )
     for at, letters in enumerate(operands):
         if is_own[at] and of_channels and not of_channels & set(letters):
             keep_operand(at)
     # An operand with one channel per head (attention weights) is coupled with an operand that holds the head's channels
     # (values), as in "bhij,bhjd->bhid", and needs no more checks: the head is removed as a whole.
-    left = list[int]()
+    remaining = list[int]()
     for at, letters in enumerate(operands):
-        mine = letters_of_channels(at)
-        wider = [wide for wide in range(len(operands)) if mine < letters_of_channels(wide) <= set(output)]
-        if len(mine) != 1 or not wider:
-            left.append(at)
+        head_letters = letters_of_channels(at)
+        wider = [wide for wide in range(len(operands)) if head_letters < letters_of_channels(wide) <= set(output)]
+        if len(head_letters) != 1 or not wider:
+            remaining.append(at)
             continue
-        (letter,) = mine
-        shares = compressed(entering_ids[at]).movedim(letters.index(letter), 0).flatten(1)
+        (letter,) = head_letters
+        shares = compress(entering_ids[at]).movedim(letters.index(letter), 0).flatten(1)
         for wide in wider:
-            channels = compressed(entering_ids[wide]).movedim(operands[wide].index(letter), 0).flatten(1)
+            channels = compress(entering_ids[wide]).movedim(operands[wide].index(letter), 0).flatten(1)
             op.couple(channels[:, :1], channels)
             op.couple(shares[:, 0], channels[:, 0])
-    operands, entering_ids = [operands[at] for at in left], [entering_ids[at] for at in left]
+    operands, entering_ids = [operands[at] for at in remaining], [entering_ids[at] for at in remaining]
     # Operands' ids, by the letters of their channel dimensions: in the output's order, summed letters last.
     coupled: dict[str, list[Tensor]] = {}
     holding: list[str] = []
     for letters, ids in zip(operands, entering_ids, strict=True):
-        own = [letter for d, letter in enumerate(letters) if varies(ids, d)]
-        held = "".join(sorted(own, key=lambda letter: (output.find(letter) % (len(output) + 1), letter)))
-        holding.append(held)
-        if held:
+        channel_letters = [letter for d, letter in enumerate(letters) if varies(ids, d)]
+        ordered_letters = "".join(
+            sorted(channel_letters, key=lambda letter: (output.find(letter) % (len(output) + 1), letter))
+        )
+        holding.append(ordered_letters)
+        if ordered_letters:
             # Along the other dimensions ids don't differ.
-            entries = ids[tuple(slice(None) if letter in held else 0 for letter in letters)]
-            coupled.setdefault(held, []).append(entries.permute([own.index(letter) for letter in held]))
-    found = staying(op.shape)
+            entries = ids[tuple(slice(None) if letter in ordered_letters else 0 for letter in letters)]
+            coupled.setdefault(ordered_letters, []).append(
+                entries.permute([channel_letters.index(letter) for letter in ordered_letters])
+            )
+    output_ids = staying(op.shape)
     is_placed = False
-    for held, entering in coupled.items():
-        for letters, ids, others in zip(operands, entering_ids, holding, strict=True):
-            has_letter = any(letter in held and ids.shape[d] > 1 for d, letter in enumerate(letters))
-            if has_letter and others != held:
+    for ordered_letters, entering in coupled.items():
+        for letters, ids, operand_letters in zip(operands, entering_ids, holding, strict=True):
+            has_letter = any(letter in ordered_letters and ids.shape[d] > 1 for d, letter in enumerate(letters))
+            if has_letter and operand_letters != ordered_letters:
                 return op.all_kept()  # another operand has this dimension without channels, so it can't become smaller
-        in_output = [letter for letter in held if letter in output]
-        if in_output and (is_placed or len(in_output) < len(held)):
+        in_output = [letter for letter in ordered_letters if letter in output]
+        if in_output and (is_placed or len(in_output) < len(ordered_letters)):
             return op.all_kept()
         if in_output:
             is_placed = True
-            sizes = dict(zip(held, entering[0].shape, strict=True))
-            found = entering[0].reshape([sizes.get(letter, 1) for letter in output]).expand(op.shape)
+            sizes = dict(zip(ordered_letters, entering[0].shape, strict=True))
+            output_ids = entering[0].reshape([sizes.get(letter, 1) for letter in output]).expand(op.shape)
         elif len(entering) == 1:
             # The other operands keep their entries for removed channels, so removed channels must arrive as zeros.
             op.channels.summed.add(op.node.name)
     for entering in coupled.values():
-        for other in entering[1:]:
-            op.couple(entering[0], other)
-    return found
+        for following in entering[1:]:
+            op.couple(entering[0], following)
+    return output_ids
 
 
 def _is_own(ids: Tensor, channels: ChannelIds) -> bool:
     """Tell whether all channels of a tensor belong to free parameters."""
-    held = np.unique(compressed(ids))
-    held = held[held != FIXED]
+    channel_ids = np.unique(compress(ids))
+    channel_ids = channel_ids[channel_ids != FIXED]
     parameters = channels.free_parameters.values()
-    own = [np.isin(held, each.ids) for each in parameters]
-    return bool(held.size and own and np.any(own, axis=0).all())
+    is_of_parameter = [np.isin(channel_ids, parameter.ids) for parameter in parameters]
+    return bool(channel_ids.size and is_of_parameter and np.any(is_of_parameter, axis=0).all())
 
 
 def letters_of(node: Node, shapes: list[tuple[int, ...]]) -> tuple[list[str], str] | None:
@@ -1539,10 +1637,14 @@ def letters_of(node: Node, shapes: list[tuple[int, ...]]) -> tuple[list[str], st
     """
     if operation_name(node) == "einsum":
         equation = node.args[0] if node.args else None
-        return _letters_of_equation(equation, shapes) if isinstance(equation, str) else None
+        if isinstance(equation, str):
+            return _letters_of_equation(equation, shapes)
+        return None
     if len(shapes) != 2:
         return None
-    one, other = (string.ascii_letters[26 * at : 26 * at + len(shape)] for at, shape in enumerate(shapes))
+    first_letters, second_letters = (
+        string.ascii_letters[26 * at : 26 * at + len(shape)] for at, shape in enumerate(shapes)
+    )
     summed: Any = {"inner": ([-1], [-1]), "outer": ([], [])}.get(operation_name(node))
     if summed is None:
         summed = _argument(node.args, node.kwargs, 2, ("dims",), 2)
@@ -1551,8 +1653,10 @@ def letters_of(node: Node, shapes: list[tuple[int, ...]]) -> tuple[list[str], st
     if not isinstance(summed, (tuple, list)):
         return None
     for first, second in zip(*summed, strict=True):
-        other = other.replace(other[second], one[first])
-    return [one, other], "".join(letter for letter in one + other if (one + other).count(letter) == 1)
+        second_letters = second_letters.replace(second_letters[second], first_letters[first])
+    return [first_letters, second_letters], "".join(
+        letter for letter in first_letters + second_letters if (first_letters + second_letters).count(letter) == 1
+    )
 
 
 def _letters_of_equation(equation: str, shapes: list[tuple[int, ...]]) -> tuple[list[str], str] | None:
@@ -1571,7 +1675,7 @@ def _letters_of_equation(equation: str, shapes: list[tuple[int, ...]]) -> tuple[
         longest = max(longest, dots, key=len)
     if not arrow:
         # Without an arrow PyTorch's output has the dimensions of the dots, then the letters that appear once, sorted.
-        once = [each for each in sorted(set(inputs) - set(".,")) if inputs.count(each) == 1]
+        once = [letter for letter in sorted(set(inputs) - set(".,")) if inputs.count(letter) == 1]
         output = "..." * ("..." in inputs) + "".join(once)
     return operands, output.replace("...", longest)
 
@@ -1586,7 +1690,9 @@ def _unfolded(op: Operation) -> Any:
     if op.node.op == "call_method" or op.node.target is Tensor.unfold:
         # The method cuts one dimension into windows, and puts their entries into a new last dimension.
         along = op.argument(1, "dimension")
-        return op.all_kept() if not isinstance(along, int) or varies(ids, along % ids.dim()) else op.moved()
+        if not isinstance(along, int) or varies(ids, along % ids.dim()):
+            return op.all_kept()
+        return op.run_on_ids()
     at = ids.dim() - 3
     if op.shape is None or any(varies(ids, d) for d in range(ids.dim()) if d != at):
         return op.all_kept()
@@ -1719,18 +1825,24 @@ def register_operator(
         if not callable(rule):
             return _followed(op, dim, is_coupled=rule == "couple")
         try:
-            found = rule(op)
+            output_ids = rule(op)
         except Exception as error:  # a user's function may raise anything
             raise ConfigError(
                 f"rule must return channel ids for every call of its operator, got {raised(error)} ({name})"
             ) from error
-        are_ids = isinstance(found, Tensor) and found.dtype == torch.int64 and tuple(found.shape) == op.shape
+        are_ids = (
+            isinstance(output_ids, Tensor) and output_ids.dtype == torch.int64 and tuple(output_ids.shape) == op.shape
+        )
         if op.shape is not None and not are_ids:
-            what = f"{found.dtype} of shape {tuple(found.shape)}" if isinstance(found, Tensor) else shown(found)
-            raise ConfigError(
-                f"rule must return channel ids, int64, of the output's shape {op.shape}, got {what} ({name})"
+            description = (
+                f"{output_ids.dtype} of shape {tuple(output_ids.shape)}"
+                if isinstance(output_ids, Tensor)
+                else shown(output_ids)
             )
-        return found
+            raise ConfigError(
+                f"rule must return channel ids, int64, of the output's shape {op.shape}, got {description} ({name})"
+            )
+        return output_ids
 
     _TABLE[key] = OperatorRule(apply, is_registered=True)
     if seen is not operator:
@@ -1746,13 +1858,13 @@ def _check_operator(operator: Callable[..., Any] | str, rule: str | Callable[[Op
             f"registered by register_module), got the class {operator.__name__} (register_operator)"
         )
     if isinstance(operator, str):
-        known = {each.__name__.strip("_") for each in get_testing_overrides() if hasattr(each, "__name__")}
+        names = {function.__name__.strip("_") for function in get_testing_overrides() if hasattr(function, "__name__")}
         for space in (torch, Tensor, torch.nn.functional, operator_module):
-            known.update(each.strip("_") for each in dir(space))
-        if operator.strip("_") not in known:
+            names.update(name.strip("_") for name in dir(space))
+        if operator.strip("_") not in names:
             raise ConfigError(
                 "operator must be a function, or the name of a function or method of PyTorch's, "
-                f"got {operator!r} (register_operator); {hint_of(operator, known)}"
+                f"got {operator!r} (register_operator); {hint_of(operator, names)}"
             )
     if dim != 1 and (rule == "keep" or callable(rule)):
         kind = "a function" if callable(rule) else "'keep'"
@@ -1786,9 +1898,9 @@ def _key_of(operator: Callable[..., Any] | str) -> tuple[Any, Any]:
 
     @functools.wraps(operator)
     def seen(*args: Any, **kwargs: Any) -> Any:
-        given = (*args, *kwargs.values())
-        if has_torch_function(given):
-            return handle_torch_function(seen, given, *args, **kwargs)
+        arguments = (*args, *kwargs.values())
+        if has_torch_function(arguments):
+            return handle_torch_function(seen, arguments, *args, **kwargs)
         return operator(*args, **kwargs)
 
     # A graph calls a function by its module and name, which the apply of a torch.autograd.Function lacks.
@@ -1802,13 +1914,15 @@ def _key_of(operator: Callable[..., Any] | str) -> tuple[Any, Any]:
 def _followed(op: Operation, dim: int, *, is_coupled: bool) -> Any:
     """Leave the first tensor's channels of a dimension where they are; couple or keep the other tensors' channels."""
     op.channels.guessed.add(op.node.name)  # the dry run checks whether a result depends on other channels
-    given, misfit = given_shapes(op.node), reasons.rule_misfits(op.node)
+    outputs, misfit = given_shapes(op.node), reasons.rule_misfits(op.node)
 
     def count(ids: Tensor) -> int:
-        return ids.shape[dim] if -ids.dim() <= dim < ids.dim() else 0
+        if -ids.dim() <= dim < ids.dim():
+            return ids.shape[dim]
+        return 0
 
     channels = count(op.ids[0])
-    if channels == 0 or any(count(leaf) != channels for leaf in tensors_of(given)):
+    if channels == 0 or any(count(leaf) != channels for leaf in tensors_of(outputs)):
         return op.all_kept(reason=misfit)
     followed = []
     for ids in op.ids:
@@ -1827,4 +1941,4 @@ def _followed(op: Operation, dim: int, *, is_coupled: bool) -> Any:
         view[dim] = channels
         return followed[0].view(view).expand(leaf.shape)
 
-    return tree_map_only(Tensor, placed, given)
+    return tree_map_only(Tensor, placed, outputs)

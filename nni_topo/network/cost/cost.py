@@ -73,7 +73,8 @@ class _LayerCost:
         entering, leaving = _count_kept(self.entering, pruned), _count_kept(self.leaving, pruned)
         # A depth-wise convolution loses groups with its channels: each channel keeps one input.
         depthwise = self.groups == len(self.entering) > 1
-        products = leaving * (1 if depthwise else entering // self.groups) * self.kernel
+        inputs = 1 if depthwise else entering // self.groups
+        products = leaving * inputs * self.kernel
         params = products * self.has_weight + leaving * self.bias * self.has_bias
         values = entering * self.entering_positions + leaving * self.leaving_positions
         return products * self.positions, params, values
@@ -96,19 +97,19 @@ class NetworkCost:
         model = analysis.model
         self._flow = flow = analysis.flow
         self._modules = modules = dict(model.named_modules())
-        attention = {name: each for name, each in flow.attention.items() if not each.recurrent}
+        attention = {name: module for name, module in flow.attention.items() if not module.recurrent}
         with left_alone(model):
             call, self._samples, counted = counted_run(model, analysis.call, attention)
         sizes = layer_sizes(model, call)
         self._layers = dict[str, _LayerCost]()
-        shared, known = first_names(model), set[str]()
+        shared, counted_names = first_names(model), set[str]()
 
         def is_new(name: str) -> bool:
             """Tell whether a parameter wasn't counted yet under another name."""
             first = shared.get(name, name)
-            found = first not in known
-            known.add(first)
-            return found
+            is_first = first not in counted_names
+            counted_names.add(first)
+            return is_first
 
         for name in flow.layers:
             if name in sizes:  # embeddings compute nothing
@@ -125,11 +126,11 @@ class NetworkCost:
         nothing = np.zeros(flow.size, dtype=np.bool_)
         # Of attention modules, the channels of the heads' values, and multiply-accumulates between the layers.
         self._attention = list[tuple[IntArray, int]]()
-        for name, each in attention.items():
-            layer, channels = each.outputs
+        for name, heads in attention.items():
+            layer, channels = heads.outputs
             if layer in self._layers and name in counted.within:
-                own = [cost for at, cost in self._layers.items() if at == name or at.startswith(f"{name}.")]
-                between = counted.within[name] - sum(cost(nothing)[0] for cost in own)
+                inner_costs = [cost for at, cost in self._layers.items() if at == name or at.startswith(f"{name}.")]
+                between = counted.within[name] - sum(cost(nothing)[0] for cost in inner_costs)
                 self._attention.append((flow.group_ids_of(layer)[channels.ravel()], between))
         times = 1 if call is analysis.call else batch_size(analysis.call)
         self._products = products_of(flow.traced.graph, flow, times)
@@ -169,7 +170,7 @@ class NetworkCost:
 
     def _pruned(self, kept: Kept) -> BoolArray:
         """Return the channels that a dense network lacks if layers keep these channels: by group id."""
-        is_kept = self._flow.kept(kept)
+        is_kept = self._flow.kept_groups(kept)
         even_out(self._flow, is_kept)
         return ~is_kept
 
@@ -177,11 +178,11 @@ class NetworkCost:
         """Count multiply-accumulates, parameters and the values of the largest layer; ``pruned``: by group id."""
         (macs, params), largest = self._rest, 0
         for cost in self._layers.values():
-            more, own, values = cost(pruned)
-            macs, params, largest = macs + more, params + own, max(largest, values)
+            more, layer_params, values = cost(pruned)
+            macs, params, largest = macs + more, params + layer_params, max(largest, values)
         for group_ids, between in self._attention:
             macs += between * _count_kept(group_ids, pruned) // len(group_ids)
-        macs += sum(each.count(pruned) for each in self._products)
+        macs += sum(product.count(pruned) for product in self._products)
         for group_ids, parameters in self._norms.values():
             params += parameters * _count_kept(group_ids, pruned)
         return macs, params, largest
@@ -196,15 +197,15 @@ class NetworkCost:
 
     def masks(self, kept: Kept) -> dict[str, dict[str, torch.Tensor]]:
         """Return masks of the layers that lose channels."""
-        pruned, found = self._pruned(kept), {}
+        pruned, masks = self._pruned(kept), {}
         for name, cost in self._layers.items():
             stays, module = torch.from_numpy(~pruned[cost.leaving]), self._modules[name]
             if not stays.all():
-                found[name] = {weight_name(module): spread(module, stays)}
-                for own in row_names(module):
-                    if isinstance(rows := getattr(module, own, None), torch.Tensor):
-                        found[name][own] = stays.to(rows).view(-1, *[1] * (rows.dim() - 1)).expand_as(rows)
-        return found
+                masks[name] = {weight_name(module): spread(module, stays)}
+                for row_name in row_names(module):
+                    if isinstance(rows := getattr(module, row_name, None), torch.Tensor):
+                        masks[name][row_name] = stays.to(rows).view(-1, *[1] * (rows.dim() - 1)).expand_as(rows)
+        return masks
 
 
 def cost_of(kind: str, model: torch.nn.Module, example_inputs: Any) -> int:
@@ -239,7 +240,8 @@ class _Factor:
         order = [d for d in dims if d is not None]
         ids, shape = self.ids.permute(order), iter(self.shape[d] for d in order)
         for place, d in enumerate(dims):
-            ids = ids.unsqueeze(place) if d is None else ids
+            if d is None:
+                ids = ids.unsqueeze(place)
         return _Factor(ids, tuple(1 if d is None else next(shape) for d in dims))
 
 
@@ -249,20 +251,20 @@ class Product:
     A product is computed unless one of its factors is pruned. ``times``: as in `products_of`.
     """
 
-    def __init__(self, one: _Factor, other: _Factor, flow: ChannelFlow, times: int) -> None:
-        longest = max(len(one.shape), len(other.shape))
+    def __init__(self, first: _Factor, second: _Factor, flow: ChannelFlow, times: int) -> None:
+        longest = max(len(first.shape), len(second.shape))
         self._group_ids, shapes = list[IntArray](), list[tuple[int, ...]]()
-        for each in (one, other):
-            missing = longest - len(each.shape)
-            shapes.append((1,) * missing + each.shape)
-            self._group_ids.append(flow.group_ids(each.ids[(None,) * missing].numpy()))
+        for factor in (first, second):
+            missing = longest - len(factor.shape)
+            shapes.append((1,) * missing + factor.shape)
+            self._group_ids.append(flow.group_ids(factor.ids[(None,) * missing].numpy()))
         self._shape, self._times = tuple(map(max, *shapes)), times
-        self.depends = any(each.any() for each in self._group_ids)  # whether on prunable channels
+        self.depends = any(ids.any() for ids in self._group_ids)  # whether on prunable channels
 
     def count(self, pruned: BoolArray) -> int:
         """Count the products that aren't pruned; ``pruned``: bool, by group id."""
-        one, other = self._group_ids
-        both: BoolArray = ~pruned[one] & ~pruned[other]
+        first, second = self._group_ids
+        both: BoolArray = ~pruned[first] & ~pruned[second]
         # A dimension of length 1 in `both` holds no channels: its one entry stands for all.
         places: int = math.prod(size for size, length in zip(self._shape, both.shape, strict=True) if length == 1)
         return int(np.count_nonzero(both)) * places // self._times
@@ -283,11 +285,13 @@ def products_of(graph: Graph, flow: ChannelFlow, times: int) -> list[Product]:
 
     ``times``: number of samples of the recorded call, divided by the number of samples to count.
     """
-    found = list[Product]()
+    products = list[Product]()
 
-    def factor(given: Any) -> _Factor | None:
+    def factor(node: Any) -> _Factor | None:
         """Return a tensor of the graph as a factor; None if its ids aren't known."""
-        ids, shape = (flow.ids.get(given.name), tensor_shape(given)) if isinstance(given, Node) else (None, None)
+        if not isinstance(node, Node):
+            return None
+        ids, shape = flow.ids.get(node.name), tensor_shape(node)
         if shape is None or not isinstance(ids, Tensor) or ids.dim() != len(shape):
             return None
         return _Factor(ids, shape)
@@ -295,21 +299,25 @@ def products_of(graph: Graph, flow: ChannelFlow, times: int) -> list[Product]:
     def argument(node: Node, at: int, *names: str) -> _Factor | None:
         """Look up a factor by one of its names, else by its position."""
         named = [node.kwargs[name] for name in names if name in node.kwargs]
-        return factor(named[0] if named else node.args[at] if len(node.args) > at else None)
+        if named:
+            return factor(named[0])
+        if len(node.args) > at:
+            return factor(node.args[at])
+        return None
 
-    def multiply(one: _Factor | None, other: _Factor | None) -> None:
+    def multiply(first: _Factor | None, second: _Factor | None) -> None:
         """Note the product of two matrices, or of batches of them: (..., rows, summed, columns)."""
-        if one is not None and other is not None and min(len(one.shape), len(other.shape)) >= 2:
-            rows, columns = one.at(*range(len(one.shape)), None), len(other.shape) - 2
-            found.append(Product(rows, other.at(*range(columns), None, -2, -1), flow, times))
+        if first is not None and second is not None and min(len(first.shape), len(second.shape)) >= 2:
+            rows, columns = first.at(*range(len(first.shape)), None), len(second.shape) - 2
+            products.append(Product(rows, second.at(*range(columns), None, -2, -1), flow, times))
 
     for node in graph.nodes:
         name = operation_name(node) if node.op in ("call_function", "call_method") else ""
         if name in _FACTORS:
-            one, other = (argument(node, *places) for places in _FACTORS[name])
-            if name == "linear" and other is not None:
-                other = other.at(1, 0) if len(other.shape) == 2 else None
-            multiply(one, other)
+            first, second = (argument(node, *places) for places in _FACTORS[name])
+            if name == "linear" and second is not None:
+                second = second.at(1, 0) if len(second.shape) == 2 else None
+            multiply(first, second)
         elif name == "scaled_dot_product_attention":
             query, key, value = argument(node, 0, "query"), argument(node, 1, "key"), argument(node, 2, "value")
             if query is not None and key is not None and value is not None:
@@ -320,14 +328,15 @@ def products_of(graph: Graph, flow: ChannelFlow, times: int) -> list[Product]:
             operands = node.args[1:] if name == "einsum" else node.args[:2]
             if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
                 operands = operands[0]
-            factors = [each for each in map(factor, operands) if each is not None]
+            factors = [tensor for tensor in map(factor, operands) if tensor is not None]
             if len(operands) != 2 or len(factors) != 2:
                 continue  # products of three or more factors count as not pruned
-            read = letters_of(node, [each.shape for each in factors])
+            read = letters_of(node, [tensor.shape for tensor in factors])
             if read is not None:
                 letters = list(dict.fromkeys("".join(read[0])))
                 placed = []
-                for each, own in zip(factors, read[0], strict=True):
-                    placed.append(each.at(*(own.index(letter) if letter in own else None for letter in letters)))
-                found.append(Product(placed[0], placed[1], flow, times))
-    return [each for each in found if each.depends]
+                for tensor, tensor_letters in zip(factors, read[0], strict=True):
+                    dims = [tensor_letters.index(letter) if letter in tensor_letters else None for letter in letters]
+                    placed.append(tensor.at(*dims))
+                products.append(Product(placed[0], placed[1], flow, times))
+    return [product for product in products if product.depends]

@@ -106,7 +106,7 @@ class LatencyTable:
     threads: int = 1
 
     def __repr__(self) -> str:
-        seconds = sum(each.seconds[-1][-1] for each in self.layers.values()) + self.rest
+        seconds = sum(layer.seconds[-1][-1] for layer in self.layers.values()) + self.rest
         timed = f"a batch of {self.batch_size} on {self.threads} thread{'s' * (self.threads != 1)}"
         return f"{type(self).__name__}({len(self.layers)} layers, {1000.0 * seconds:.4g} ms for {timed})"
 
@@ -208,15 +208,15 @@ def measure_latency(model: nn.Module, example_inputs: Any, *, threads: int = 1) 
     grids: dict[Any, _Grid] = {}
     layers: dict[str, LayerLatency] = {}
     with thread_count(threads), torch.no_grad(), evaluation_mode(model), memory_kept(first_of_samples(analysis.call)):
-        inner = {id(each) for whole in wholes.values() for each in whole.modules()}
+        inner = {id(part) for outer_module in wholes.values() for part in outer_module.modules()}
         outer = {name: module for name, module in modules.items() if id(module) not in inner}
-        rest, inside = _pass_times(model, {**outer, **wholes}, analysis.call)
+        outside_seconds, inside = _pass_times(model, {**outer, **wholes}, analysis.call)
         for name, module in modules.items():
             of_calls = []
             for inputs, _ in analysis.sizes[name]:
                 # A class's own forward may depend on any attribute: no other layer counts as equal.
-                own = name if has_own_forward(module) else ""
-                key = type(module), module.extra_repr(), own, inputs
+                unique_name = name if has_own_forward(module) else ""
+                key = type(module), module.extra_repr(), unique_name, inputs
                 if key not in grids:
                     grids[key] = _timed_grid(module, inputs)
                 of_calls.append(grids[key])
@@ -228,14 +228,17 @@ def measure_latency(model: nn.Module, example_inputs: Any, *, threads: int = 1) 
         if name in widths:
             # Inner layers are timed separately. The rest is estimated by the share of weights, because a difference of
             # two measured times may be zero or negative on a busy machine.
-            held = {id(each) for each in outer_layer.modules()}
-            of_inner = sum(count_params(each) for each in modules.values() if id(each) in held)
+            inner_ids = {id(part) for part in outer_layer.modules()}
+            of_inner = sum(count_params(part) for part in modules.values() if id(part) in inner_ids)
             alone = inside[name] * (1.0 - of_inner / count_params(outer_layer))
             full_input, full_output = widths[name]
             reads, makes = ((1, full) if full > 1 else (1,) for full in widths[name])
-            times = tuple(tuple(alone * read * made / (full_input * full_output) for made in makes) for read in reads)
+            times = tuple(
+                tuple(alone * entering_width * leaving_width / (full_input * full_output) for leaving_width in makes)
+                for entering_width in reads
+            )
             layers[name] = LayerLatency(reads, makes, times, elements[name])
-    return LatencyTable(layers, rest, batch_size=batch_size(analysis.call), threads=threads)
+    return LatencyTable(layers, outside_seconds, batch_size=batch_size(analysis.call), threads=threads)
 
 
 def _pass_times(model: nn.Module, layers: Mapping[str, nn.Module], call: Call) -> tuple[float, dict[str, float]]:
@@ -255,12 +258,12 @@ def _pass_times(model: nn.Module, layers: Mapping[str, nn.Module], call: Call) -
     outside = list[float]()
     with watched(starts, ends):
         for _ in range(_RUNS + 1):
-            for each in inside.values():
-                each.append(0.0)
+            for seconds in inside.values():
+                seconds.append(0.0)
             start = now(first)
             model(*call[0], **call[1])
-            outside.append(now(first) - start - sum(each[-1] for each in inside.values()))
-    return median_of(outside), {name: median_of(each) for name, each in inside.items()}
+            outside.append(now(first) - start - sum(seconds[-1] for seconds in inside.values()))
+    return median_of(outside), {name: median_of(seconds) for name, seconds in inside.items()}
 
 
 _Grid = tuple[tuple[int, ...], tuple[int, ...], NDArray[np.float64]]

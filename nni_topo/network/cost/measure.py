@@ -146,9 +146,9 @@ class _Counter(TorchDispatchMode):
         formula = self._formulas.get(func._overloadpacket)
         if formula is None and func is not torch.ops.prim.device.default:
             with self:
-                found = func.decompose(*args, **kwargs)
-            if found is not NotImplemented:
-                return found
+                output = func.decompose(*args, **kwargs)
+            if output is not NotImplemented:
+                return output
         out = func(*args, **kwargs)
         if formula is not None:
             self.total += int(formula(*args, **kwargs, out_val=out))
@@ -161,7 +161,7 @@ def counting_macs(model: nn.Module, names: Iterable[str] = ()) -> Iterator[Count
 
     Fused attention kernels are switched off, because the counters of some PyTorch versions miss them.
     """
-    counter, found = _Counter(), CountedMacs()
+    counter, counts = _Counter(), CountedMacs()
     extra = 0  # twice the products of recurrent layers, minus what the counter counted of them
     entered = list[int]()  # for each running call, the count before it
 
@@ -174,11 +174,11 @@ def counting_macs(model: nn.Module, names: Iterable[str] = ()) -> Iterator[Count
     def leave_recurrent(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
         nonlocal extra
         (rows, *_) = tensors_of((args, kwargs))  # the data of a packed sequence
-        own = 2 * recurrent_products(module) * (rows.numel() // rows.shape[-1])
-        extra += own - (now() - entered.pop())
+        products = 2 * recurrent_products(module) * (rows.numel() // rows.shape[-1])
+        extra += products - (now() - entered.pop())
 
     def leave(name: str, *_: Any) -> None:
-        found.within[name] = found.within.get(name, 0) + (now() - entered.pop()) // 2
+        counts.within[name] = counts.within.get(name, 0) + (now() - entered.pop()) // 2
 
     with ExitStack() as hooks:
         for module in model.modules():
@@ -190,8 +190,8 @@ def counting_macs(model: nn.Module, names: Iterable[str] = ()) -> Iterator[Count
             hooks.enter_context(module.register_forward_pre_hook(enter, prepend=True))
             hooks.enter_context(module.register_forward_hook(partial(leave, name)))
         with sdpa_kernel(SDPBackend.MATH), counter:
-            yield found
-    found.all = now() // 2
+            yield counts
+    counts.all = now() // 2
 
 
 @public(Running(as_compiled=True), models=_NETWORKS, example_inputs=INPUTS, runs=whole(1), threads=whole(1))
@@ -251,10 +251,10 @@ def time_shares(
     have passed. A model whose share is far from ``wanted`` is measured less exactly: to a fifth of the distance. Models
     run on one thread.
     """
-    found = [(math.nan, math.inf)] * len(models)
+    shares = [(math.nan, math.inf)] * len(models)
 
     def is_known(done: list[tuple[float, ...]]) -> bool:
-        nonlocal found
+        nonlocal shares
         rounds = done[1:]  # the first warms up
         is_over = sum(map(sum, rounds)) > seconds
         # The medians are looked at only when the number of rounds has doubled: looking after every round would stop at
@@ -262,13 +262,13 @@ def time_shares(
         has_doubled = len(rounds).bit_count() == 1
         if len(rounds) < _LEAST_ROUNDS or not (has_doubled or is_over):
             return False
-        found = []
+        shares = []
         for place in range(len(models)):
             median, low, high = _median([times[place] / times[-1] for times in rounds])
-            found.append((median, (high - low) / (2.0 * median)))
+            shares.append((median, (high - low) / (2.0 * median)))
         if is_over:
             return True
-        for median, half_width in found:
+        for median, half_width in shares:
             distance = 0.0 if wanted is None else abs(median - wanted) / median
             if half_width > max(_PRECISION, distance / 5.0):
                 return False
@@ -276,7 +276,7 @@ def time_shares(
 
     named = {f"model {place}": model for place, model in enumerate(models)}
     _rounds({**named, "whole": whole}, example_inputs, 1, is_known)
-    return found
+    return shares
 
 
 def _median(values: Sequence[float]) -> tuple[float, float, float]:
@@ -379,7 +379,9 @@ def timed(run: Callable[[], object], tensor: Tensor) -> float:
     run()
     seconds = now(tensor) - start
     # On a busy machine more time may be counted as spent waiting for a core than a short run took.
-    return seconds if seconds > 0.0 else time.perf_counter() - began
+    if seconds > 0.0:
+        return seconds
+    return time.perf_counter() - began
 
 
 def median_of(seconds: Sequence[float]) -> float:
@@ -499,17 +501,17 @@ def profile(
         If a number is out of its range.
     """
     times = latencies(models, example_inputs, runs=runs, threads=threads)
-    found = []
+    profiles = []
     for name, model in models.items():
         call = arguments_of(example_inputs, model)
         macs, params, peak = count_macs(model, example_inputs), count_params(model), _peak_bytes(model, call)
-        found.append(Profiled(name, macs, params, times[name], 1000 * batch_size(call) / times[name], peak))
-    return found
+        profiles.append(Profiled(name, macs, params, times[name], 1000 * batch_size(call) / times[name], peak))
+    return profiles
 
 
 def _peak_bytes(model: nn.Module, call: Call) -> int:
     """Return the bytes of a network's parameters and buffers, plus the most bytes that a pass holds besides."""
-    stored = sum(each.numel() * each.element_size() for each in (*model.parameters(), *model.buffers()))
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
     (args, kwargs), device = call, first_of_samples(call).device
     with evaluation_mode(model), torch.inference_mode():
         model(*args, **kwargs)  # a first pass allocates memory that is kept, such as workspaces; it isn't counted
@@ -521,8 +523,8 @@ def _peak_bytes(model: nn.Module, call: Call) -> int:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as watch:
             model(*args, **kwargs)
     events = [event for event in watch.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = most = 0
+    allocated = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()  # negative where memory is freed
-        most = max(most, held)
+        allocated += event.nbytes()  # negative where memory is freed
+        most = max(most, allocated)
     return stored + most

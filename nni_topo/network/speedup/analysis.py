@@ -83,11 +83,13 @@ class Facts:
         inputs, values = _described(call), tensors_of(call)
         if len(inputs) != len(self.inputs):
             return False
-        for one, other in zip(inputs, self.inputs, strict=True):
-            can_be_equal = type(one) is type(other) and isinstance(one, _COMPARED)
-            if one is not other and not (can_be_equal and one == other):
+        for leaf, stored in zip(inputs, self.inputs, strict=True):
+            can_be_equal = type(leaf) is type(stored) and isinstance(leaf, _COMPARED)
+            if leaf is not stored and not (can_be_equal and leaf == stored):
                 return False
-        return all(torch.equal(one, other) for one, other in zip(values, self.values, strict=False))
+        return all(
+            torch.equal(tensor, stored_tensor) for tensor, stored_tensor in zip(values, self.values, strict=False)
+        )
 
     def __reduce__(self) -> Any:
         return Facts, ()  # a copy, or another process, starts without facts
@@ -132,7 +134,7 @@ class Analysis:
         if self.facts.trace is None:
             self.facts.trace = _trace(self.model, self.call)
             if self.facts.trace.reads_values:
-                self.facts.values = [each.clone() for each in tensors_of(self.call)]
+                self.facts.values = [tensor.clone() for tensor in tensors_of(self.call)]
         return self.facts.trace
 
     @property
@@ -152,13 +154,13 @@ class Analysis:
     @property
     def planes(self) -> dict[str, tuple[Size, Size]]:
         """Input and output sizes, in pixels, of each convolution, transposed or not, at its first call."""
-        found = dict[str, tuple[Size, Size]]()
+        planes = dict[str, tuple[Size, Size]]()
         for name, calls in self.sizes.items():
             module = self.model.get_submodule(name)
             if isinstance(module, CONVOLUTIONS + TRANSPOSED):
                 entering, leaving = calls[0]
-                found[name] = spatial(module, entering), spatial(module, leaving)
-        return found
+                planes[name] = spatial(module, entering), spatial(module, leaving)
+        return planes
 
     @property
     def depends_on_size(self) -> bool:
@@ -171,38 +173,42 @@ class Analysis:
     @property
     def second(self) -> Analysis | None:
         """The analysis on inputs of another size; None if the model runs on none that was tried, or can't be traced."""
-        known = self.facts
-        if not known.is_second_known:
+        stored = self.facts
+        if not stored.is_second_known:
             copied: nn.Module = evaluating(unwrapped_copy(self.model, light=True))
             call = _second_call(copied, self.call, self.trace.compared)
             if call is not None and (facts := self._facts_on(call)) is not None:
-                known.second, known.second_call = facts, call
-            known.is_second_known = True
-        return None if known.second_call is None else Analysis(self.model, known.second_call, known.second)
+                stored.second, stored.second_call = facts, call
+            stored.is_second_known = True
+        if stored.second_call is None:
+            return None
+        return Analysis(self.model, stored.second_call, stored.second)
 
     @property
     def by_samples(self) -> list[Analysis]:
         """Analyses with other numbers of samples, with which the forward takes other branches than on this call."""
-        known = self.facts
-        if known.by_samples is None:
-            known.by_samples = []
+        stored = self.facts
+        if stored.by_samples is None:
+            stored.by_samples = []
             for call in _calls_by_samples(self.model, self.call, self.trace.of_samples):
                 if (facts := self._facts_on(call)) is not None:
-                    known.by_samples.append((call, facts))
-        return [Analysis(self.model, call, facts) for call, facts in known.by_samples]
+                    stored.by_samples.append((call, facts))
+        return [Analysis(self.model, call, facts) for call, facts in stored.by_samples]
 
     @property
-    def others(self) -> list[Analysis]:
+    def variants(self) -> list[Analysis]:
         """The analyses on inputs of other sizes, if what holds may depend on these."""
         second = self.second if self.depends_on_size else None
-        return self.by_samples if second is None else [second, *self.by_samples]
+        if second is None:
+            return self.by_samples
+        return [second, *self.by_samples]
 
     @property
     def by_values(self) -> dict[Decision, Analysis]:
         """Analyses of other branches than the ones on which the values of tensors decide, as far as they can be run."""
-        known, few = self.facts, first_samples(self.call)
-        if known.by_values is None:
-            known.by_values = {}
+        stored, few = self.facts, first_samples(self.call)
+        if stored.by_values is None:
+            stored.by_values = {}
             decisions = self.trace.decisions[:_DECISIONS]
             copied: nn.Module = evaluating(unwrapped_copy(self.model, light=True)) if decisions else self.model
             products = ProductsReused()
@@ -218,18 +224,18 @@ class Analysis:
                 finally:
                     TURNED.reset(token)
                 if facts is not None:
-                    known.by_values[decision] = facts
-        return {decision: Analysis(self.model, few, facts) for decision, facts in known.by_values.items()}
+                    stored.by_values[decision] = facts
+        return {decision: Analysis(self.model, few, facts) for decision, facts in stored.by_values.items()}
 
     def _facts_on(self, call: Call) -> Facts | None:
         """Return facts about the model on another call; None if it can't be traced there."""
-        other = Analysis(self.model, call)
+        analysis = Analysis(self.model, call)
         try:
-            _ = other.trace
+            _ = analysis.trace
         except NniTopoError as error:
             _logger.debug("%s can't be traced at another size: %s", type(self.model).__name__, error)
             return None
-        return other.facts
+        return analysis.facts
 
     def graph(self, model: nn.Module, call: Call | None = None) -> tuple[GraphModule, tuple[Any, ...]]:
         """Put the graph on the modules of a model with this structure, and run it, by default on the analysed call."""
@@ -246,10 +252,10 @@ def _trace(model: nn.Module, call: Call) -> Trace:
     Some forwards reshape the output of their layers to the width of the forward's input. If such a forward can be
     rewritten without that width, the rewritten one is traced.
     """
-    found = _traced_with(model, call, {})
-    foreign = found.flow.foreign_widths()
+    plain_trace = _traced_with(model, call, {})
+    foreign = plain_trace.flow.foreign_widths()
     if not foreign:
-        return found
+        return plain_trace
     own_widths, modules = dict[str, int](), dict(unwrapped_copy(model, light=True).named_modules())
     for name, (dim, by_kept, _) in foreign.items():
         if name not in modules or has_own_forward(modules[name]):
@@ -260,15 +266,15 @@ def _trace(model: nn.Module, call: Call) -> Trace:
             own_widths[name] = dim
     while own_widths:
         rewritten = _traced_with(model, call, own_widths)
-        left = set[str]()
+        dropped = set[str]()
         for name, (_, by_kept, times) in rewritten.flow.foreign_widths().items():
             # If fewer reshapes take the width than before, the rest reshape other layers with as many channels.
             if name in own_widths and by_kept >= foreign[name].by_kept and times >= foreign[name].times:
-                left.add(name)
-        if not left:
+                dropped.add(name)
+        if not dropped:
             return rewritten
-        own_widths = {name: dim for name, dim in own_widths.items() if name not in left}
-    return found
+        own_widths = {name: dim for name, dim in own_widths.items() if name not in dropped}
+    return plain_trace
 
 
 def _traced_with(original: nn.Module, call: Call, own_widths: dict[str, int]) -> Trace:
@@ -288,12 +294,12 @@ def _traced_with(original: nn.Module, call: Call, own_widths: dict[str, int]) ->
         recording = trace(model, call)
     graph_module = recording.graph_module
     # New copies, because the traced one may hold objects of the tracer.
-    unused, kept = unused_tensors(model, graph_module.graph), list[tuple[str, np.ndarray, Reason]]()
+    unused, kept_for_training = unused_tensors(model, graph_module.graph), list[tuple[str, np.ndarray, Reason]]()
     is_turned = TURNED.get() is not None  # of another branch only the couplings are needed
     if not is_turned and (unused or (readers and hands_over_more_in_training(copied(), call, products))):
-        kept = _kept_for_training(copied(), unused, call)
+        kept_for_training = _kept_for_training(copied(), unused, call)
     try:
-        flow = ChannelFlow(graph_module, recording.args, kept)
+        flow = ChannelFlow(graph_module, recording.args, kept_for_training)
     except Exception as error:  # a forward may do what no rule covers yet
         if isinstance(error, NniTopoError) or out_of_memory(error):
             raise
@@ -302,10 +308,10 @@ def _traced_with(original: nn.Module, call: Call, own_widths: dict[str, int]) ->
         ) from error
     flow.own_widths = own_widths
     graph = copy.deepcopy(graph_module.graph)
-    held = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    targets = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     # Store the tensors that the forward makes itself. All others are read from the model when the graph is assembled.
     constants = dict[str, Any]()
-    for name in held:
+    for name in targets:
         try:
             attrgetter(name)(original)
         except AttributeError:
@@ -328,7 +334,12 @@ def _traced_with(original: nn.Module, call: Call, own_widths: dict[str, int]) ->
 def _assembled(graph: Graph, constants: dict[str, Any], model: nn.Module) -> GraphModule:
     graph = copy.deepcopy(graph)
     targets = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
-    parts = {name: constants[name].clone() if name in constants else attrgetter(name)(model) for name in targets}
+    parts = dict[str, Any]()
+    for name in targets:
+        if name in constants:
+            parts[name] = constants[name].clone()
+        else:
+            parts[name] = attrgetter(name)(model)
     assembled: GraphModule = evaluating(with_heads(on_modules(parts, graph, type(model).__name__)))
     return assembled
 
@@ -336,8 +347,12 @@ def _assembled(graph: Graph, constants: dict[str, Any], model: nn.Module) -> Gra
 def _described(call: Call) -> list[Any]:
     """List what a trace depends on in a call: containers, tensors' shapes, types and devices, and all other values."""
     leaves, structure = tree_flatten(call)
-    shapes = [(leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    return [structure, *shapes]
+    description: list[Any] = [structure]
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            leaf = leaf.shape, leaf.dtype, leaf.device
+        description.append(leaf)
+    return description
 
 
 def _second_call(model: nn.Module, call: Call, compared: tuple[Check, ...]) -> Call | None:
@@ -349,15 +364,15 @@ def _second_call(model: nn.Module, call: Call, compared: tuple[Check, ...]) -> C
     """
     few = first_samples(call)
     for start in (few, call) if few is not call else (call,):
-        found = start
+        resized = start
         for size in sorted({size for tensor in tensors_of(start) for size in tensor.shape[1:]}, reverse=True):
-            for other in _other_sizes(size, compared):
-                tried = _resized(found, size, other)
+            for new_size in _other_sizes(size, compared):
+                tried = _resized(resized, size, new_size)
                 if _runs_on(model, tried):
-                    found = tried
+                    resized = tried
                     break
-        if found is not start:
-            return found
+        if resized is not start:
+            return resized
     return None
 
 
@@ -367,15 +382,16 @@ def _calls_by_samples(model: nn.Module, call: Call, of_samples: tuple[Check, ...
     samples, copied = batch_size(call), None
     for function, factor, number in of_samples:
         expected = bool(function(factor * samples, number))
-        if any(bool(function(factor * other, number)) != expected for other in calls):
+        if any(bool(function(factor * count, number)) != expected for count in calls):
             continue
-        copied = evaluating(unwrapped_copy(model, light=True)) if copied is None else copied
-        for other in range(1, max(3 * samples, _SMALL) + 1):  # many more samples might not fit into memory
-            if bool(function(factor * other, number)) == expected:
+        if copied is None:
+            copied = evaluating(unwrapped_copy(model, light=True))
+        for n_samples in range(1, max(3 * samples, _SMALL) + 1):  # many more samples might not fit into memory
+            if bool(function(factor * n_samples, number)) == expected:
                 continue
-            tried = taken(call, torch.arange(other) % samples)
+            tried = taken(call, torch.arange(n_samples) % samples)
             if _runs_on(copied, tried):
-                calls[other] = tried
+                calls[n_samples] = tried
             break
     return list(calls.values())
 
@@ -393,33 +409,33 @@ def _runs_on(model: nn.Module, call: Call) -> bool:
 
 def _other_sizes(size: int, compared: tuple[Check, ...]) -> Iterator[int]:
     """Yield the sizes to try instead of ``size``, each once."""
-    found = list[int]()
-    for function, known, number in compared:
+    sizes = list[int]()
+    for function, compared_size, number in compared:
         # The compared size may be a feature map's, which grows with the input.
-        threshold = size * number / known if known > 0 else 0
+        threshold = size * number / compared_size if compared_size > 0 else 0
         candidates = [int(threshold)]
         for multiple in (32, 16, 8, 1):
             candidates.append(int(threshold - 1e-9) // multiple * multiple)
             candidates.append((int(threshold) // multiple + 1) * multiple)
-        for other in candidates:
+        for candidate in candidates:
             # Much larger inputs might not fit into memory.
-            if not 0 < other <= max(3 * size, _SMALL):
+            if not 0 < candidate <= max(3 * size, _SMALL):
                 continue
-            if bool(function(known * other // size, number)) != bool(function(known, number)):
-                found.append(other)
-    found += [size + 1, *((size // multiple + 1) * multiple for multiple in _MULTIPLES)]
-    for each in dict.fromkeys(found):
-        if each != size:
-            yield each
+            if bool(function(compared_size * candidate // size, number)) != bool(function(compared_size, number)):
+                sizes.append(candidate)
+    sizes += [size + 1, *((size // multiple + 1) * multiple for multiple in _MULTIPLES)]
+    for other_size in dict.fromkeys(sizes):
+        if other_size != size:
+            yield other_size
 
 
-def _resized(call: Call, size: int, other: int) -> Call:
+def _resized(call: Call, size: int, new_size: int) -> Call:
     """Resize all dimensions of one size except the first; if they grow, the values repeat."""
 
     def resize(tensor: Tensor) -> Tensor:
         for d in range(1, tensor.dim()):
             if tensor.shape[d] == size:
-                tensor = tensor.index_select(d, torch.arange(other, device=tensor.device) % size)
+                tensor = tensor.index_select(d, torch.arange(new_size, device=tensor.device) % size)
         return tensor
 
     resized: Call = tree_map_only(Tensor, resize, call)
@@ -433,16 +449,18 @@ def unused_tensors(model: nn.Module, graph: Graph) -> list[str]:
         if node.op not in ("call_module", "get_attr"):
             continue
         try:
-            found = attrgetter(str(node.target))(model)
+            value = attrgetter(str(node.target))(model)
         except AttributeError:  # a constant that only the tracer knows
             continue
-        if isinstance(found, nn.Module):
-            used.update(id(tensor) for tensor in (*found.parameters(), *found.buffers()))
+        if isinstance(value, nn.Module):
+            used.update(id(tensor) for tensor in (*value.parameters(), *value.buffers()))
         else:
-            used.add(id(found))
+            used.add(id(value))
     # Scalars, counters and masks have no channels.
-    held = [(name, each) for name, each in model.named_buffers() if each.dim() and each.is_floating_point()]
-    return [name for name, each in (*model.named_parameters(), *held) if id(each) not in used]
+    float_buffers = [
+        (name, buffer) for name, buffer in model.named_buffers() if buffer.dim() and buffer.is_floating_point()
+    ]
+    return [name for name, tensor in (*model.named_parameters(), *float_buffers) if id(tensor) not in used]
 
 
 def _kept_for_training(model: nn.Module, unused: list[str], call: Call) -> list[tuple[str, np.ndarray, Reason]]:
@@ -475,17 +493,17 @@ def _kept_for_training(model: nn.Module, unused: list[str], call: Call) -> list[
     if flow is None:
         return []
     # The nodes that depend on an input, or whose values are later combined with such a node or returned.
-    met = set[Node]()
+    reached = set[Node]()
     for node in graph.nodes:
-        if node.op in ("placeholder", "output") or not met.isdisjoint(node.all_input_nodes):
-            met.add(node)
+        if node.op in ("placeholder", "output") or not reached.isdisjoint(node.all_input_nodes):
+            reached.add(node)
     for node in reversed(graph.nodes):
-        if not met.isdisjoint(node.users):
-            met.add(node)
+        if not reached.isdisjoint(node.users):
+            reached.add(node)
     readers = dict[int, str]()  # by group id, the module that reads the channel
     for node in graph.nodes:
         name = str(node.target)
-        if node.op not in ("call_module", "get_attr") or node not in met:
+        if node.op not in ("call_module", "get_attr") or node not in reached:
             continue
         if not any(tensor == name or tensor.startswith(f"{name}.") for tensor in unused):
             continue
@@ -495,13 +513,13 @@ def _kept_for_training(model: nn.Module, unused: list[str], call: Call) -> list[
                     for group in np.unique(flow.group_ids(ids.numpy().ravel())).tolist():
                         readers.setdefault(group, name)
     readers.pop(FIXED, None)
-    kept = list[tuple[str, np.ndarray, Reason]]()
+    channels_to_keep = list[tuple[str, np.ndarray, Reason]]()
     for layer in flow.layers:
         groups = flow.group_ids_of(layer)
         read = [readers[group] for group in groups.tolist() if group in readers]
         if read:
-            kept.append((layer, np.isin(groups, list(readers)), reasons.training_reader(read[0])))
+            channels_to_keep.append((layer, np.isin(groups, list(readers)), reasons.training_reader(read[0])))
         if (groups == FIXED).any():
-            kept.append((layer, groups == FIXED, flow.why_pinned(layer)[0]))
-        kept.append((layer, np.isin(groups, flow.at_output), reasons.training_output()))
-    return kept
+            channels_to_keep.append((layer, groups == FIXED, flow.why_pinned(layer)[0]))
+        channels_to_keep.append((layer, np.isin(groups, flow.at_output), reasons.training_output()))
+    return channels_to_keep

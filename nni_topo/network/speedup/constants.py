@@ -41,30 +41,30 @@ def constants_read(
     def look(name: str, entered: Tensor) -> None:
         rows, pruned = by_channel(model.get_submodule(name), entered), removed[name]
         if len(rows) == len(pruned):
-            found = rows[pruned.to(rows.device)]
+            pruned_rows = rows[pruned.to(rows.device)]
         else:  # a call with another number of channels: unknown
-            found = rows.new_full((int(pruned.sum()), 1), torch.nan)
-        ends.setdefault(name, []).append(torch.stack([found.amin(1), found.amax(1)]).cpu().double())
+            pruned_rows = rows.new_full((int(pruned.sum()), 1), torch.nan)
+        ends.setdefault(name, []).append(torch.stack([pruned_rows.amin(1), pruned_rows.amax(1)]).cpu().double())
 
-    def zero(kept: Tensor, layer: nn.Module, _: Any, output: Tensor) -> Tensor:
+    def zero(stays: Tensor, layer: nn.Module, _: Any, output: Tensor) -> Tensor:
         view = [-1] if isinstance(layer, nn.Linear) else [-1, *[1] * (output.dim() - 2)]
-        return output * kept.to(output).view(view)
+        return output * stays.to(output).view(view)
 
     entering, leaving = list[Any](), list[Any]()
     for name in flow.layers:
         module = model.get_submodule(name)
-        pruned, kept = (torch.from_numpy(np.asarray(each)) for each in _pruned_and_kept(flow, is_kept, name))
+        pruned, kept_outputs = (torch.from_numpy(np.asarray(array)) for array in _pruned_and_kept(flow, is_kept, name))
         if isinstance(module, WEIGHTED) and bool(pruned.any()):
             removed[name] = pruned
             entering.append((module, partial(look, name)))
         # In a layer with operations after its convolution, a pruned channel may be other than zero.
-        if isinstance(module, WEIGHTED) and not bool(kept.all()) and not is_followed(module):
-            leaving.append((module, partial(zero, kept, module)))
+        if isinstance(module, WEIGHTED) and not bool(kept_outputs.all()) and not is_followed(module):
+            leaving.append((module, partial(zero, kept_outputs, module)))
     # Two inputs, because on one of them a channel with a single position looks constant.
     for seed in range(2):
         with fitting(0, "example_inputs"), torch.no_grad(), watched(entering, leaving):
             run_few(model, random_like(call, torch.Generator().manual_seed(seed)))
-        if not any(bool(each.any()) for found in ends.values() for each in found):
+        if not any(bool(call_ends.any()) for layer_ends in ends.values() for call_ends in layer_ends):
             break
     constants, lacking = dict[str, Tensor](), list[str]()
     for name in removed:
@@ -97,17 +97,20 @@ def absorb(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, constants: 
         if not _can_absorb(module, norm):
             continue
         weight = module.weight
-        pruned, kept = (torch.from_numpy(np.asarray(each)) for each in _pruned_and_kept(flow, is_kept, name))
+        pruned, kept_outputs = (torch.from_numpy(np.asarray(array)) for array in _pruned_and_kept(flow, is_kept, name))
         values = values * pruned  # some may be kept again since they were measured
-        rows = values.to(weight.device).view(module.groups if hasattr(module, "groups") else 1, -1)
+        rows = values.to(weight.device).view(getattr(module, "groups", 1), -1)
         rows = rows.repeat_interleave(len(weight) // len(rows), 0)
-        made = (weight.double().flatten(2).sum(2) if weight.dim() > 2 else weight.double()).mul(rows).sum(1)
-        made = (made * kept.to(made)).to(weight)
+        sums = weight.double()
+        if weight.dim() > 2:
+            sums = sums.flatten(2).sum(2)
+        contribution = sums.mul(rows).sum(1)
+        contribution = (contribution * kept_outputs.to(contribution)).to(weight)
         keep(module, "weight", weight * (rows == 0).view(*rows.shape, *[1] * (weight.dim() - 2)))
         if module.bias is not None:
-            keep(module, "bias", module.bias + made)
+            keep(module, "bias", module.bias + contribution)
         else:
-            norm.running_mean.sub_(made)  # type: ignore[union-attr,operator]
+            norm.running_mean.sub_(contribution)  # type: ignore[union-attr,operator]
 
 
 def _can_absorb(module: nn.Module, norm: nn.Module | None) -> bool:
@@ -136,17 +139,17 @@ def fit_norms(wrapped: nn.Module, dense: nn.Module, flow: ChannelFlow, is_kept: 
     which channels are kept, by group id. Returns the norms that can't be fitted because their result isn't their weight
     times a value.
     """
-    outputs, left = dict[str, Tensor](), list[str]()
+    outputs, unfitted = dict[str, Tensor](), list[str]()
     noting, fitting_them = list[Any](), list[Any]()
 
-    def note(name: str, kept: Tensor, _: Any, output: Tensor) -> None:
+    def note(name: str, kept_places: Tensor, _: Any, output: Tensor) -> None:
         entries = entries_last(wrapped.get_submodule(name), output)
-        outputs.setdefault(name, entries.index_select(-1, kept.to(output.device)))
+        outputs.setdefault(name, entries.index_select(-1, kept_places.to(output.device)))
 
     def fit(name: str, entered: Tensor, output: Tensor) -> Tensor:
         norm: Any = dense.get_submodule(name)
-        wanted = outputs.pop(name, None)
-        if wanted is None:  # a later call
+        target = outputs.pop(name, None)
+        if target is None:  # a later call
             return output
         weight, bias = norm.weight.view(-1), getattr(norm, "bias", None)
         bias = None if bias is None else bias.view(-1)
@@ -154,32 +157,34 @@ def fit_norms(wrapped: nn.Module, dense: nn.Module, flow: ChannelFlow, is_kept: 
         scaled = entries_last(norm, output) - shift
         groups = getattr(norm, "num_groups", 1)
         for rows in torch.arange(len(weight), device=weight.device).chunk(groups):
-            x, y = scaled[..., rows].double(), (wanted[..., rows] - shift[rows]).double()
-            own = weight[rows].double().expand(x.shape)
-            columns = [x.flatten()] if bias is None else [x.flatten(), own.flatten()]
-            found = torch.linalg.lstsq(torch.stack(columns, 1), y.reshape(-1, 1)).solution.flatten()
+            x, y = scaled[..., rows].double(), (target[..., rows] - shift[rows]).double()
+            weight_column = weight[rows].double().expand(x.shape)
+            columns = [x.flatten(), weight_column.flatten()]
+            if bias is None:
+                columns = [x.flatten()]
+            solution = torch.linalg.lstsq(torch.stack(columns, 1), y.reshape(-1, 1)).solution.flatten()
             if bias is not None:
-                bias[rows] += (found[1] * weight[rows].double()).to(bias)
-            weight[rows] *= found[0].to(weight)
+                bias[rows] += (solution[1] * weight[rows].double()).to(bias)
+            weight[rows] *= solution[0].to(weight)
         again: Tensor = norm.forward(entered)
         return again
 
     for name, module in wrapped.named_modules():
-        kept = torch.from_numpy(np.asarray(is_kept[flow.entering_group_ids(name)]))
-        if bool(kept.all()) or not is_over_channels(module):
+        kept_inputs = torch.from_numpy(np.asarray(is_kept[flow.entering_group_ids(name)]))
+        if bool(kept_inputs.all()) or not is_over_channels(module):
             continue
         if _is_scaled_by_weight(dense.get_submodule(name)):
-            noting.append((module, partial(note, name, kept.nonzero().flatten())))
+            noting.append((module, partial(note, name, kept_inputs.nonzero().flatten())))
             fitting_them.append((dense.get_submodule(name), partial(fit, name)))
         else:
-            left.append(name)
+            unfitted.append(name)
     args, kwargs = call
     with left_alone(wrapped, dense):
         with watched(leaving=noting):
             wrapped(*args, **kwargs)
         with watched(leaving=fitting_them):
             dense(*args, **kwargs)
-    return left
+    return unfitted
 
 
 def _is_scaled_by_weight(norm: Any) -> bool:

@@ -54,7 +54,7 @@ def dense_of(
     facts: Facts | None = None,
 ) -> torch.nn.Module:
     """Do the work of :func:`nni_topo.to_dense`; ``facts``: known facts of the model, or of one with other weights."""
-    given, model = model, with_known_layers(model)
+    user_model, model = model, with_known_layers(model)
     call = call_arguments(example_inputs, model)
     full = check_masks(model, masks)
     with random_state_kept(), torch.inference_mode(False):
@@ -69,11 +69,15 @@ def dense_of(
             notes += _absorb_constants(analysis, original, reference, resolved.is_kept)
         dense = _cut(analysis, original, reference, resolved)
         leave_out(reference, flow, resolved.is_kept)
-        checked = _compare(analysis, reference, dense, resolved.is_kept) if check else ""
+        checked = ""
+        if check:
+            checked = _compare(analysis, reference, dense, resolved.is_kept)
         if constants == "keep":
             wrapped = apply_masks(original, resolved.masks, light=True)
-            if left := fit_norms(wrapped, dense, flow, resolved.is_kept, call):
-                notes.append(f"these norms over channels couldn't be fitted to the kept channels: {', '.join(left)}")
+            if unfitted := fit_norms(wrapped, dense, flow, resolved.is_kept, call):
+                notes.append(
+                    f"these norms over channels couldn't be fitted to the kept channels: {', '.join(unfitted)}"
+                )
         stale = count_anew(original, dense, call)
         report = dense_report(model, dense, full, resolved.reasons, stale)
         parameters, parted = dict(dense.named_parameters(remove_duplicate=False)), list[str]()
@@ -83,13 +87,13 @@ def dense_of(
         if parted:
             notes.append(f"no longer shared, because their values differ now: {', '.join(parted)}")
         if unread := _unread(flow, original, dense, report):
-            told = (
+            note = (
                 "no run of the model has read these, so they keep the width of layers that lost channels: "
                 f"{listed(unread)}. If a call with other arguments reads them, as one with labels or masks does, pass "
                 "batches with these arguments"
             )
-            notes.append(told)
-            _logger.warning("%s", told)
+            notes.append(note)
+            _logger.warning("%s", note)
         elif check and (not analysis.trace.reads_mode or check_training_mode(reference, dense, call)):
             checked += "; the shapes of the outputs in training mode"
         report = dataclasses.replace(report, checked=checked, notes=tuple(notes))
@@ -97,7 +101,7 @@ def dense_of(
         remember_report(dense, report)
         # Last, because the comparisons before need evaluation mode.
         put_modes_of(model, dense)
-    give_back_classes(given, dense)
+    give_back_classes(user_model, dense)
     tell_compensated(dense, False)
     return dense
 
@@ -114,20 +118,26 @@ def _absorb_constants(
     masked = detached_copy(original, light=True)
     leave_out(masked, flow, is_kept, of_norms_alone=True)
     with left_alone(masked):
-        kept, lacking = constants_read(masked, flow, is_kept, analysis.call)
-        second = analysis.second
-        for other in [*([] if second is None else [second]), *analysis.by_samples] if kept else ():
-            others, _ = constants_read(masked, flow, is_kept, other.call)
-            for name, values in kept.items():
-                is_same = (values - others.get(name, 0 * values)).abs() <= TOLERANCE * values.abs()
+        constants, lacking = constants_read(masked, flow, is_kept, analysis.call)
+        second, variants = analysis.second, list[Analysis]()
+        if constants and second is not None:
+            variants.append(second)
+        if constants:
+            variants += analysis.by_samples
+        for variant in variants:
+            variant_constants, _ = constants_read(masked, flow, is_kept, variant.call)
+            for name, values in constants.items():
+                is_same = (values - variant_constants.get(name, 0 * values)).abs() <= TOLERANCE * values.abs()
                 if not bool(is_same.all()):
-                    kept[name] = values * is_same
+                    constants[name] = values * is_same
                     lacking = list(dict.fromkeys([*lacking, name]))
     # Each layer is cut separately, so each needs tensors of its own.
     untie(reference, find_ties(reference))
-    absorb(reference, flow, is_kept, kept)
-    told = "contributions of pruned channels were dropped because they can't be kept as constants"
-    return [f"{told}: {', '.join(lacking)}"] if lacking else []
+    absorb(reference, flow, is_kept, constants)
+    text = "contributions of pruned channels were dropped because they can't be kept as constants"
+    if lacking:
+        return [f"{text}: {', '.join(lacking)}"]
+    return []
 
 
 def _cut(
@@ -146,14 +156,14 @@ def _cut(
     put_sizes(dense, flow.sizes_kept(is_kept))
     for name, dim in flow.own_widths.items():
         # Rewrite a forward that reshapes a layer's output to the width of its input, if the layer was cut.
-        before, after = ([each.shape for each in net.get_submodule(name).parameters()] for net in (original, dense))
+        before, after = ([tensor.shape for tensor in net.get_submodule(name).parameters()] for net in (original, dense))
         if before != after:
             take_own_width(dense.get_submodule(name), dim)
     tie_again(dense, ties)
     tell_config(dense, original, analysis.call)
     forget_evaluated(dense)
     # Uncut layers still share the original's memory.
-    shapes = {name: each.shape for name, each in original.named_parameters(remove_duplicate=False)}
+    shapes = {name: tensor.shape for name, tensor in original.named_parameters(remove_duplicate=False)}
     for name, parameter in dense.named_parameters():
         if parameter.shape == shapes.get(name):
             parameter.data = parameter.data.clone()
@@ -162,25 +172,29 @@ def _cut(
 
 def _compare(analysis: Analysis, reference: torch.nn.Module, dense: torch.nn.Module, is_kept: np.ndarray) -> str:
     """Raise a SpeedupError unless the dense and the masked model agree; return a description of the compared inputs."""
-    kept = kept_outputs(analysis.flow, is_kept)
+    kept_indices = kept_outputs(analysis.flow, is_kept)
 
     def why_unequal() -> str:
-        flow, held, why = analysis.flow, analysis.unprunable, dict[str, Reasons]()
+        flow, unprunable, why = analysis.flow, analysis.unprunable, dict[str, Reasons]()
         for name, layer in flow.layers.items():
-            if name in kept:
+            if name in kept_indices:
                 removed = np.ones(layer.channels, dtype=np.bool_)
-                removed[kept[name][feature_dimension(flow.fetch_attr(name))].cpu().numpy()] = False
+                removed[kept_indices[name][feature_dimension(flow.fetch_attr(name))].cpu().numpy()] = False
                 removed_ids = flow.group_ids_of(name)[removed].tolist()
-                if found := dict.fromkeys(held[group_id] for group_id in removed_ids if group_id in held):
-                    why[name] = tuple(found)
+                if causes := dict.fromkeys(unprunable[group_id] for group_id in removed_ids if group_id in unprunable):
+                    why[name] = tuple(causes)
         return reasons.unequal(why)
 
     with left_alone(dense):
         is_by_samples = bool(analysis.by_samples)
-        checked = check_equal(reference, dense, analysis.call, kept, advise=why_unequal, one_by_one=is_by_samples)
-        for other in analysis.others:
-            told = check_equal(reference, dense, other.call, kept, advise=why_unequal, one_by_one=is_by_samples)
-            checked += f"; {told}"
+        checked = check_equal(
+            reference, dense, analysis.call, kept_indices, advise=why_unequal, one_by_one=is_by_samples
+        )
+        for variant in analysis.variants:
+            description = check_equal(
+                reference, dense, variant.call, kept_indices, advise=why_unequal, one_by_one=is_by_samples
+            )
+            checked += f"; {description}"
         if analysis.depends_on_size and analysis.second is None:
             checked += "; the model runs on no other size that was tried, so only this size was checked"
     return checked
@@ -189,13 +203,13 @@ def _compare(analysis: Analysis, reference: torch.nn.Module, dense: torch.nn.Mod
 def _unread(flow: ChannelFlow, original: torch.nn.Module, dense: torch.nn.Module, report: DenseReport) -> list[str]:
     """Name the tensors that no run has read and that still have the old width of a pruned layer."""
     lost = {row.before for row in report.rows if row.after < row.before}
-    before, after, found = named_tensors(original), named_tensors(dense), list[str]()
+    before, after, unread = named_tensors(original), named_tensors(dense), list[str]()
     for name in unused_tensors(original, flow.traced.graph):
         is_whole = name in after and after[name].shape == before[name].shape
         owner: Any = type(original.get_submodule(name.rpartition(".")[0]))
         if is_whole and not lost.isdisjoint(before[name].shape) and not owner.__module__.startswith("torch.nn."):
-            found.append(name)
-    return found
+            unread.append(name)
+    return unread
 
 
 def _warn(report: DenseReport, resolved: Resolved) -> None:
@@ -207,7 +221,7 @@ def _warn(report: DenseReport, resolved: Resolved) -> None:
             "dense.report.stale)",
             listed(f"{name} {number}" for name, number in report.stale.items()),
         )
-    others = {row.name: f"{row.kept} of {row.before} ({row.reason})" for row in report.kept}
+    kept_texts = {row.name: f"{row.kept} of {row.before} ({row.reason})" for row in report.kept}
     # Don't warn of channels that are kept only for rounding.
     silent = resolved.reasons.keys() - resolved.kept.keys()
-    warn_of_kept({name: resolved.kept.get(name, text) for name, text in others.items() if name not in silent})
+    warn_of_kept({name: resolved.kept.get(name, text) for name, text in kept_texts.items() if name not in silent})

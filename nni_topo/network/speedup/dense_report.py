@@ -95,16 +95,21 @@ class DenseReport(ModelReport):
         width = max([5, *(len(row.name) for row in self.rows)])
         lines = [f"{'layer':{width}}  channels  asked  after  kept although masked"]
         for row in self.rows:
-            why = f"  {row.kept}: {row.reason}" if row.kept else ""
+            why = ""
+            if row.kept:
+                why = f"  {row.kept}: {row.reason}"
             lines.append(f"{row.name:{width}}  {row.before:8}  {row.asked:5}  {row.after:5}{why}")
         if self.stale:
             lines.append(
                 "attributes not updated: " + ", ".join(f"{name} {number}" for name, number in self.stale.items())
             )
-        lines += [f"equal to the masked network on {self.checked}"] if self.checked else []
-        lines += [self.answers] if self.answers else []
+        if self.checked:
+            lines.append(f"equal to the masked network on {self.checked}")
+        if self.answers:
+            lines.append(self.answers)
         lines += self.notes
-        lines += [told_of_changes(self.changed_since)] if self.changed_since else []
+        if self.changed_since:
+            lines.append(told_of_changes(self.changed_since))
         return "\n".join(lines)
 
 
@@ -124,21 +129,21 @@ def dense_report(
         channels = output_channels(module)
         if channels is not None:
             before, after = channels, output_channels(small) or 0
-            kept = kept_channels(module, targets)
+            is_kept = kept_channels(module, targets)
         elif isinstance(module, PER_CHANNEL) and isinstance(module.weight, torch.Tensor):
-            before, after = (each.get_parameter("weight").numel() for each in (module, small))
-            kept = targets["weight"].ne(0) if "weight" in targets else None
+            before, after = (layer.get_parameter("weight").numel() for layer in (module, small))
+            is_kept = targets["weight"].ne(0) if "weight" in targets else None
         else:
             # The package doesn't know this layer: NNI masks rows of its first parameter.
             target, mask = next(iter(targets.items()))
-            before, after = (len(torch.atleast_1d(each.get_parameter(target))) for each in (module, small))
-            kept = mask.reshape(before, -1).any(1)
-        asked = before if kept is None else int(kept.sum())
-        found: Reasons = ()
-        if after > asked:
-            own = reasons.norm_follows() if follows_channels(module) else why_not_followed(model, name)
-            found = why.get(name, ()) or (own,)
-        rows.append(LayerChannels(name, before, asked, after, reasons.told(found)))
+            before, after = (len(torch.atleast_1d(layer.get_parameter(target))) for layer in (module, small))
+            is_kept = mask.reshape(before, -1).any(1)
+        n_asked = before if is_kept is None else int(is_kept.sum())
+        why_kept: Reasons = ()
+        if after > n_asked:
+            reason = reasons.norm_follows() if follows_channels(module) else why_not_followed(model, name)
+            why_kept = why.get(name, ()) or (reason,)
+        rows.append(LayerChannels(name, before, n_asked, after, reasons.join_texts(why_kept)))
     return DenseReport(tuple(rows), stale=stale)
 
 

@@ -54,7 +54,7 @@ _BY_LAYER = Rule(
     "a mapping of layers' names to tuples",
     lambda value: (
         isinstance(value, Mapping)
-        and all(isinstance(name, str) and isinstance(found, tuple) for name, found in value.items())
+        and all(isinstance(name, str) and isinstance(layer_numbers, tuple) for name, layer_numbers in value.items())
     ),
 )
 
@@ -107,18 +107,20 @@ class DependencyGroups(list[dict[str, Any]]):
     def take_facts(self, analysis: Analysis) -> None:
         """Store the facts about a model, for :func:`nni_topo.to_dense`."""
         self._facts = analysis.facts
-        self._sizes = {name: each.shape for name, each in analysis.model.named_parameters(remove_duplicate=False)}
+        self._sizes = {
+            name: parameter.shape for name, parameter in analysis.model.named_parameters(remove_duplicate=False)
+        }
 
     def facts_for(self, model: torch.nn.Module) -> Facts | None:
         """Return the facts found about a model when the groups were made; None for a copy of the groups."""
         if self._facts is None or self._facts.trace is None:
             return None
-        sizes = {name: each.shape for name, each in model.named_parameters(remove_duplicate=False)}
+        sizes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
         if sizes != self._sizes:
-            other = [name for name in {**self._sizes, **sizes} if sizes.get(name) != self._sizes.get(name)]
+            changed = [name for name in {**self._sizes, **sizes} if sizes.get(name) != self._sizes.get(name)]
             raise ConfigError(
                 "groups must come from dependency_groups on this model, got groups of a model with other "
-                f"parameters: {listed(other)} (groups)"
+                f"parameters: {listed(changed)} (groups)"
             )
         return self._facts
 
@@ -132,10 +134,10 @@ class DependencyGroups(list[dict[str, Any]]):
 
     def layers(self) -> list[list[str]]:
         """Return the layers of the entries, one list for each group."""
-        found: dict[Any, list[str]] = {}
+        by_group: dict[Any, list[str]] = {}
         for index, entry in enumerate(self):
-            found.setdefault(entry.get("dependency_group_id", index), []).extend(entry["op_names"])
-        return list(found.values())
+            by_group.setdefault(entry.get("dependency_group_id", index), []).extend(entry["op_names"])
+        return list(by_group.values())
 
     def without(self, layers: Iterable[str]) -> DependencyGroups:
         """Return the groups without the entries of some layers and of layers in the same groups."""
@@ -227,9 +229,9 @@ def dependency_groups(
     """
     check_unwrapped(model)
     analysis = Analysis.on(model, example_inputs)
-    found = groups_of(analysis, config_list, strict=strict)
-    found.take_facts(analysis)
-    return found
+    groups = groups_of(analysis, config_list, strict=strict)
+    groups.take_facts(analysis)
+    return groups
 
 
 def groups_of(
@@ -239,22 +241,23 @@ def groups_of(
     check_names(analysis.model, config_list)
     analysis = analysis.of(with_known_layers(analysis.model))
     model = analysis.model
-    given = _select(model, config_list)
+    config_selection = _select(model, config_list)
     try:
         flow = analysis.flow
     except SpeedupError as error:
-        if strict or given.layers & given.named:
+        if strict or config_selection.layers & config_selection.named:
             raise
-        selected = [name for name, _ in model.named_modules() if name in given.layers]
+        selected = [name for name, _ in model.named_modules() if name in config_selection.layers]
         untraced = {name: (reasons.untraced_model(of=str(error)),) for name in selected}
         _logger.warning("all layers keep all channels and are left out: %s", error)
         return DependencyGroups([], reasons.as_text(untraced), reasons=untraced)
     # If heads are selected, replace attention modules by their layers.
     selected_entries = list[tuple[frozenset[str], dict[str, Any]]]()
-    for names, settings in given.entries:
-        asks_for_heads = bool(given.by_head & names)
-        selected_entries.append((_parts(names, flow) if asks_for_heads else names, settings))
-    selection = _Selection(tuple(selected_entries), given.named, _parts(given.by_head, flow))
+    for names, settings in config_selection.entries:
+        if config_selection.by_head & names:
+            names = _parts(names, flow)
+        selected_entries.append((names, settings))
+    selection = _Selection(tuple(selected_entries), config_selection.named, _parts(config_selection.by_head, flow))
     # In the order of first calls, followed by the modules that are never called.
     order = list(dict.fromkeys([*flow.layers, *(name for name, _ in model.named_modules(remove_duplicate=False))]))
     # Layers that share any channel, in network order; a layer without shared channels is a group of its own.
@@ -298,8 +301,8 @@ def groups_of(
             in_part[name] = flow.why_pinned(name)
     for name, why in left_out.items() if strict else ():
         if why != (reasons.model_output(),):
-            told = reasons.told(why)
-            raise ConfigError(f"every selected layer must be able to lose channels, got {name}: {told}")
+            text = reasons.join_texts(why)
+            raise ConfigError(f"every selected layer must be able to lose channels, got {name}: {text}")
     group_settings = _settings(flow, projections, by_row | projections.keys(), norms)
     followers = _followers(flow)
     entries = []
@@ -317,8 +320,8 @@ def groups_of(
     for name, why in in_part.items():
         class_ids = flow.class_ids_of(name)
         skipped[name] = reasons.in_part(int((class_ids == FIXED).sum()), len(class_ids), why)
-    held = held_by_unselected(flow, DependencyGroups(entries).layers())
-    alone = {name: (reasons.unselected(others),) for name, others in held.items()}
+    unselected_partners = held_by_unselected(flow, DependencyGroups(entries).layers())
+    alone = {name: (reasons.unselected(partners),) for name, partners in unselected_partners.items()}
     skipped |= reasons.as_text(alone)
     by_why = by_reason({name: why for name, why in skipped.items() if why != OUTPUT})
     if warns and by_why:
@@ -331,14 +334,14 @@ def groups_of(
         _logger.warning("the layer that gives the model's output should be excluded, got %s", ", ".join(heads))
     # For a named layer, a pruner that can't prune it raises instead.
     listed_layers = [name for name in skipped if name in left_out or name not in selection.named]
-    found = left_out | in_part | alone
+    all_reasons = left_out | in_part | alone
     return DependencyGroups(
         entries,
         skipped={name: skipped[name] for name in listed_layers},
         named=selection.named & selection.layers,
         ties=ties,
         shares=shares(flow, asked_of(flow, entries, ties)),
-        reasons={name: found[name] for name in listed_layers},
+        reasons={name: all_reasons[name] for name in listed_layers},
     )
 
 
@@ -387,14 +390,15 @@ def _select(model: torch.nn.Module, config_list: list[dict[str, Any]]) -> _Selec
             # A pattern for attention modules also matches modules within them, such as dropout.
             modules = {name: module for name, module in modules.items() if next(module.parameters(), None) is not None}
         if not modules:
-            told = f"every entry of a config_list must select a layer, got none for {config}"
+            rule = f"every entry of a config_list must select a layer, got none for {config}"
             kinds = {type(module).__name__ for module in model.modules() if not list(module.children())}
             unknown = [kind for kind in config.get("op_types") or () if kind not in kinds]
             hints = [f"; of op_types {kind!r}: {hint_of(kind, kinds)}" for kind in unknown]
-            raise ConfigError(f"{told}{''.join(hints)} (config_list[{index}])")
+            raise ConfigError(f"{rule}{''.join(hints)} (config_list[{index}])")
         derived_types(torch.nn.ModuleList(modules.values()), PruningSetting.registry)  # named layers, too
         entries.append((frozenset(modules), settings))
-        by_head.update(modules if asks_for_heads else ())
+        if asks_for_heads:
+            by_head.update(modules)
     return _Selection(tuple(entries), frozenset(named), frozenset(by_head))
 
 
@@ -406,19 +410,19 @@ def _projections_by_column(
     An output projection loses rows instead if all layers of its group can, and none of these was selected by head.
     """
     prunable = selection.layers - unpruned.keys()
-    found = dict[str, Attention]()
+    projections = dict[str, Attention]()
     for name, attention in flow.output_projections().items():
         is_asked = name in selection.by_head or name in selection.by_type
         if is_asked and attention.channels.keys() <= prunable:
-            found[name] = attention
+            projections[name] = attention
     # After a norm the values of a pruned head aren't zero: only a mask on the columns removes them.
-    by_head = selection.by_head | {name for name, attention in found.items() if attention.shifted}
+    by_head = selection.by_head | {name for name, attention in projections.items() if attention.shifted}
     by_row = set[str]()
     for names in groups:
         inside = {name for name in names if not flow.layers[name].depthwise}
         if inside <= prunable - by_head and not any(FIXED in flow.group_ids_of(name) for name in inside):
             by_row |= inside
-    return {name: attention for name, attention in found.items() if name not in by_row}
+    return {name: attention for name, attention in projections.items() if name not in by_row}
 
 
 def _parts(names: frozenset[str], flow: ChannelFlow) -> frozenset[str]:
@@ -432,7 +436,7 @@ def _parts(names: frozenset[str], flow: ChannelFlow) -> frozenset[str]:
 
 def unprunable_layers(analysis: Analysis, names: Sequence[str]) -> dict[str, Reasons]:
     """Return the layers that must keep all channels, and why."""
-    flow, held = analysis.flow, analysis.unprunable
+    flow, unprunable = analysis.flow, analysis.unprunable
     skipped = dict[str, Reasons]()
     for name in names:
         if name not in flow.layers:
@@ -441,9 +445,9 @@ def unprunable_layers(analysis: Analysis, names: Sequence[str]) -> dict[str, Rea
                 if why := _why_norm_stays(analysis, name):
                     skipped[name] = why
             elif has_channels(module) or (module._parameters and not follows_channels(module)):
-                others = [other for other in flow.layers if analysis.model.get_submodule(other) is module]
-                if others:
-                    skipped[name] = (reasons.another_name(others[0]),)
+                aliases = [layer for layer in flow.layers if analysis.model.get_submodule(layer) is module]
+                if aliases:
+                    skipped[name] = (reasons.another_name(aliases[0]),)
                 elif name in flow.channel_wise:
                     skipped[name] = (reasons.convolves_channels(),)
                 elif name and not _is_used(flow, analysis.model, name) and name not in analysis.sizes:
@@ -452,14 +456,14 @@ def unprunable_layers(analysis: Analysis, names: Sequence[str]) -> dict[str, Rea
                     skipped[name] = (why_not_followed(analysis.model, name),)
             continue
         group_ids = flow.group_ids_of(name)
-        found = dict.fromkeys(held[group_id] for group_id in group_ids.tolist() if group_id in held)
+        causes = dict.fromkeys(unprunable[group_id] for group_id in group_ids.tolist() if group_id in unprunable)
         is_pinned = bool((group_ids == FIXED).all())
-        if found or (is_pinned and not flow.is_output(name)):
-            skipped[name] = tuple(found) or flow.why_pinned(name)
+        if causes or (is_pinned and not flow.is_output(name)):
+            skipped[name] = tuple(causes) or flow.why_pinned(name)
         elif not is_pinned and len(set(group_ids.tolist())) == 1 < len(group_ids):
             attention = flow.heads.get(name)
-            own = reasons.coupled_with_itself() if attention is None else reasons.only_head(attention.name)
-            skipped[name] = (own,)
+            reason = reasons.coupled_with_itself() if attention is None else reasons.only_head(attention.name)
+            skipped[name] = (reason,)
         elif not is_pinned and len(set(flow.class_ids_of(name).tolist())) == 1 < len(group_ids):
             skipped[name] = (reasons.blocks_equal(flow.block_places(name)),)
         elif is_pinned or flow.reaches_output(name):
@@ -481,16 +485,22 @@ def _why_norm_stays(analysis: Analysis, name: str) -> Reasons:
     group_ids = flow.entering_group_ids(name)
     if not scales_channels(module):
         return (reasons.no_scale(),)
-    if others := [other for other in flow.readers if other != name and analysis.model.get_submodule(other) is module]:
-        return (reasons.another_name(others[0]),)
+    if aliases := [
+        reader for reader in flow.readers if reader != name and analysis.model.get_submodule(reader) is module
+    ]:
+        return (reasons.another_name(aliases[0]),)
     if not len(group_ids):
-        return (reasons.not_followed() if _is_used(flow, analysis.model, name) else reasons.not_run(),)
-    held = analysis.unprunable
-    if found := dict.fromkeys(held[group_id] for group_id in group_ids.tolist() if group_id in held):
-        return tuple(found)
+        if _is_used(flow, analysis.model, name):
+            return (reasons.not_followed(),)
+        return (reasons.not_run(),)
+    unprunable = analysis.unprunable
+    if causes := dict.fromkeys(unprunable[group_id] for group_id in group_ids.tolist() if group_id in unprunable):
+        return tuple(causes)
     if bool((group_ids == FIXED).all()):
         return flow.why_pinned(name) or (reasons.no_layer_before(),)
-    return (reasons.model_output(),) if flow.reaches_output(name) else ()
+    if flow.reaches_output(name):
+        return (reasons.model_output(),)
+    return ()
 
 
 def _norms_left_out(
@@ -506,7 +516,7 @@ def _norms_left_out(
         entering = set(flow.entering_group_ids(name).tolist())
         if name in selection.named:
             if entering == {FIXED}:
-                why = reasons.told(flow.why_pinned(name) or (reasons.no_layer_before(),))
+                why = reasons.join_texts(flow.why_pinned(name) or (reasons.no_layer_before(),))
                 raise ConfigError(f"a selected norm must follow a layer that can lose channels, got {name}: {why}")
         elif entering <= of_layers:
             left_out[name] = (reasons.norm_follows(),)
@@ -517,8 +527,8 @@ def _norms_left_out(
         for name in remaining:
             group_ids = np.setdiff1d(flow.entering_group_ids(name), FIXED)
             # as if the masks of all remaining norms removed all channels
-            removed = {other: np.zeros(len(flow.entering_channel_ids(other)), dtype=np.bool_) for other in remaining}
-            if name not in selection.named and flow.kept(removed)[group_ids].all():
+            removed = {norm: np.zeros(len(flow.entering_channel_ids(norm)), dtype=np.bool_) for norm in remaining}
+            if name not in selection.named and flow.kept_groups(removed)[group_ids].all():
                 left_out[name] = why_read_beside(flow, remaining, group_ids)
     return left_out
 
@@ -527,8 +537,10 @@ def _is_used(flow: ChannelFlow, model: torch.nn.Module, name: str) -> bool:
     """Tell whether the forward calls a layer, calls an untraced module around it, or reads its weights."""
     layer = model.get_submodule(name)
     targets = {str(node.target) for node in flow.graph.nodes if node.op in ("call_module", "get_attr")}
-    for own, module in model.named_modules(remove_duplicate=False):  # one module may have several names
-        if module is layer and any(f"{own}.".startswith(f"{each}.") or each.startswith(f"{own}.") for each in targets):
+    for alias, module in model.named_modules(remove_duplicate=False):  # one module may have several names
+        if module is layer and any(
+            f"{alias}.".startswith(f"{target}.") or target.startswith(f"{alias}.") for target in targets
+        ):
             return True
     return False
 
@@ -545,16 +557,18 @@ def held_by_unselected(flow: ChannelFlow, groups: Iterable[Collection[str]]) -> 
         if name not in selected and not layer.depthwise:  # a depth-wise convolution follows the layer before it
             for class_id in set(flow.class_ids_of(name).tolist()) - {FIXED}:
                 owners.setdefault(class_id, []).append(name)
-    held = dict[str, tuple[str, ...]]()
+    blockers = dict[str, tuple[str, ...]]()
     for group in groups:
         partners = dict[str, dict[str, None]]()
         for name in group:
-            class_ids = set(flow.class_ids_of(name).tolist()) - {FIXED} if name in flow.layers else set[int]()
+            class_ids = set[int]()
+            if name in flow.layers:
+                class_ids = set(flow.class_ids_of(name).tolist()) - {FIXED}
             if class_ids and class_ids <= owners.keys():
-                partners[name] = {other: None for class_id in sorted(class_ids) for other in owners[class_id]}
+                partners[name] = {owner: None for class_id in sorted(class_ids) for owner in owners[class_id]}
         if partners.keys() == set(group):
-            held |= {name: tuple(others) for name, others in partners.items()}
-    return held
+            blockers |= {name: tuple(unselected) for name, unselected in partners.items()}
+    return blockers
 
 
 def joining_embeddings(flow: ChannelFlow) -> list[str]:
@@ -566,7 +580,7 @@ def joining_embeddings(flow: ChannelFlow) -> list[str]:
     of_attention = set[int]()
     for name in (*flow.heads, *flow.shared):
         of_attention.update(flow.group_ids_of(name).tolist(), flow.entering_group_ids(name).tolist())
-    found = list[str]()
+    joining = list[str]()
     for names in coupled_names({name: set(flow.group_ids_of(name).tolist()) - {FIXED} for name in flow.layers}):
         embeddings = {name for name in names if isinstance(flow.fetch_attr(name), torch.nn.Embedding)}
         group_ids = {group_id for name in embeddings for group_id in flow.group_ids_of(name).tolist()} - {FIXED}
@@ -578,8 +592,8 @@ def joining_embeddings(flow: ChannelFlow) -> list[str]:
                 computed.add(node)
         called = {str(node.target): node for node in reversed(flow.traced.graph.nodes)}  # at their first call
         if any(name in called and called[name] not in computed for name in names):
-            found += [name for name in names if name in embeddings]
-    return found
+            joining += [name for name in names if name in embeddings]
+    return joining
 
 
 def _settings(
@@ -591,15 +605,15 @@ def _settings(
     # layers and norms, whose scores have other shapes.
     stated: dict[tuple[int | str, ...], list[str]] = {}
     for name in flow.layers:
-        own = next(iter(projections[name].channels)) if name in projections else name
-        group_ids = tuple(flow.group_ids(flow.unit_channel_ids(own)).tolist())
+        source = next(iter(projections[name].channels)) if name in projections else name
+        group_ids = tuple(flow.group_ids(flow.unit_channel_ids(source)).tolist())
         if set(group_ids) != {FIXED}:
             stated.setdefault(group_ids, []).append(name)
     for name in norms:
         group_ids = tuple(flow.entering_group_ids(name).tolist())
         stated.setdefault(("norms", *group_ids), []).append(name)
     # These need a group even alone: recurrent layers, for their two weights, and layers with blocks.
-    alone = {name for name, each in flow.heads.items() if each.recurrent}
+    alone = {name for name, attention in flow.heads.items() if attention.recurrent}
     alone |= {name for name, count in blocks.items() if count > 1}
     settings: dict[str, dict[str, Any]] = {}
     rank = 0
@@ -645,10 +659,10 @@ def _followers(flow: ChannelFlow) -> set[str]:
 
 def by_reason(skipped: Mapping[str, str]) -> dict[str, list[str]]:
     """Group layers by the reason why they keep channels."""
-    found: dict[str, list[str]] = {}
+    by_why: dict[str, list[str]] = {}
     for name, why in skipped.items():
-        found.setdefault(why, []).append(name or "the model itself")
-    return found
+        by_why.setdefault(why, []).append(name or "the model itself")
+    return by_why
 
 
 def why_not_followed(model: torch.nn.Module, name: str) -> Reason:

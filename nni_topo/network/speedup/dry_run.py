@@ -73,23 +73,23 @@ def find_unprunable(analysis: Analysis) -> dict[int, Reason]:
     flow = analysis.flow
     for seed in range(_DRAWS):
         try:
-            held = _found_with(analysis, seed)
+            unprunable = _find_with_seed(analysis, seed)
         except Exception as error:  # a network may raise anything on random weights and inputs
             if out_of_memory(error):
                 raise
             # Others may work: an expert, for example, isn't called if the router gives it no token.
             reason = reasons.dry_run_failed(of=raised(error))
             continue
-        if held is not None:
-            return held
+        if unprunable is not None:
+            return unprunable
         reason = reasons.never_settled()  # the last rounds still found channels, so more may be left
         break
     return dict.fromkeys(np.concatenate([flow.group_ids_of(name) for name in flow.layers]).tolist(), reason)
 
 
-def _found_with(analysis: Analysis, seed: int) -> dict[int, Reason] | None:
+def _find_with_seed(analysis: Analysis, seed: int) -> dict[int, Reason] | None:
     """Return the unprunable channels that dry runs find on random weights and inputs; None if the last find some."""
-    flow, held = analysis.flow, dict[int, Reason]()
+    flow, unprunable = analysis.flow, dict[int, Reason]()
     drawing = np.random.default_rng(0)
     with random_state_kept(), torch.no_grad():
         seed_torch(seed)
@@ -100,41 +100,44 @@ def _found_with(analysis: Analysis, seed: int) -> dict[int, Reason] | None:
         halves = shares(flow, {name: layer.channels - layer.channels // 2 for name, layer in flow.layers.items()})
         few, by_shape, clean = first_samples((args, {})), dict[str, Call](), set[bool]()
         for call in (*(_cropped(few, side) for side in _SIDES), few, (args, {})):
-            by_shape.setdefault(str([each.shape for each in tensors_of(call)]), call)
+            by_shape.setdefault(str([tensor.shape for tensor in tensors_of(call)]), call)
         calls = list(by_shape.values())
-        for other in analysis.others:
-            is_size = batch_size(other.call) == batch_size(analysis.call)
+        for variant in analysis.variants:
+            is_size = batch_size(variant.call) == batch_size(analysis.call)
             reason = reasons.depends_on_size() if is_size else reasons.depends_on_samples()
-            held.update(dict.fromkeys(_differing(flow, other.flow).tolist(), reason))
-        for (line, _), other in analysis.by_values.items():
-            held.update(dict.fromkeys(_differing(flow, other.flow).tolist(), reasons.depends_on_values(line)))
-        _hold_checked(flow, held)
+            unprunable.update(dict.fromkeys(_differing(flow, variant.flow).tolist(), reason))
+        for (line, _), variant in analysis.by_values.items():
+            unprunable.update(dict.fromkeys(_differing(flow, variant.flow).tolist(), reasons.depends_on_values(line)))
+        _hold_checked(flow, unprunable)
         for turn in range(_ROUNDS):
             # Alternate: prune part of every block, as pruners do; prune some whole blocks, as masks may.
             in_parts = bool(flow.blocks) and turn % 2 == 0
-            is_kept = _draw(flow, held, drawing, halves if in_parts else {}, in_parts=in_parts)
-            found = _found_on(calls, _DryRun(flow, is_kept, full))
-            held.update(found)
-            clean = set() if found else clean | {in_parts}
+            is_kept = _draw(flow, unprunable, drawing, halves if in_parts else {}, in_parts=in_parts)
+            new_reasons = _find_on(calls, _DryRun(flow, is_kept, full))
+            unprunable.update(new_reasons)
+            if new_reasons:
+                clean.clear()
+            else:
+                clean.add(in_parts)
             if clean == {bool(flow.blocks), False}:
-                return held
+                return unprunable
     return None
 
 
-def _hold_checked(flow: ChannelFlow, held: dict[int, Reason]) -> None:
+def _hold_checked(flow: ChannelFlow, unprunable: dict[int, Reason]) -> None:
     """Add the channels whose number decides what a forward's comparisons and remainders give; no network runs.
 
-    ``held``: the reason, by group id. A single dry run may miss them: half of all numbers are even.
+    ``unprunable``: the reason, by group id. A single dry run may miss them: half of all numbers are even.
     """
     checks = {node: _numbers_before(node) for node in flow.traced.graph.nodes if node.target in CHECKS}
     for node, numbers in list(checks.items()):
         # The ids of a layer's weight don't show its width: the dry run reads it from the smaller layer.
         is_of_weight = any(parent.op == "get_attr" for number in numbers for parent in number.all_input_nodes)
-        if is_of_weight or UNSHOWN not in node.meta or not _counted(flow, [*numbers, node]):
+        if is_of_weight or UNSHOWN not in node.meta or not _counted_channels(flow, [*numbers, node]):
             del checks[node]
     drawing = np.random.default_rng(1)
     for kept_share in _SHARES if checks else ():
-        is_kept = _draw(flow, held, drawing, {}, in_parts=False, kept_share=kept_share)
+        is_kept = _draw(flow, unprunable, drawing, {}, in_parts=False, kept_share=kept_share)
         sizes = flow.sizes_kept(is_kept)
         for check, numbers in checks.items():
             full, small = dict[Node, Any](), dict[Node, Any]()
@@ -148,59 +151,63 @@ def _hold_checked(flow: ChannelFlow, held: dict[int, Reason]) -> None:
                     full[node] = function(*map_arg(node.args, full.__getitem__))
                     small[node] = function(*resized(map_arg(node.args, small.__getitem__), sizes))
             if full[check] != small[check]:
-                pruned = [group_id for group_id in _counted(flow, [*numbers, check]) if not is_kept[group_id]]
-                held.update(dict.fromkeys(pruned, reasons.number_made(check)))
+                pruned = [group_id for group_id in _counted_channels(flow, [*numbers, check]) if not is_kept[group_id]]
+                unprunable.update(dict.fromkeys(pruned, reasons.number_made(check)))
 
 
 def _numbers_before(node: Node) -> list[Node]:
     """List the nodes of the numbers from which a node computes a number, in the order of the graph."""
-    found = dict[Node, None]()
-    for parent in node.all_input_nodes if node.target in CHECKS or node.target in ON_NUMBERS else ():
-        found.update(dict.fromkeys([*_numbers_before(parent), parent]))
-    return list(found)
+    numbers = dict[Node, None]()
+    if node.target not in CHECKS and node.target not in ON_NUMBERS:
+        return []
+    for parent in node.all_input_nodes:
+        numbers.update(dict.fromkeys([*_numbers_before(parent), parent]))
+    return list(numbers)
 
 
-def _counted(flow: ChannelFlow, numbers: Iterable[Node]) -> list[int]:
+def _counted_channels(flow: ChannelFlow, numbers: Iterable[Node]) -> list[int]:
     """List the channels that numbers count, as sizes of tensors or in attributes: group ids."""
-    found = set[int]()
+    group_ids = set[int]()
     for node in numbers:
         channels = counted_by(node, flow.ids)
         if channels is not None:
-            found.update(flow.group_ids(channels).tolist())
+            group_ids.update(flow.group_ids(channels).tolist())
         for size in attribute_sizes_in(node.args):
             for place in size.places:
-                found.update(flow.counted_in(place))
-    return sorted(found - {FIXED})
+                group_ids.update(flow.counted_in(place))
+    return sorted(group_ids - {FIXED})
 
 
-def _differing(flow: ChannelFlow, other: ChannelFlow) -> np.ndarray:
+def _differing(flow: ChannelFlow, other_flow: ChannelFlow) -> np.ndarray:
     """Return the channels whose coupling differs at a second size: group ids of ``flow``, int, (groups,).
 
-    ``flow``, ``other``: the channel flow at both sizes. The coupling of a channel is the same if the same channels must
-    be removed with it and the same layers read it.
+    ``flow``, ``other_flow``: the channel flow at both sizes. The coupling of a channel is the same if the same channels
+    must be removed with it and the same layers read it.
     """
-    pairs = [(flow.group_ids_of(name), other.group_ids_of(name)) for name in flow.layers if name in other.layers]
+    pairs = [
+        (flow.group_ids_of(name), other_flow.group_ids_of(name)) for name in flow.layers if name in other_flow.layers
+    ]
     for name, parameter in flow.free_parameters.items():
-        same = other.free_parameters.get(name)
+        same = other_flow.free_parameters.get(name)
         if same is not None and same.channels == parameter.channels:
-            pairs.append((flow.group_ids(parameter.ids), other.group_ids(same.ids)))
-    read_elsewhere = [np.zeros(0, dtype=np.int64)]  # group ids of ``other``
-    for name in other.readers:
-        entering = flow.entering_group_ids(name), other.entering_group_ids(name)
+            pairs.append((flow.group_ids(parameter.ids), other_flow.group_ids(same.ids)))
+    read_elsewhere = [np.zeros(0, dtype=np.int64)]  # group ids of ``other_flow``
+    for name in other_flow.readers:
+        entering = flow.entering_group_ids(name), other_flow.entering_group_ids(name)
         if len(entering[0]) == len(entering[1]):
             pairs.append(entering)
         else:  # usually a layer that doesn't run at the first size
             read_elsewhere.append(entering[1])
-    met = np.unique(np.concatenate([np.stack(pair, 1) for pair in pairs]), axis=0)
-    ones, others = met.T
-    times_one, times_other = np.bincount(ones), np.bincount(others)
-    differs = (times_one[ones] > 1) | (times_other[others] > 1) | (others == FIXED)
-    differs |= np.isin(others, other.at_output) & ~np.isin(ones, flow.at_output)
-    differs |= np.isin(others, np.concatenate(read_elsewhere))
-    return np.setdiff1d(ones[differs], FIXED)
+    distinct_pairs = np.unique(np.concatenate([np.stack(pair, 1) for pair in pairs]), axis=0)
+    first_ids, second_ids = distinct_pairs.T
+    times_one, times_other = np.bincount(first_ids), np.bincount(second_ids)
+    differs = (times_one[first_ids] > 1) | (times_other[second_ids] > 1) | (second_ids == FIXED)
+    differs |= np.isin(second_ids, other_flow.at_output) & ~np.isin(first_ids, flow.at_output)
+    differs |= np.isin(second_ids, np.concatenate(read_elsewhere))
+    return np.setdiff1d(first_ids[differs], FIXED)
 
 
-def _found_on(calls: list[Call], dry_run: _DryRun) -> dict[int, Reason]:
+def _find_on(calls: list[Call], dry_run: _DryRun) -> dict[int, Reason]:
     """Return the unprunable channels that a dry run finds, by group id, and why.
 
     ``calls``: inputs of the network, small ones first. Inputs on which it fails or finds an unprunable channel are
@@ -219,12 +226,14 @@ def _found_on(calls: list[Call], dry_run: _DryRun) -> dict[int, Reason]:
 
 def _cropped(call: Call, side: int) -> Call:
     """Crop the first two images to ``side`` pixels; return the call unchanged unless all tensors are images."""
-    if any(each.dim() != 4 for each in tensors_of(call)):
+    if any(tensor.dim() != 4 for tensor in tensors_of(call)):
         return call
 
     def crop(images: Tensor) -> Tensor:
         # Tensors with many channels are assumed to be features, whose size may have to match another input's.
-        return images[:2, :, :side, :side] if images.shape[1] < _MOST_COLOURS else images
+        if images.shape[1] < _MOST_COLOURS:
+            return images[:2, :, :side, :side]
+        return images
 
     small: Call = tree_map_only(Tensor, crop, call)
     return small
@@ -260,10 +269,14 @@ def _randomized(analysis: Analysis) -> tuple[GraphModule, Call]:
 
     def real(old: Tensor) -> Tensor:
         fan = old[0].numel() if old.dim() > 1 else 0
-        return normal.like(old, fan**-0.5) if fan else uniform.like(old, 1.0, 0.5)
+        if fan:
+            return normal.like(old, fan**-0.5)
+        return uniform.like(old, 1.0, 0.5)
 
     def weights(old: Tensor) -> Tensor:
-        return torch.complex(real(old.real), real(old.imag)) if old.is_complex() else real(old)
+        if old.is_complex():
+            return torch.complex(real(old.real), real(old.imag))
+        return real(old)
 
     put_parameters(drawn, weights)
     full = analysis.trace.assembled(to_precision(drawn, torch.float32))
@@ -271,7 +284,9 @@ def _randomized(analysis: Analysis) -> tuple[GraphModule, Call]:
     def single(value: Any) -> Any:
         if value is torch.float64:
             return torch.float32
-        return torch.complex64 if value is torch.complex128 else value
+        if value is torch.complex128:
+            return torch.complex64
+        return value
 
     # Convert dtypes that are arguments in the graph.
     for node in full.graph.nodes:
@@ -283,7 +298,7 @@ def _randomized(analysis: Analysis) -> tuple[GraphModule, Call]:
 
 def _draw(
     flow: ChannelFlow,
-    held: dict[int, Reason],
+    unprunable: dict[int, Reason],
     drawing: np.random.Generator,
     halves: Shares,
     *,
@@ -305,17 +320,17 @@ def _draw(
             share.segments, share.counts, drawing.permutation(len(share.segments))
         )
     # A parameter or buffer that no layer's channels are tied to is never cut.
-    made = np.zeros(flow.size, dtype=np.bool_)
+    is_of_layer = np.zeros(flow.size, dtype=np.bool_)
     for name in flow.layers:
-        made[flow.group_ids_of(name)] = True
-    is_kept |= ~made
-    is_kept[[FIXED, *flow.at_output, *held]] = True
+        is_of_layer[flow.group_ids_of(name)] = True
+    is_kept |= ~is_of_layer
+    is_kept[[FIXED, *flow.at_output, *unprunable]] = True
     for name in flow.layers:
         group_ids = flow.group_ids_of(name)
         is_kept[group_ids[0]] |= not is_kept[group_ids].any()
         # With few heads, all may be kept, which would test nothing. ``in_parts``: blocks already lose equally many.
         if not in_parts and is_kept[group_ids].all():
-            prunable = np.setdiff1d(group_ids, [FIXED, *flow.at_output, *held])
+            prunable = np.setdiff1d(group_ids, [FIXED, *flow.at_output, *unprunable])
             is_kept[prunable[1:2]] = False
     worth = drawing.random(len(is_kept))
     keep_read(flow, is_kept, lambda: worth)
@@ -400,13 +415,15 @@ class _DryRun:
         try:
             actual = self._called(node, self.small, 1)
             # Compare only attention's first output; attention weights are compared where a node reads them.
-            outputs = (tree_flatten(each)[0][: 1 if self._is_attention(node) else None] for each in (expected, actual))
-            for at, (wanted, given) in enumerate(zip(*outputs, strict=True)):
-                if not isinstance(wanted, Tensor) or (at == 1 and _is_place_unread(node)):
+            outputs = [tree_flatten(outcome)[0] for outcome in (expected, actual)]
+            if self._is_attention(node):
+                outputs = [leaves[:1] for leaves in outputs]
+            for at, (expected_tensor, actual_tensor) in enumerate(zip(*outputs, strict=True)):
+                if not isinstance(expected_tensor, Tensor) or (at == 1 and _is_place_unread(node)):
                     continue
-                if wanted.shape != given.shape:
+                if expected_tensor.shape != actual_tensor.shape:
                     reason = reasons.fixed_sizes(node)
-                elif node.name not in self._averaged and difference(wanted, given) > SAME_CHANNELS:
+                elif node.name not in self._averaged and difference(expected_tensor, actual_tensor) > SAME_CHANNELS:
                     reason = reasons.result_depends(node)
                 if reason:
                     break
@@ -436,7 +453,10 @@ class _DryRun:
         for parent in node.all_input_nodes:
             leaves, spec = tree_flatten(self._values[parent][0])
             all_ids = tree_flatten(self.flow.ids[parent.name])[0]
-            for at, (value, ids) in enumerate(zip(leaves, all_ids, strict=True) if len(all_ids) == len(leaves) else ()):
+            pairs = list[tuple[Any, Any]]()
+            if len(all_ids) == len(leaves):
+                pairs = list(zip(leaves, all_ids, strict=True))
+            for at, (value, ids) in enumerate(pairs):
                 if isinstance(value, Tensor):
                     leaves[at] = value.clone()
                     takes_nan = value.layout == torch.strided and (value.is_floating_point() or value.is_complex())
@@ -448,8 +468,9 @@ class _DryRun:
         plain = {parent: tree_map_only(Tensor, Tensor.clone, self._values[parent][0]) for parent in poisoned}
         outputs = list[list[Tensor]]()
         try:
+            module = self._full_module(node.target) if node.op == "call_module" else nn.Module()
             for values in (plain, poisoned):
-                with attributes_put_back(self._full_module(node.target) if node.op == "call_module" else nn.Module()):
+                with attributes_put_back(module):
                     outputs.append(tensors_of(self._cut(node, self._called(node, self.full, 0, values=values))))
         except (RuntimeError, TypeError, ValueError, IndexError) as error:  # rejects NaN: only compared
             if out_of_memory(error):
@@ -466,7 +487,7 @@ class _DryRun:
         self,
         node: Node,
         module: nn.Module,
-        which: int,
+        network: int,
         values: dict[Node, Any] | None = None,
     ) -> Any:
         """Compute a node's output in one of the networks.
@@ -475,21 +496,25 @@ class _DryRun:
         """
         if node.op == "get_attr":
             return attrgetter(str(node.target))(module)
-        entering = values or {parent: self._values[parent][which] for parent in node.all_input_nodes}
-        given: Any = map_arg((node.args, node.kwargs), entering.__getitem__)
-        args, kwargs = resized(given, self._sizes) if which else given
+        entering = values or {parent: self._values[parent][network] for parent in node.all_input_nodes}
+        node_arguments: Any = map_arg((node.args, node.kwargs), entering.__getitem__)
+        args, kwargs = node_arguments
+        if network:
+            args, kwargs = resized(node_arguments, self._sizes)
         with random_state_kept() if RANDOM in node.meta else nullcontext(), DrawnInOrder():
             if RANDOM in node.meta:
                 seed_torch(0)  # both draw the same numbers
             if node.op == "call_module":
-                layer = module.get_submodule(str(node.target)) if which else self._full_module(node.target)
+                layer = module.get_submodule(str(node.target)) if network else self._full_module(node.target)
                 return layer(*args, **kwargs)
             if node.op == "call_method":
                 value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
             else:
                 value = node.target(*args, **kwargs)  # type: ignore[operator]
         # Uninitialized memory differs between the two networks.
-        return value.zero_() if has_property(node, "is_unset") else value
+        if has_property(node, "is_unset"):
+            return value.zero_()
+        return value
 
     def _full_module(self, target: Any) -> nn.Module:
         """Return a module of the large network, the same one in all its calls: it may leave something for the next."""
@@ -500,14 +525,16 @@ class _DryRun:
 
     def _without_removed(self, name: str, layer: nn.Module) -> nn.Module:
         """Return a copy of a module that computes without removed channels; or the module itself if none is removed."""
-        kept = torch.from_numpy(np.asarray(self.is_kept[self.flow.entering_group_ids(name)]))
-        pruned = torch.from_numpy(~self.is_kept[self.flow.group_ids_of(name)]) if name in self.flow.layers else ~kept
-        if kept.all() and not pruned.any():
+        kept_inputs = torch.from_numpy(np.asarray(self.is_kept[self.flow.entering_group_ids(name)]))
+        pruned = ~kept_inputs
+        if name in self.flow.layers:
+            pruned = torch.from_numpy(~self.is_kept[self.flow.group_ids_of(name)])
+        if kept_inputs.all() and not pruned.any():
             return layer
         layer = copy.copy(layer)
         layer._parameters = dict(layer._parameters)
         layer._forward_pre_hooks, layer._forward_pre_hooks_with_kwargs = OrderedDict(), OrderedDict()
-        leave_out_of(layer, kept, self.flow, name)
+        leave_out_of(layer, kept_inputs, self.flow, name)
         if is_recurrent(layer):  # other units read the pruned units
             layer = copy.deepcopy(layer)
             for parameter in layer.parameters():
@@ -517,13 +544,13 @@ class _DryRun:
     def _masked(self, node: Node, value: Any) -> Any:
         """Zero the pruned channels in a node's output, if it is a layer, parameter or attention."""
         if self._is_attention(node):
-            (context, *others), spec = tree_flatten(value)
+            (context, *further), spec = tree_flatten(value)
             pruned = ~self._stays(tree_flatten(self.flow.ids[node.name])[0][0]).to(context.device)
-            return tree_unflatten([context.masked_fill(pruned.expand(context.shape), 0), *others], spec)
+            return tree_unflatten([context.masked_fill(pruned.expand(context.shape), 0), *further], spec)
         if node.op not in ("call_module", "get_attr") or not isinstance(value, Tensor):
             return value
-        known = self.flow.layers if node.op == "call_module" else self.flow.free_parameters
-        if str(node.target) not in known:
+        sources = self.flow.layers if node.op == "call_module" else self.flow.free_parameters
+        if str(node.target) not in sources:
             return value
         return value.masked_fill(~self._stays(self.flow.ids[node.name]).to(value.device).expand(value.shape), 0)
 
@@ -541,23 +568,23 @@ class _DryRun:
         cut = []
         for leaf, ids in zip(leaves, all_ids, strict=True):
             if isinstance(leaf, Tensor) and isinstance(ids, Tensor):
-                for d, kept in enumerate(kept_slices(ids, tuple(leaf.shape), self.flow, self.is_kept)):
-                    if len(kept) < leaf.shape[d]:
-                        leaf = leaf.index_select(d, kept.to(leaf.device))
+                for d, indices in enumerate(kept_slices(ids, tuple(leaf.shape), self.flow, self.is_kept)):
+                    if len(indices) < leaf.shape[d]:
+                        leaf = leaf.index_select(d, indices.to(leaf.device))
             cut.append(leaf)
         return tree_unflatten(cut, spec)
 
     def _is_attention(self, node: Node) -> bool:
-        known = self.flow.attention.get(str(node.target)) if node.op == "call_module" else None
-        return node.target is attend or not (known is None or known.recurrent)
+        attention = self.flow.attention.get(str(node.target)) if node.op == "call_module" else None
+        return node.target is attend or not (attention is None or attention.recurrent)
 
     def _tensors_before(self, node: Node) -> list[Node]:
         """List the nodes whose tensors a node reads, directly or through sizes computed from them."""
-        found, waiting = dict[Node, None](), list(node.all_input_nodes)
+        sources, waiting = dict[Node, None](), list(node.all_input_nodes)
         while waiting:
             parent = waiting.pop()
             if any(isinstance(leaf, Tensor) for leaf in tree_flatten(self.flow.ids.get(parent.name))[0]):
-                found[parent] = None
+                sources[parent] = None
                 continue
             is_plain = False  # the size of a dimension that holds no channels
             if parent.target == "size" and len(parent.args) == 2:
@@ -566,12 +593,12 @@ class _DryRun:
                 is_plain = isinstance(ids, Tensor) and ids.shape[dim] == 1
             if not is_plain:
                 waiting += parent.all_input_nodes
-        return list(found)
+        return list(sources)
 
     def _nonzero(self, node: Node) -> np.ndarray:
         """List the pruned channels of a node's output whose values aren't zero."""
         full = self._values.get(node, (None,))[0]
-        found = [np.zeros(0, dtype=np.int64)]
+        channel_ids = [np.zeros(0, dtype=np.int64)]
         for value, ids in zip(tree_flatten(full)[0], tree_flatten(self.flow.ids[node.name])[0], strict=False):
             if not (isinstance(value, Tensor) and isinstance(ids, Tensor) and value.dim() == ids.dim()):
                 continue
@@ -581,10 +608,12 @@ class _DryRun:
             if bool(pruned.any()) and value.numel():
                 alike = [d for d, size in enumerate(ids.shape) if size == 1]
                 nonzero = value != 0
-                alive = pruned & (nonzero.amax(alike, keepdim=True) if alike else nonzero).cpu()
+                if alike:
+                    nonzero = nonzero.amax(alike, keepdim=True)
+                alive = pruned & nonzero.cpu()
                 if bool(alive.any()):
-                    found.append(np.unique(ids[alive].numpy()))
-        return np.concatenate(found)
+                    channel_ids.append(np.unique(ids[alive].numpy()))
+        return np.concatenate(channel_ids)
 
     def _blame(self, node: Node, entering: dict[Node, np.ndarray], reason: Reason) -> None:
         """Mark the channels that caused a difference: nonzero pruned inputs, else the heads', else all inputs'.
@@ -600,7 +629,7 @@ class _DryRun:
             attention = self.flow.attention[str(holder.target)]
             group_ids = np.unique(np.concatenate([self.flow.group_ids_of(layer) for layer in attention.channels]))
         if node.target in CHECKS:
-            group_ids = np.array(_counted(self.flow, [*_numbers_before(node), node]), dtype=np.int64)
+            group_ids = np.array(_counted_channels(self.flow, [*_numbers_before(node), node]), dtype=np.int64)
         if self.is_kept[group_ids].all():
             ids = [alive] if len(alive) else self._ids_of(entering)
             group_ids = np.unique(self.flow.group_ids(np.concatenate([*ids, np.zeros(0, dtype=np.int64)])))
@@ -614,7 +643,9 @@ class _DryRun:
             while level and not blamed:
                 seen.update(level)
                 blamed = self._pruned([self.flow.group_ids(ids) for ids in self._ids_of(level)])
-                before = (each for parent in level for each in parent.all_input_nodes if each not in seen)
+                before = (
+                    grandparent for parent in level for grandparent in parent.all_input_nodes if grandparent not in seen
+                )
                 level = list(dict.fromkeys(before))
             blamed = blamed or self._removed()
         if len(alive) and reason.kind == "result_depends":
@@ -640,13 +671,15 @@ class _DryRun:
 
     def _removed_at(self, name: str) -> list[int]:
         """List the pruned channels that enter or leave a module; if none do, all pruned channels of the network."""
-        leaving = [self.flow.group_ids_of(name)] if name in self.flow.layers else []
+        leaving = []
+        if name in self.flow.layers:
+            leaving = [self.flow.group_ids_of(name)]
         return self._pruned([*leaving, self.flow.entering_group_ids(name)]) or self._removed()
 
     def _removed(self) -> list[int]:
         return self._pruned([self.flow.group_ids_of(name) for name in self.flow.layers])
 
     def _pruned(self, group_ids: list[np.ndarray]) -> list[int]:
-        found = np.unique(np.concatenate([*group_ids, np.zeros(0, dtype=np.int64)]))
-        pruned: list[int] = found[~self.is_kept[found]].tolist()
+        distinct_ids = np.unique(np.concatenate([*group_ids, np.zeros(0, dtype=np.int64)]))
+        pruned: list[int] = distinct_ids[~self.is_kept[distinct_ids]].tolist()
         return pruned

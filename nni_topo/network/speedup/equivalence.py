@@ -81,7 +81,7 @@ def check_equal(
     reference: torch.nn.Module,
     dense: torch.nn.Module,
     call: Call,
-    kept: KeptIndices,
+    kept_indices: KeptIndices,
     *,
     advise: Callable[[], str] | None = None,
     one_by_one: bool = False,
@@ -93,35 +93,40 @@ def check_equal(
     a description of the compared inputs.
     """
     drawn = random_like(call, torch.Generator().manual_seed(1))
-    pair, has_floats = (reference, dense), any(each.is_floating_point() for each in tensors_of(drawn))
+    pair, has_floats = (reference, dense), any(tensor.is_floating_point() for tensor in tensors_of(drawn))
     variations = _VARIATIONS if has_floats else ()
     # Usually one run on a batch of all inputs is enough, in double precision only if needed.
     batch = _together(drawn, variations) if variations else first_samples(drawn)
-    is_half = any(each.dtype in (torch.float16, torch.bfloat16) for each in reference.parameters())
-    for double in () if one_by_one else (True,) if is_half else (False, True):
+    is_half = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in reference.parameters())
+    precisions: tuple[bool, ...] = (False, True)
+    if one_by_one:
+        precisions = ()
+    elif is_half:
+        precisions = (True,)
+    for double in precisions:
         agreed = None if batch is None else _agreed(pair, batch, 1 + len(variations), double=double)
         if agreed is not None:
-            return _told(drawn, [variation for at, variation in enumerate(variations, 1) if at in agreed])
+            return _describe_inputs(drawn, [variation for at, variation in enumerate(variations, 1) if at in agreed])
     # Otherwise compare each input separately.
     compared, kind = list[_Variation](), "random inputs"
     try:
-        _check_one(pair, drawn, kept, advise)
+        _check_one(pair, drawn, kept_indices, advise)
     except SpeedupError:
         if _runs(reference, drawn):
             raise
         # Numbers such as lengths can't be drawn.
         drawn, kind = call, "the example inputs"
-        _check_one(pair, drawn, kept, advise)
+        _check_one(pair, drawn, kept_indices, advise)
     for variation in variations:
-        other = _varied(drawn, variation)
+        varied = _varied(drawn, variation)
         try:
-            outputs = _outputs(reference, other, double=True)
+            outputs = _outputs(reference, varied, double=True)
         except Exception:  # a model may reject some numbers
             continue
-        if all(bool(each.isfinite().all()) for each in outputs):
-            _check_one(pair, other, kept, advise, variation)
+        if all(bool(output.isfinite().all()) for output in outputs):
+            _check_one(pair, varied, kept_indices, advise, variation)
             compared.append(variation)
-    return _told(drawn, compared, kind)
+    return _describe_inputs(drawn, compared, kind)
 
 
 def _runs(model: torch.nn.Module, call: Call) -> bool:
@@ -153,9 +158,9 @@ def check_training_mode(reference: torch.nn.Module, dense: torch.nn.Module, call
         raise SpeedupError(f"{rule}, got {raised(error)}") from error
     shapes = [{name: tuple(tensor.shape) for name, tensor in returned} for returned, _ in (expected, actual)]
     for name in {**shapes[0], **shapes[1]}:
-        one, other = (found.get(name, "nothing") for found in shapes)
-        if one != other:
-            raise SpeedupError(f"{rule}, got {other} instead of {one} ({name})")
+        expected_shape, actual_shape = (shapes_by_name.get(name, "nothing") for shapes_by_name in shapes)
+        if expected_shape != actual_shape:
+            raise SpeedupError(f"{rule}, got {actual_shape} instead of {expected_shape} ({name})")
     return True
 
 
@@ -164,7 +169,9 @@ def _varied(call: Call, variation: _Variation) -> Call:
     factor, shift = variation
 
     def vary(tensor: torch.Tensor) -> torch.Tensor:
-        return (tensor + shift) * factor if tensor.is_floating_point() else tensor
+        if tensor.is_floating_point():
+            return (tensor + shift) * factor
+        return tensor
 
     new: Call = tree_map_only(torch.Tensor, vary, call)
     return new
@@ -180,22 +187,26 @@ def _together(call: Call, variations: tuple[_Variation, ...]) -> Call | None:
 
     def join(*same: Any) -> Any:
         has_samples = isinstance(same[0], torch.Tensor) and same[0].dim() > 0 and len(same[0]) == 1
-        return torch.cat(same) if has_samples else same[0]
+        if has_samples:
+            return torch.cat(same)
+        return same[0]
 
     batch: Call = tree_map(join, sample, *(_varied(sample, variation) for variation in variations))
     return batch
 
 
-def _told(compared: Call, variations: list[_Variation], kind: str = "random inputs") -> str:
+def _describe_inputs(compared: Call, variations: list[_Variation], kind: str = "random inputs") -> str:
     """Describe the inputs on which two models were compared."""
-    shapes = " and ".join(str(tuple(each.shape[1:])) for each in tensors_of(compared))
-    others = "".join(f", {_named(each)}" for each in variations)
-    return f"{kind} of shape {shapes}{others}"
+    shapes = " and ".join(str(tuple(tensor.shape[1:])) for tensor in tensors_of(compared))
+    variation_texts = "".join(f", {_named(variation)}" for variation in variations)
+    return f"{kind} of shape {shapes}{variation_texts}"
 
 
 def _named(variation: _Variation) -> str:
     factor, shift = variation
-    return f"shifted by {shift:g}" if shift else f"times {factor:g}"
+    if shift:
+        return f"shifted by {shift:g}"
+    return f"times {factor:g}"
 
 
 def _agreed(
@@ -206,25 +217,30 @@ def _agreed(
         expected, actual = (_outputs(model, batch, double=double) for model in pair)
     except Exception:  # a model may reject another scale or batch size, or run out of memory
         return None
-    if [each.shape for each in expected] != [each.shape for each in actual]:
+    if [tensor.shape for tensor in expected] != [tensor.shape for tensor in actual]:
         return None
     finite = set(range(blocks))
-    for one, other in zip(expected, actual, strict=True):
+    tolerance = _RTOL if double else _RTOL / 10
+    for expected_output, actual_output in zip(expected, actual, strict=True):
         # A loss, for example, has no batch dimension to split.
-        parts = blocks if one.dim() and len(one) % blocks == 0 else 1
-        pairs = zip(one.chunk(parts), other.chunk(parts), strict=True) if parts > 1 else [(one, other)]
-        for at, (wanted, given) in enumerate(pairs):
-            if not bool(wanted.isfinite().all()):
-                finite -= {at} if parts > 1 else finite
-            elif difference(wanted, given) > (_RTOL if double else _RTOL / 10):
+        parts = blocks if expected_output.dim() and len(expected_output) % blocks == 0 else 1
+        pairs: Iterable[tuple[torch.Tensor, torch.Tensor]] = [(expected_output, actual_output)]
+        if parts > 1:
+            pairs = zip(expected_output.chunk(parts), actual_output.chunk(parts), strict=True)
+        for at, (expected_part, actual_part) in enumerate(pairs):
+            if not bool(expected_part.isfinite().all()):
+                finite = finite - {at} if parts > 1 else set()
+            elif difference(expected_part, actual_part) > tolerance:
                 return None
-    return finite if 0 in finite else None
+    if 0 in finite:
+        return finite
+    return None
 
 
 def _check_one(
     pair: tuple[torch.nn.Module, torch.nn.Module],
     drawn: Call,
-    kept: KeptIndices,
+    kept_indices: KeptIndices,
     advise: Callable[[], str] | None,
     variation: _Variation | None = None,
 ) -> None:
@@ -234,15 +250,16 @@ def _check_one(
         records: list[dict[str, torch.Tensor]] = [{}, {}]
         try:
             expected, actual = (
-                _outputs(model, drawn, kept, record, double=double) for model, record in zip(pair, records, strict=True)
+                _outputs(model, drawn, kept_indices, record, double=double)
+                for model, record in zip(pair, records, strict=True)
             )
             if not agree(expected, actual, _RTOL):
                 # Among values that are equal but for rounding, they may have chosen different ones.
                 records, noted = [{}, {}], ChoicesNoted()
                 with noted:
-                    expected = _outputs(pair[0], drawn, kept, records[0], double=double)
+                    expected = _outputs(pair[0], drawn, kept_indices, records[0], double=double)
                 with ChoicesRepeated(noted.choices):
-                    actual = _outputs(pair[1], drawn, kept, records[1], double=double)
+                    actual = _outputs(pair[1], drawn, kept_indices, records[1], double=double)
             break
         except Exception as error:  # a user's forward may raise anything, for example for an unsupported dtype
             if double:
@@ -253,16 +270,18 @@ def _check_one(
                 "a dense model must run on inputs of the example's shape: a fixed size in its forward may not "
                 f"fit the pruned channels, got {raised(error)}"
             ) from error
-    where = _first_difference(records[0], records[1], kept)
-    shapes = " and ".join(str(tuple(each.shape)) for each in tensors_of(drawn))
-    where += f", inputs of shape {shapes}{'' if variation is None else f' {_named(variation)}'}"
+    where = _first_difference(records[0], records[1], kept_indices)
+    shapes = " and ".join(str(tuple(tensor.shape)) for tensor in tensors_of(drawn))
+    where += f", inputs of shape {shapes}"
+    if variation is not None:
+        where += f" {_named(variation)}"
     output_shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (expected, actual)]
     if output_shapes[0] != output_shapes[1]:
         raise SpeedupError(
             f"the shape of the model's output must not change: {leaving_out('the layer that gives it')}, "
             f"got {output_shapes[1]} instead of {output_shapes[0]} ({where})"
         )
-    worst = max((difference(*each) for each in zip(expected, actual, strict=True)), default=0.0)
+    worst = max((difference(*outputs) for outputs in zip(expected, actual, strict=True)), default=0.0)
     if not worst <= _RTOL:
         raise SpeedupError(
             f"a dense model must compute what the masked one does to {_RTOL:g} of its largest output, "
@@ -291,16 +310,20 @@ def _outputs(
         if not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
             looks.append((module, partial(look, name)))
     # Clones, because a forward may change its inputs in place. Both models draw the same random numbers.
-    args, kwargs = tree_map_only(torch.Tensor, torch.clone, call_in_precision(call, torch.float64) if double else call)
+    if double:
+        call = call_in_precision(call, torch.float64)
+    args, kwargs = tree_map_only(torch.Tensor, torch.clone, call)
     with torch.no_grad(), random_state_kept(), DrawnInOrder(), watched(leaving=looks):
         return returned_tensors(runner(*args, **kwargs))
 
 
-def _first_difference(expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor], kept: KeptIndices) -> str:
+def _first_difference(
+    expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor], kept_indices: KeptIndices
+) -> str:
     """Describe which module is the first whose output differs."""
     for name, full in expected.items():
         small = actual.get(name)
-        for d, indices in enumerate(kept[name][1:], start=1):
+        for d, indices in enumerate(kept_indices[name][1:], start=1):
             # The inputs may have more positions than the example; all are kept.
             if small is not None and small.dim() == full.dim() and len(indices) == small.shape[d] < full.shape[d]:
                 full = full.index_select(d, indices.to(full.device))
@@ -353,7 +376,7 @@ def masked_model(
     layers read the constants that operations such as a sigmoid make of zeros.
     """
     check_model(model)
-    given, model = model, with_known_layers(model)
+    user_model, model = model, with_known_layers(model)
     call = call_arguments(example_inputs, model)
     full = check_masks(model, masks)
     flow = Analysis(model, call).flow
@@ -365,5 +388,5 @@ def masked_model(
         full = mask_what_follows(model, flow, full, is_kept)
     masked = apply_masks(model, full)
     leave_out(masked, flow, is_kept)
-    give_back_classes(given, masked)
+    give_back_classes(user_model, masked)
     return masked

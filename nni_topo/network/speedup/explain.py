@@ -96,15 +96,20 @@ class Explanation:
         if self.mixes:
             lines.append(f"columns of its weight are pruned with the heads of {self.mixes}")
         for reason in self.reasons:
-            lines.append(f"kept: {reason}{f', at {reason.line}' if reason.line else ''}")
-        lines += [f"what to change: {each}" for each in self.advice]
+            line = f"kept: {reason}"
+            if reason.line:
+                line += f", at {reason.line}"
+            lines.append(line)
+        lines += [f"what to change: {text}" for text in self.advice]
         return "\n".join(lines)
 
 
 def _first(names: Sequence[str]) -> str:
     """Join the first names, and count the others: a residual stage has an addition for each block."""
     shown = ", ".join(names[:_LISTED])
-    return f"{shown} and {len(names) - _LISTED} more" if len(names) > _LISTED else shown
+    if len(names) > _LISTED:
+        return f"{shown} and {len(names) - _LISTED} more"
+    return shown
 
 
 @public(model=MODEL, example_inputs=INPUTS)
@@ -152,12 +157,16 @@ def explain(model: nn.Module, example_inputs: Any, layer: str) -> Explanation:
     check_unwrapped(model)
     model = with_known_layers(model)
     counts = dict[str, int]()  # by layer, its output channels; of a recurrent layer, its units
-    for name, each in model.named_modules(remove_duplicate=False):
-        module: Any = each
-        made = module.hidden_size if isinstance(module, RECURRENT) else output_channels(module)
-        made = module.weight.shape[1] if is_transposed_linear(module) else made
-        if made is not None:
-            counts[name] = int(made)
+    for name, submodule in model.named_modules(remove_duplicate=False):
+        module: Any = submodule
+        if is_transposed_linear(module):
+            count = module.weight.shape[1]
+        elif isinstance(module, RECURRENT):
+            count = module.hidden_size
+        else:
+            count = output_channels(module)
+        if count is not None:
+            counts[name] = int(count)
     layers = list(counts)
     if layer not in counts:
         try:
@@ -181,7 +190,7 @@ def explain(model: nn.Module, example_inputs: Any, layer: str) -> Explanation:
     if layer not in flow.layers:
         return Explanation(layer, channels, channels, reasons=why)
     channels = flow.layers[layer].channels
-    kept = channels if why else int((flow.class_ids_of(layer) == FIXED).sum())
+    n_kept = channels if why else int((flow.class_ids_of(layer) == FIXED).sum())
     coupled = tuple(flow.coupled_with(layer))
     couplings = []
     if coupled or any(reason.kind == "coupled_with_itself" for reason in why):
@@ -192,7 +201,7 @@ def explain(model: nn.Module, example_inputs: Any, layer: str) -> Explanation:
     return Explanation(
         layer,
         channels,
-        kept,
+        n_kept,
         coupled,
         in_part=layer in partial_couplings(flow, [layer, *coupled], with_staying=False),
         couplings=tuple(couplings),
@@ -200,5 +209,5 @@ def explain(model: nn.Module, example_inputs: Any, layer: str) -> Explanation:
         block_places=flow.block_places(layer),
         heads=heads.name if heads else "",
         mixes=mixed.name if mixed else "",
-        reasons=why or (flow.why_pinned(layer) if kept else ()),
+        reasons=why or (flow.why_pinned(layer) if n_kept else ()),
     )

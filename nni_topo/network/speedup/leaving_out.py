@@ -28,28 +28,32 @@ def leave_out(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, *, of_no
     gates.
     """
     for name, module in model.named_modules():
-        kept = torch.from_numpy(np.asarray(is_kept[flow.entering_group_ids(name)]))
+        kept_inputs = torch.from_numpy(np.asarray(is_kept[flow.entering_group_ids(name)]))
         if not of_norms_alone:
-            leave_out_of(module, kept, flow, name)
-        elif is_over_channels(module) and not bool(kept.all()):
-            run_over_kept(module, kept.nonzero().flatten())
+            leave_out_of(module, kept_inputs, flow, name)
+        elif is_over_channels(module) and not bool(kept_inputs.all()):
+            run_over_kept(module, kept_inputs.nonzero().flatten())
 
 
-def leave_out_of(module: nn.Module, kept: Tensor, flow: ChannelFlow, name: str) -> None:
-    """Make one module compute without removed channels; ``kept``: which of its input channels are kept, bool."""
-    if bool(kept.all()):
+def leave_out_of(module: nn.Module, kept_inputs: Tensor, flow: ChannelFlow, name: str) -> None:
+    """Make one module compute without removed channels; ``kept_inputs``: which of its input channels are kept, bool."""
+    if bool(kept_inputs.all()):
         return
     if is_normalizing(module) or is_depthwise(module):
         for target in ["bias"] if is_depthwise(module) else per_channel_names(module):
             parameter = getattr(module, target, None)
             if isinstance(parameter, Tensor):
-                own = kept.repeat_interleave(parameter.numel() // len(kept)).view(parameter.shape)
-                keep(module, target, parameter.detach() * own.to(parameter.device))
+                parameter_mask = kept_inputs.repeat_interleave(parameter.numel() // len(kept_inputs)).view(
+                    parameter.shape
+                )
+                keep(module, target, parameter.detach() * parameter_mask.to(parameter.device))
     elif name in flow.layers:
-        dim = 1 if isinstance(module, CONVOLUTIONS + TRANSPOSED) else -1
-        module.register_forward_pre_hook(_ReadZeros(kept, dim), with_kwargs=True)
+        dim = -1
+        if isinstance(module, CONVOLUTIONS + TRANSPOSED):
+            dim = 1
+        module.register_forward_pre_hook(_ReadZeros(kept_inputs, dim), with_kwargs=True)
     if is_over_channels(module) or name in flow.channel_wise:
-        run_over_kept(module, kept.nonzero().flatten())
+        run_over_kept(module, kept_inputs.nonzero().flatten())
 
 
 class _ReadZeros:
@@ -57,8 +61,8 @@ class _ReadZeros:
 
     undone_by_copying = True  # `unwrapped_copy` removes this hook, as it removes NNI's masks
 
-    def __init__(self, kept: Tensor, dim: int) -> None:
-        self.kept, self.dim = kept, dim
+    def __init__(self, kept_inputs: Tensor, dim: int) -> None:
+        self.kept, self.dim = kept_inputs, dim
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Return the arguments with removed channels zeroed; a recurrent layer's state is unchanged."""
@@ -68,7 +72,7 @@ class _ReadZeros:
 
     def _zeroed(self, x: Tensor) -> Tensor:
         if x.is_nested:
-            return torch.nested.as_nested_tensor([self._zeroed(each) for each in x.unbind()])
+            return torch.nested.as_nested_tensor([self._zeroed(tensor) for tensor in x.unbind()])
         if not x.is_floating_point() or x.dim() < 2 or x.shape[self.dim] != len(self.kept):
             return x
         view = [1] * x.dim()
@@ -95,46 +99,48 @@ class OverKept(nn.Module):
         small.__class__ = self.whole
         del small.whole, small.kept, small.kept_dim, small.kept_dims, small.gives_none
         small._parameters = dict(self._parameters)
-        kept, dim = self.kept.to(x.device), self.kept_dim
+        kept_places, dim = self.kept.to(x.device), self.kept_dim
         if self.whole is not nn.Conv1d:
-            cut("", small, kept, kept)
+            cut("", small, kept_places, kept_places)
             # selected from the module's own parameters, so that these get the gradients
             for name, parameter in self._parameters.items():
                 if parameter is not None:
-                    small._parameters[name] = numbers_of(parameter, kept)
+                    small._parameters[name] = numbers_of(parameter, kept_places)
         entries = x.flatten(-self.kept_dims)
-        entering = entries.index_select(dim, kept)
+        entering = entries.index_select(dim, kept_places)
         if self.kept_dims > 1:
             entering = entering.unflatten(-1, small.normalized_shape)
-        found: Tensor = small.forward(entering)
+        output: Tensor = small.forward(entering)
         if self.gives_none:
-            return found
-        found = found.flatten(-self.kept_dims)
-        shape = [*found.shape[:dim], entries.shape[dim], *found.shape[dim % entries.dim() + 1 :]]
-        filled = found.new_zeros(shape).index_copy(dim, kept, found)
-        return filled.unflatten(-1, x.shape[-self.kept_dims :]) if self.kept_dims > 1 else filled
+            return output
+        output = output.flatten(-self.kept_dims)
+        shape = [*output.shape[:dim], entries.shape[dim], *output.shape[dim % entries.dim() + 1 :]]
+        filled = output.new_zeros(shape).index_copy(dim, kept_places, output)
+        if self.kept_dims > 1:
+            filled = filled.unflatten(-1, x.shape[-self.kept_dims :])
+        return filled
 
 
-def run_over_kept(module: Any, kept: Tensor) -> None:
-    """Make a full-width module run over some channels only, in place; ``kept``: their indices, int64."""
-    whole = module.whole if isinstance(module, OverKept) else type(module)
+def run_over_kept(module: Any, kept_places: Tensor) -> None:
+    """Make a full-width module run over some channels only, in place; ``kept_places``: their indices, int64."""
+    module_class = module.whole if isinstance(module, OverKept) else type(module)
     if not isinstance(module, OverKept):
-        module.kept_dim = 2 if whole is nn.Conv1d else channel_dim(module)
+        module.kept_dim = 2 if module_class is nn.Conv1d else channel_dim(module)
         module.kept_dims = dims_together(module)
-        module.gives_none = whole is not nn.Conv1d and gives_no_channels(module)
-    module.__class__ = _over_kept(whole)
-    module.whole, module.kept = whole, kept
+        module.gives_none = module_class is not nn.Conv1d and gives_no_channels(module)
+    module.__class__ = _over_kept(module_class)
+    module.whole, module.kept = module_class, kept_places
 
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-def _over_kept(whole: type[nn.Module]) -> type[nn.Module]:
-    if whole not in _CLASSES:
-        _CLASSES[whole] = type(f"{whole.__name__}OverKept", (OverKept, whole), {})
-    return _CLASSES[whole]
+def _over_kept(module_class: type[nn.Module]) -> type[nn.Module]:
+    if module_class not in _CLASSES:
+        _CLASSES[module_class] = type(f"{module_class.__name__}OverKept", (OverKept, module_class), {})
+    return _CLASSES[module_class]
 
 
-def _made(whole: type[nn.Module]) -> nn.Module:
-    kind = _over_kept(whole)
+def _made(module_class: type[nn.Module]) -> nn.Module:
+    kind = _over_kept(module_class)
     return kind.__new__(kind)

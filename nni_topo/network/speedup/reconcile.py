@@ -48,13 +48,13 @@ def check_masks(model: torch.nn.Module, masks: MasksLike) -> FullMasks:
             if mask is not None:
                 checked[target] = _check_mask(modules[name], target, mask, f"{name}.{target}")
         # If all weights of an output channel are masked, mask its bias and other parameters by row, too.
-        kept = kept_channels(modules[name], checked)
+        is_kept = kept_channels(modules[name], checked)
         for row in row_names(modules[name]):
-            if kept is not None and isinstance(rows := getattr(modules[name], row, None), torch.Tensor):
+            if is_kept is not None and isinstance(rows := getattr(modules[name], row, None), torch.Tensor):
                 mask = checked.get(row, torch.ones_like(rows).detach())
-                checked[row] = mask * kept.to(mask).view(-1, *[1] * (rows.dim() - 1))
-        own = full.setdefault(first_names[id(modules[name])], checked)
-        if any(not torch.equal(own.get(target, mask), mask) for target, mask in checked.items()):
+                checked[row] = mask * is_kept.to(mask).view(-1, *[1] * (rows.dim() - 1))
+        first_masks = full.setdefault(first_names[id(modules[name])], checked)
+        if any(not torch.equal(first_masks.get(target, mask), mask) for target, mask in checked.items()):
             raise ConfigError(f"a module with two names must have one mask, got two that differ ({name})")
     return {name: targets for name, targets in full.items() if targets}
 
@@ -73,7 +73,7 @@ def _check_mask(module: torch.nn.Module, target: str, mask: torch.Tensor, place:
         raise ConfigError(f"a mask must hold zeros and ones, got other values or NaN ({place})")
     # Fewer dimensions would broadcast to the last ones: a number for each channel would mask kernel elements or inputs.
     fits = mask.dim() == parameter.dim() and all(
-        size in (1, whole) for size, whole in zip(mask.shape, parameter.shape, strict=True)
+        mask_size in (1, full_size) for mask_size, full_size in zip(mask.shape, parameter.shape, strict=True)
     )
     if not (fits or mask.dim() == 0):
         raise ConfigError(
@@ -110,14 +110,16 @@ def resolve_masks(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, r
     return resolved
 
 
-def warn_of_kept(kept: Mapping[str, str]) -> None:
-    """Log one warning that names the first few layers that keep masked channels; ``kept``: the text, by layer."""
-    if kept:
-        told = "; ".join(f"{name} {text}" for name, text in itertools.islice(kept.items(), _NAMED))
-        more = (
-            f"; and {len(kept) - _NAMED} more layers, which the report of to_dense lists" if len(kept) > _NAMED else ""
+def warn_of_kept(texts: Mapping[str, str]) -> None:
+    """Log one warning that names the first few layers that keep masked channels; ``texts``: what it says, by layer."""
+    if texts:
+        summary = "; ".join(f"{name} {text}" for name, text in itertools.islice(texts.items(), _NAMED))
+        more = ""
+        if len(texts) > _NAMED:
+            more = f"; and {len(texts) - _NAMED} more layers, which the report of to_dense lists"
+        _logger.warning(
+            "masks must agree where layers share channels; channels kept although masked: %s%s", summary, more
         )
-        _logger.warning("masks must agree where layers share channels; channels kept although masked: %s%s", told, more)
 
 
 def resolve(
@@ -127,86 +129,86 @@ def resolve(
     round_to: int | None = None,
 ) -> Resolved:
     """Make masks of coupled channels agree; ``round_to``: every pruned layer keeps a multiple of it, or all."""
-    given = _given(model, flow, masks)
-    kept = flow.kept(given)
+    selection = _selection_of(model, flow, masks)
+    is_kept = flow.kept_groups(selection)
     # Check before rounding restores channels: a mask on the output is a mistake even if rounding would undo it.
-    pruned_output = flow.at_output[~kept[flow.at_output]]
-    for name in given:
+    pruned_output = flow.at_output[~is_kept[flow.at_output]]
+    for name in selection:
         if np.isin(flow.masked_group_ids(name), pruned_output).any():
             raise SpeedupError(
                 f"the shape of the model's output must not change: {leaving_out('the layer that gives it')}, "
                 f"got a mask that prunes channels of it ({name})"
             )
     # Channels with the largest weights, by L1 norm over coupled channels, are restored first.
-    shared, scores = kept.copy(), cache(partial(_scores, model, flow))
-    read = keep_read(flow, kept, scores)
+    shared, scores = is_kept.copy(), cache(partial(_scores, model, flow))
+    read = keep_read(flow, is_kept, scores)
     # Layers may lose channels by the masks of norms after them.
-    masked = {name for name in flow.layers if name in given or not kept[flow.group_ids_of(name)].all()}
+    masked = {name for name in flow.layers if name in selection or not is_kept[flow.group_ids_of(name)].all()}
     # In two steps, to tell channels restored for equal blocks from those restored for rounding.
-    grow(flow, kept, scores, 1, masked)
-    evened = kept.copy()
-    grow(flow, kept, scores, round_to or 1, masked)
+    grow(flow, is_kept, scores, 1, masked)
+    evened = is_kept.copy()
+    grow(flow, is_kept, scores, round_to or 1, masked)
     why = dict[str, Reasons]()
-    for name in given:
-        if found := _why_kept(flow, given, name, (shared, evened, kept), round_to, read):
-            why[name] = found
-    told = dict[str, str]()
-    for name in given:
-        count = int((evened[flow.masked_group_ids(name)] & ~given[name]).sum())
+    for name in selection:
+        if layer_reasons := _why_kept(flow, selection, name, (shared, evened, is_kept), round_to, read):
+            why[name] = layer_reasons
+    texts = dict[str, str]()
+    for name in selection:
+        count = int((evened[flow.masked_group_ids(name)] & ~selection[name]).sum())
         if count:
-            told[name] = f"{count} of {len(given[name])} ({reasons.told(why.get(name, ()))})"
-    return Resolved(_new_masks(model, flow, masks, given, (shared, kept)), kept, why, told)
+            texts[name] = f"{count} of {len(selection[name])} ({reasons.join_texts(why.get(name, ()))})"
+    return Resolved(_new_masks(model, flow, masks, selection, (shared, is_kept)), is_kept, why, texts)
 
 
 def union(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks) -> np.ndarray:
     """Return which channels are kept, by group id: those with a coupled channel that is kept or has no mask."""
-    return flow.kept(_given(model, flow, masks))
+    return flow.kept_groups(_selection_of(model, flow, masks))
 
 
-def _given(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks) -> dict[str, np.ndarray]:
+def _selection_of(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks) -> dict[str, np.ndarray]:
     """Return the channels that the mask of a layer or norm keeps, by layers and norms that have one."""
-    given = {}
+    selection = {}
     for name in [*flow.layers, *(name for name in flow.readers if name not in flow.layers)]:
-        kept = kept_channels(model.get_submodule(name), masks.get(name, {}))
-        if kept is not None and len(kept) == len(flow.masked_group_ids(name)):
-            given[name] = kept.cpu().numpy()
-    return given
+        is_selected = kept_channels(model.get_submodule(name), masks.get(name, {}))
+        if is_selected is not None and len(is_selected) == len(flow.masked_group_ids(name)):
+            selection[name] = is_selected.cpu().numpy()
+    return selection
 
 
-def keep_read(flow: ChannelFlow, kept: np.ndarray, scores: Scores) -> dict[int, Reason]:
+def keep_read(flow: ChannelFlow, is_kept: np.ndarray, scores: Scores) -> dict[int, Reason]:
     """Restore one channel for each reader that would get none; return which, and why."""
-    found = dict[int, Reason]()
+    restored = dict[int, Reason]()
     for group_ids, reader in flow.read():
-        if not kept[group_ids].any():
-            _bring_back(group_ids, kept, scores, 1)
-            found[int(group_ids[kept[group_ids]][0])] = reasons.last_read(reader)
-    return found
+        if not is_kept[group_ids].any():
+            _bring_back(group_ids, is_kept, scores, 1)
+            restored[int(group_ids[is_kept[group_ids]][0])] = reasons.last_read(reader)
+    return restored
 
 
-def grow(flow: ChannelFlow, kept: np.ndarray, scores: Scores, round_to: int, masked: set[str]) -> None:
+def grow(flow: ChannelFlow, is_kept: np.ndarray, scores: Scores, round_to: int, masked: set[str]) -> None:
     """Restore channels until blocks are equal and widths are rounded."""
     layers = [flow.group_ids_of(name) for name in flow.layers if name in masked]
     # Evening out some blocks may unbalance others that share channels. Channels are only restored, so this ends.
-    before, in_place = -1, flow.shuffles and stays_in_place(flow, kept)
-    while before != int(kept.sum()):
-        before = int(kept.sum())
+    before, in_place = -1, flow.shuffles and stays_in_place(flow, is_kept)
+    while before != int(is_kept.sum()):
+        before = int(is_kept.sum())
         for blocks in flow.blocks:
             if not (in_place and blocks.moves):
-                _even_out(flow, blocks, kept, scores)
+                _even_out(flow, blocks, is_kept, scores)
         for group_ids in layers:
-            wanted = -(-int(kept[group_ids].sum()) // round_to) * round_to
-            _bring_back(group_ids, kept, scores, wanted)
-        in_place = in_place and (before == int(kept.sum()) or stays_in_place(flow, kept))
+            width = -(-int(is_kept[group_ids].sum()) // round_to) * round_to
+            _bring_back(group_ids, is_kept, scores, width)
+        in_place = in_place and (before == int(is_kept.sum()) or stays_in_place(flow, is_kept))
         uneven = [flow.group_ids(blocks.ids) for blocks in flow.blocks if blocks.is_uneven]
-        if uneven and not in_place and before == int(kept.sum()) and not stays_in_place(flow, kept):
+        if uneven and not in_place and before == int(is_kept.sum()) and not stays_in_place(flow, is_kept):
             # No smaller equal number per block fits.
-            kept[np.concatenate(uneven)] = True
+            is_kept[np.concatenate(uneven)] = True
 
 
-def even_out(flow: ChannelFlow, kept: np.ndarray) -> None:
+def even_out(flow: ChannelFlow, is_kept: np.ndarray) -> None:
     """Restore the first removed channels until blocks are equal, as many as `resolve` restores by their weights."""
     if not flow.reorders:  # otherwise the numbers depend on which channels are kept
-        grow(flow, kept, lambda: np.zeros(flow.size), 1, set())
+        grow(flow, is_kept, lambda: np.zeros(flow.size), 1, set())
 
 
 def _even_out(flow: ChannelFlow, blocks: Blocks, is_kept: np.ndarray, scores: Scores) -> None:
@@ -227,17 +229,17 @@ def _even_out(flow: ChannelFlow, blocks: Blocks, is_kept: np.ndarray, scores: Sc
             _bring_back(block, is_kept, scores, most if block_remains else 0)
 
 
-def _bring_back(group_ids: np.ndarray, kept: np.ndarray, scores: Scores, wanted: int) -> None:
-    """Restore the pruned channels with the largest scores until ``wanted`` are kept, or all."""
-    if int(kept[group_ids].sum()) >= wanted:
+def _bring_back(group_ids: np.ndarray, is_kept: np.ndarray, scores: Scores, count: int) -> None:
+    """Restore the pruned channels with the largest scores until ``count`` are kept, or all."""
+    if int(is_kept[group_ids].sum()) >= count:
         return
-    pruned = np.unique(group_ids[~kept[group_ids]])
+    pruned = np.unique(group_ids[~is_kept[group_ids]])
     best = pruned[descending(scores()[pruned])]
     for group_id in best:
         # Count again: several channels of the layer may have the same group id.
-        if int(kept[group_ids].sum()) >= wanted:
+        if int(is_kept[group_ids].sum()) >= count:
             return
-        kept[group_id] = True
+        is_kept[group_id] = True
 
 
 def _scores(model: torch.nn.Module, flow: ChannelFlow) -> np.ndarray:
@@ -256,7 +258,7 @@ def _scores(model: torch.nn.Module, flow: ChannelFlow) -> np.ndarray:
 
 def _why_kept(
     flow: ChannelFlow,
-    given: dict[str, np.ndarray],
+    selection: dict[str, np.ndarray],
     name: str,
     stages: tuple[np.ndarray, ...],
     round_to: int | None,
@@ -267,81 +269,88 @@ def _why_kept(
     ``single``: channels restored as the only one that a reader gets, by group id, with the reason.
     """
     group_ids = flow.masked_group_ids(name)
-    shared, evened, rounded = (kept[group_ids] & ~given[name] for kept in stages)
+    shared, evened, rounded = (is_kept[group_ids] & ~selection[name] for is_kept in stages)
     if shared.any():
         # They are coupled with kept channels of other layers, or with pinned ones.
-        held = group_ids[shared]
-        if (held == FIXED).any():
+        restored_ids = group_ids[shared]
+        if (restored_ids == FIXED).any():
             return flow.why_pinned(name) or (reasons.no_layer_before(),)
         if name in flow.layers:
-            names = [other for other in flow.layers if np.isin(flow.group_ids_of(other), held).any()]
+            names = [layer for layer in flow.layers if np.isin(flow.group_ids_of(layer), restored_ids).any()]
         else:
-            norms = [other for other in given if other not in flow.layers]
-            if beside := why_read_beside(flow, norms, held):
+            norms = [norm for norm in selection if norm not in flow.layers]
+            if beside := why_read_beside(flow, norms, restored_ids):
                 return beside
-            names = [other for other in norms if np.isin(flow.entering_group_ids(other)[given[other]], held).any()]
+            names = [
+                norm for norm in norms if np.isin(flow.entering_group_ids(norm)[selection[norm]], restored_ids).any()
+            ]
         if names == [name]:
             return (reasons.kept_by_itself(),)
-        free = [other for other in names if other not in given and not flow.layers[other].depthwise]
+        free = [layer for layer in names if layer not in selection and not flow.layers[layer].depthwise]
         return (reasons.shared(names, free),)
     alone = [group_id for group_id in group_ids.tolist() if group_id in single]
     if (evened & ~np.isin(group_ids, alone)).any():
         return (reasons.blocks_equal(flow.block_places(name)),)
     if alone:
         return (single[alone[0]],)
-    return (reasons.rounding(of=str(round_to)),) if round_to is not None and rounded.any() else ()
+    if round_to is not None and rounded.any():
+        return (reasons.rounding(of=str(round_to)),)
+    return ()
 
 
 def _new_masks(
     model: torch.nn.Module,
     flow: ChannelFlow,
     masks: FullMasks,
-    given: dict[str, np.ndarray],
+    selection: dict[str, np.ndarray],
     stages: tuple[np.ndarray, np.ndarray],
 ) -> FullMasks:
-    shared, kept = stages
+    shared, is_kept = stages
     new = {name: dict(targets) for name, targets in masks.items()}
     for name, layer in flow.layers.items():
-        module, keep = model.get_submodule(name), kept[flow.group_ids_of(name)]
-        old = given.get(name, np.ones_like(keep))
+        module, keep = model.get_submodule(name), is_kept[flow.group_ids_of(name)]
+        old = selection.get(name, np.ones_like(keep))
         if np.array_equal(keep, old):
             continue
         # Masked channels of a kept head, and of keys and values that all heads share, stay masked.
         has_heads = name in flow.heads or name in flow.shared
-        back = keep & ~(shared[flow.group_ids_of(name)] if has_heads else old)
+        unrestored = shared[flow.group_ids_of(name)] if has_heads else old
+        back = keep & ~unrestored
         changed, keep_all = torch.from_numpy(back), torch.from_numpy(keep)
         targets = new.setdefault(name, {})
         weight = targets.get(weight_name(module), spread(module, torch.ones(layer.channels)))
         # Restored channels get all of their weights; in other channels, single masked weights stay masked.
         targets[weight_name(module)] = torch.maximum(weight, spread(module, changed)) * spread(module, keep_all)
-        for own in row_names(module):
-            if isinstance(rows := getattr(module, own, None), torch.Tensor):
-                mask = targets.get(own, torch.ones_like(rows).detach())
-                one, other = (each.to(mask).view(-1, *[1] * (rows.dim() - 1)) for each in (changed, keep_all))
-                targets[own] = torch.maximum(mask, one) * other
-    for name in given.keys() - flow.layers:
+        for row_name in row_names(module):
+            if isinstance(rows := getattr(module, row_name, None), torch.Tensor):
+                mask = targets.get(row_name, torch.ones_like(rows).detach())
+                changed_mask, kept_mask = (
+                    channel_mask.to(mask).view(-1, *[1] * (rows.dim() - 1)) for channel_mask in (changed, keep_all)
+                )
+                targets[row_name] = torch.maximum(mask, changed_mask) * kept_mask
+    for name in selection.keys() - flow.layers:
         # A norm's zeros stay in a channel that others keep; a channel restored for its width gets its numbers back.
-        restored = torch.from_numpy((kept & ~shared)[flow.entering_group_ids(name)])
+        restored = torch.from_numpy((is_kept & ~shared)[flow.entering_group_ids(name)])
         for target, mask in new[name].items():
             new[name][target] = torch.maximum(mask, restored.to(mask))
-    return mask_what_follows(model, flow, new, kept)
+    return mask_what_follows(model, flow, new, is_kept)
 
 
-def mask_what_follows(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, kept: np.ndarray) -> FullMasks:
-    """Mask what pruned channels contribute although their rows are masked; ``kept``: bool, by group id.
+def mask_what_follows(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, is_kept: np.ndarray) -> FullMasks:
+    """Mask what pruned channels contribute although their rows are masked; ``is_kept``: bool, by group id.
 
     This masks free parameters and buffers tied to the channels, and the columns with which output projections read
     heads whose output isn't zero although their rows are masked.
     """
     for name, attention in flow.output_projections().items():
-        stays = torch.from_numpy(kept[flow.entering_group_ids(name)])
+        stays = torch.from_numpy(is_kept[flow.entering_group_ids(name)])
         # A masked head's output isn't zero after a norm, or with shared values: without queries it is their mean.
         if (attention.shifted or attention.shared) and not bool(stays.all()):
             weight = weight_of(model.get_submodule(name)).detach()
             targets = masks.setdefault(name, {})
             targets["weight"] = targets.get("weight", torch.ones_like(weight)) * stays.to(weight)
     for name, free in flow.free_parameters.items():
-        stays = torch.from_numpy(kept[flow.group_ids(free.ids)])
+        stays = torch.from_numpy(is_kept[flow.group_ids(free.ids)])
         if not bool(stays.all()):
             module, _, target = name.rpartition(".")
             parameter: torch.Tensor = getattr(model.get_submodule(module), target)

@@ -36,7 +36,7 @@ class Cutter:
         """Cut the modules that the forward calls, free parameters, and parameters by head."""
         flow, model = self.flow, self.model
         for name in self._names:
-            module, (ins, outs) = model.get_submodule(name), self.kept(name)
+            module, (ins, outs) = model.get_submodule(name), self.kept_places(name)
             entering, leaving = self._channel_ids(name)
             self.at = name
             # A channel-wise convolution has the same weight for any number of channels.
@@ -46,27 +46,27 @@ class Cutter:
         for name, column, share in flow.factors(self.is_kept):
             if share < 1:
                 reader: Any = model.get_submodule(name)
-                place = int((self.kept(name)[0] == column).nonzero())  # a mean isn't removed
+                place = int((self.kept_places(name)[0] == column).nonzero())  # a mean isn't removed
                 weight = reader.weight.detach().clone()
                 weight[:, place] *= share
                 keep(reader, "weight", weight)
         for name, free in flow.free_parameters.items():
-            kept = self._indices(free.ids)
-            if len(kept) < free.channels:
+            indices = self._indices(free.ids)
+            if len(indices) < free.channels:
                 owner, _, target = name.rpartition(".")
                 module = model.get_submodule(owner)
-                keep(module, target, getattr(module, target).index_select(free.dim, kept.to(device_of(module))))
+                keep(module, target, getattr(module, target).index_select(free.dim, indices.to(device_of(module))))
                 if target == weight_name(module):
-                    _set_weight_size(module, free.dim, len(kept))
-        for attention in dict.fromkeys(each.name for each in flow.heads.values()):
-            found = flow.attention[attention]
-            layer = next(iter(found.channels))
+                    _set_weight_size(module, free.dim, len(indices))
+        for attention in dict.fromkeys(module.name for module in flow.heads.values()):
+            structure = flow.attention[attention]
+            layer = next(iter(structure.channels))
             heads = self._indices(flow.unit_channel_ids(layer))
-            _cut_by_head(model.get_submodule(attention), found, heads)
-            resize(model.get_submodule(attention), found, len(heads), len(self.kept(layer)[0]))
+            _cut_by_head(model.get_submodule(attention), structure, heads)
+            resize(model.get_submodule(attention), structure, len(heads), len(self.kept_places(layer)[0]))
         sizes = flow.sizes_kept(self.is_kept)
-        whole = {*self._names, *flow.attention}
-        put_sizes(model, {place: size for place, size in sizes.items() if place[0] in whole})
+        cut_modules = {*self._names, *flow.attention}
+        put_sizes(model, {place: size for place, size in sizes.items() if place[0] in cut_modules})
 
     def _indices(self, ids: np.ndarray) -> torch.Tensor:
         """Return the positions of the kept channels, ascending."""
@@ -76,7 +76,9 @@ class Cutter:
         """Return the ids of the channels that enter and leave a module."""
         entering = self.flow.entering_channel_ids(name)
         is_layer = output_channels(self.model.get_submodule(name)) is not None and name in self.flow.layers
-        return entering, self.flow.channel_ids_of(name) if is_layer else entering
+        if not is_layer:
+            return entering, entering
+        return entering, self.flow.channel_ids_of(name)
 
     def cut_unused(self, ties: Iterable[Iterable[str]]) -> None:
         """Cut each unused module like a used one of its class that shares a tensor; ``ties``: names of each tensor."""
@@ -87,15 +89,15 @@ class Cutter:
             used = [owner for owner in owners if owner in names]
             for owner in owners:
                 module = self.model.get_submodule(owner)
-                alike = [each for each in used if type(self.model.get_submodule(each)) is type(module)]
+                alike = [twin for twin in used if type(self.model.get_submodule(twin)) is type(module)]
                 if owner in names or owner in done or not alike:
                     continue
                 done.add(owner)
-                ins, outs = (each.to(device_of(module)) for each in self.kept(alike[0]))
+                ins, outs = (indices.to(device_of(module)) for indices in self.kept_places(alike[0]))
                 with torch.no_grad():
                     cut(owner, module, ins, outs)
 
-    def kept(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def kept_places(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the positions of the kept channels that enter and leave a module, in the dense model's order."""
         entering, leaving = self._channel_ids(name)
         ins, outs = self._indices(entering), self._indices(leaving)
@@ -110,7 +112,9 @@ class Cutter:
             outs = (arriving[:, None] * step + torch.arange(step)).flatten()
         elif bool((of_group[1:] < of_group[:-1]).any()):
             return ins, outs
-        return arriving, outs if name in self.flow.layers else arriving
+        if name not in self.flow.layers:
+            return arriving, arriving
+        return arriving, outs
 
 
 def _set_weight_size(module: Any, dim: int, size: int) -> None:
@@ -147,13 +151,13 @@ def _cut_by_head(module: torch.nn.Module, attention: Attention, heads: torch.Ten
 
 def kept_outputs(flow: ChannelFlow, is_kept: np.ndarray) -> KeptIndices:
     """Return the kept indices of each dimension of a module's first output, by module that returns one tensor."""
-    kept: KeptIndices = {}
+    kept_indices: KeptIndices = {}
     for node in flow.traced.graph.nodes:
         shape = tensor_shape(node)
         # Of a layer with operations after its convolution, the node is only the convolution.
         if node.op == "call_module" and shape is not None and not node.meta.get(HEAD):
-            kept.setdefault(str(node.target), kept_slices(flow.ids[node.name], shape, flow, is_kept))
-    return kept
+            kept_indices.setdefault(str(node.target), kept_slices(flow.ids[node.name], shape, flow, is_kept))
+    return kept_indices
 
 
 def kept_slices(
@@ -161,11 +165,13 @@ def kept_slices(
 ) -> list[torch.Tensor]:
     """Return the indices of each dimension of a tensor at which any channel is kept."""
     stays = torch.from_numpy(np.asarray(is_kept[flow.group_ids(ids.numpy())]))
-    found = []
+    indices = []
     for d, size in enumerate(shape):
         # Ids have size 1 in a dimension along which they don't differ, or whose size is 1. Without elements there is no
         # channel that could be removed.
-        has_rows = stays.shape[d] == size and stays.numel() > 0
-        rows = stays.movedim(d, -1).reshape(-1, size).any(0) if has_rows else None
-        found.append(torch.arange(size) if rows is None else rows.nonzero().flatten())
-    return found
+        if stays.shape[d] == size and stays.numel() > 0:
+            rows = stays.movedim(d, -1).reshape(-1, size).any(0)
+            indices.append(rows.nonzero().flatten())
+        else:
+            indices.append(torch.arange(size))
+    return indices

@@ -109,17 +109,19 @@ def register_width_attribute(
 
 def _claims(name: str, module: nn.Module) -> Iterator[tuple[Place, Described]]:
     """Yield a module's attributes and the tensors whose channels they count; later claims override earlier ones."""
-    prefix = f"{name}." if name else ""
+    prefix = ""
+    if name:
+        prefix = f"{name}."
     # In timm's networks a list; in networks that return only features (``features_only``) an object that holds one.
-    held: Any = vars(module).get("feature_info")
-    entries, key, outputs = held, "feature_info", dict[int, int]()
-    if hasattr(held, "out_indices") and getattr(held, "info", None):
-        entries, key = held.info, "feature_info.info"
-        outputs = {index % len(entries): at for at, index in enumerate(held.out_indices)}
-    for index, entry in enumerate(entries if isinstance(entries, (list, tuple)) else ()):
-        if isinstance(entry, dict) and isinstance(entry.get("module"), str):
-            is_entering = entry.get("hook_type") == "forward_pre"
-            described = Described(f"{prefix}{entry['module']}", "input" if is_entering else "output")
+    feature_info: Any = vars(module).get("feature_info")
+    entries, key, outputs = feature_info, "feature_info", dict[int, int]()
+    if hasattr(feature_info, "out_indices") and getattr(feature_info, "info", None):
+        entries, key = feature_info.info, "feature_info.info"
+        outputs = {index % len(entries): at for at, index in enumerate(feature_info.out_indices)}
+    for index, feature in enumerate(entries if isinstance(entries, (list, tuple)) else ()):
+        if isinstance(feature, dict) and isinstance(feature.get("module"), str):
+            is_entering = feature.get("hook_type") == "forward_pre"
+            described = Described(f"{prefix}{feature['module']}", "input" if is_entering else "output")
             if index in outputs:
                 described = Described(name, "output", outputs[index])
             yield (name, key, (index, "num_chs")), described
@@ -132,12 +134,15 @@ def _claims(name: str, module: nn.Module) -> Iterator[tuple[Place, Described]]:
             classifier = holder.get_classifier()
         except Exception:  # missing, or a user's own method
             classifier = None
-        for inner, each in module.named_modules():
-            if each is (classifier[0] if isinstance(classifier, tuple) else classifier):
+        if isinstance(classifier, tuple):
+            classifier = classifier[0]
+        for inner, submodule in module.named_modules():
+            if submodule is classifier:
                 yield (name, "head_hidden_size", ()), Described(f"{prefix}{inner}", "input")
     elif "pre_logits" in getattr(getattr(type(module).forward, "__code__", None), "co_varnames", ()):
+        layer = "fc" if "fc" in module._modules else "fc2"
         for width in ("num_features", "hidden_size"):
-            yield (name, width, ()), Described(f"{prefix}{'fc' if 'fc' in module._modules else 'fc2'}", "input")
+            yield (name, width, ()), Described(f"{prefix}{layer}", "input")
     # A derived class inherits entries of the table, and may have its own.
     for kind in reversed(type(module).__mro__):
         for (owner, attribute), described in _TABLE.items():
@@ -165,19 +170,22 @@ def count_anew(original: nn.Module, dense: nn.Module, call: Call) -> dict[str, i
                 claims[place] = numbers[place], described
     if not claims:
         return {}
-    wanted = {described for _, described in claims.values()}
-    whole, narrow = _shapes(original, wanted, call), _shapes(dense, wanted, call)
+    descriptions = {described for _, described in claims.values()}
+    full_shapes, dense_shapes = _shapes(original, descriptions, call), _shapes(dense, descriptions, call)
     sizes, stale = dict[Place, int](), dict[str, int]()
     for place, (before, described) in claims.items():
         name, key, path = place
-        found = _channels_kept(before, whole.get(described, []), narrow.get(described, []))
-        if found is not None:
-            sizes[place] = found
+        channels = _channels_kept(before, full_shapes.get(described, []), dense_shapes.get(described, []))
+        if channels is not None:
+            sizes[place] = channels
             continue
         # A replaced layer may have parameters with other names.
-        shapes = {each: parameter.shape for each, parameter in dense.get_submodule(name).named_parameters()}
-        for each, parameter in original.get_submodule(name).named_parameters():
-            pairs = zip(parameter.shape, shapes.get(each, parameter.shape), strict=False)
+        shapes = {
+            parameter_name: parameter.shape
+            for parameter_name, parameter in dense.get_submodule(name).named_parameters()
+        }
+        for parameter_name, parameter in original.get_submodule(name).named_parameters():
+            pairs = zip(parameter.shape, shapes.get(parameter_name, parameter.shape), strict=False)
             if any(new < old == before for old, new in pairs):
                 stale[f"{name}.{key}".lstrip(".") + "".join(f"[{part!r}]" for part in path)] = before
     put_sizes(dense, sizes)
@@ -187,17 +195,19 @@ def count_anew(original: nn.Module, dense: nn.Module, call: Call) -> dict[str, i
 @lru_cache(maxsize=1024)
 def _read_in_forward(kind: type) -> frozenset[str]:
     """Return the names read by a class's forward, and by the methods and properties that it uses."""
-    names, left = set[str](), ["forward"]
-    while left:
-        found = inspect.getattr_static(kind, left.pop(), None)
-        found = found.fget if isinstance(found, property) else getattr(found, "__func__", found)
-        code = getattr(inspect.unwrap(found) if callable(found) else found, "__code__", None)
-        codes = [code] if code is not None else []
-        for each in codes:
-            new = set(each.co_names) - names
+    names, waiting = set[str](), ["forward"]
+    while waiting:
+        member = inspect.getattr_static(kind, waiting.pop(), None)
+        member = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+        code = getattr(inspect.unwrap(member) if callable(member) else member, "__code__", None)
+        codes = []
+        if code is not None:
+            codes = [code]
+        for compiled in codes:
+            new = set(compiled.co_names) - names
             names |= new
-            left += sorted(new)
-            codes += [inner for inner in each.co_consts if inspect.iscode(inner)]
+            waiting += sorted(new)
+            codes += [inner for inner in compiled.co_consts if inspect.iscode(inner)]
     return frozenset(names)
 
 
@@ -206,7 +216,7 @@ def _channels_kept(number: int, before: list[Shape], after: list[Shape]) -> int 
 
     Another dimension, such as the height, may have the same size by chance. The channels are the dimension that shrank.
     """
-    found = set[int]()
+    sizes = set[int]()
     if len(before) != len(after) or not before:
         return None
     for old, new in zip(before, after, strict=True):
@@ -216,11 +226,13 @@ def _channels_kept(number: int, before: list[Shape], after: list[Shape]) -> int 
         fewer = of_size - {number}
         if len(fewer) > 1:
             return None
-        found |= fewer or of_size
-    return found.pop() if len(found) == 1 else None
+        sizes |= fewer or of_size
+    if len(sizes) == 1:
+        return sizes.pop()
+    return None
 
 
-def _shapes(model: nn.Module, wanted: set[Described], call: Call) -> dict[Described, list[Shape]]:
+def _shapes(model: nn.Module, descriptions: set[Described], call: Call) -> dict[Described, list[Shape]]:
     """Run a model and return the shapes of the wanted tensors that it computes, at the first call of each module."""
     values: dict[Described, Any] = {}
     modules = dict(model.named_modules())
@@ -230,26 +242,26 @@ def _shapes(model: nn.Module, wanted: set[Described], call: Call) -> dict[Descri
         values.setdefault(Described(name, "output"), output)
 
     def features(described: Described, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        found = forward(*args, **kwargs)
-        values.setdefault(described, found)
-        return found
+        output = forward(*args, **kwargs)
+        values.setdefault(described, output)
+        return output
 
-    names = [name for name in dict.fromkeys(each.module for each in wanted) if name in modules]
+    names = [name for name in dict.fromkeys(described.module for described in descriptions) if name in modules]
     with left_alone(model), evaluation_mode(model), torch.no_grad(), ExitStack() as looking:
         for name in names:
             looking.enter_context(modules[name].register_forward_hook(partial(note, name), with_kwargs=True))
-        for each in wanted:
-            if each.part == "features":
-                module: Any = modules[each.module]
+        for described in descriptions:
+            if described.part == "features":
+                module: Any = modules[described.module]
                 looking.callback(vars(module).pop, "forward_features", None)
-                module.forward_features = partial(features, each, module.forward_features)
+                module.forward_features = partial(features, described, module.forward_features)
         run_few(model, call)
-    found: dict[Described, list[Shape]] = {}
-    for each in wanted:
-        value = values.get(Described(each.module, each.part))
+    shapes: dict[Described, list[Shape]] = {}
+    for described in descriptions:
+        value = values.get(Described(described.module, described.part))
         tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-        if each.at is not None:
-            tensors = tensors[each.at : each.at + 1]
+        if described.at is not None:
+            tensors = tensors[described.at : described.at + 1]
         if tensors:
-            found[each] = [tuple(tensor.shape) for tensor in tensors]
-    return found
+            shapes[described] = [tuple(tensor.shape) for tensor in tensors]
+    return shapes

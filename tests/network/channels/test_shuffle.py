@@ -148,7 +148,7 @@ def test_kept_channels_of_a_shuffle_are_in_the_half_that_they_were_in(way):
         ([0, 1, 2, 3, 4, 5, 6], False),  # these make no two rows
     ]
     for kept, expected in cases:
-        left = flow.kept({"first": np.isin(np.arange(8), kept)})
+        left = flow.kept_groups({"first": np.isin(np.arange(8), kept)})
         assert stays_in_place(flow, left) is expected, kept
         assert stays_in_place(flow, left, ["first"]) is expected, kept
         assert stays_in_place(flow, left, ["two"]), kept  # of which none is shuffled
