@@ -87,7 +87,9 @@ def _respond(module: nn.Module, kernels: Tensor, planes: Tensor) -> Tensor:
         # Before it convolves, its class treats all channels alike.
         call = call_of(module, planes.expand(-1, int(module.in_channels), *planes.shape[2:]))  # type: ignore[arg-type]
         entering = call.entering[:, :1]
-        return replace(call, given={**call.given, "input": entering, "weight": weight, "bias": None, "groups": 1}).run()
+        return replace(
+            call, arguments={**call.arguments, "input": entering, "weight": weight, "bias": None, "groups": 1}
+        ).run()
     # A layer of PyTorch's class with the class's forward, because NNI replaces the forward of a wrapped layer.
     kind: Any = next(kind for kind in (*CONVOLUTIONS, *TRANSPOSED) if isinstance(module, kind))
     layer = kind.__new__(kind)

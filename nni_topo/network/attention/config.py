@@ -58,8 +58,8 @@ def described_layers(model: Any) -> dict[str, str]:
 
     By name, with the setting that counts the channels: all layers of one setting must keep the same share of them.
     """
-    found = {layer: setting for setting, layers in widths_by_setting(model).items() for layer in layers}
-    return found | dict.fromkeys(_layers_of_heads(model), HEADS)
+    setting_by_layer = {layer: setting for setting, layers in widths_by_setting(model).items() for layer in layers}
+    return setting_by_layer | dict.fromkeys(_layers_of_heads(model), HEADS)
 
 
 def widths_by_setting(model: Any) -> Widths:
@@ -70,9 +70,9 @@ def widths_by_setting(model: Any) -> Widths:
     key = type(model), json.dumps(model.config.to_dict(), default=str, sort_keys=True)
     if key not in _known:
         _known[key] = _tried_settings(model)
-    own = dict(model.named_modules())  # an argument may leave out parts, as add_pooling_layer=False does
+    module_names = dict(model.named_modules())  # an argument may leave out parts, as add_pooling_layer=False does
     return {
-        setting: {name: width for name, width in layers.items() if name in own}
+        setting: {name: width for name, width in layers.items() if name in module_names}
         for setting, layers in _known[key].items()
     }
 
@@ -86,10 +86,10 @@ def common_widths(model: Any) -> dict[str, str]:
 
 
 def _tried_settings(model: Any) -> Widths:
-    found: Widths = {}
+    layers_by_setting: Widths = {}
     shapes, modules = _tried(model, model.config)
     attention = find_attention(modules[""]) if modules else {}
-    of_heads = {layer for each in attention.values() for layer in each.channels}
+    of_heads = {layer for module in attention.values() for layer in module.channels}
     widths = {width for name, shape in shapes.items() if _layer_of(modules, name) for width in shape[:2]}
     for setting, value in _settings(model.config).items():
         # One layer may compute gates and values, and so have twice as many channels.
@@ -99,26 +99,26 @@ def _tried_settings(model: Any) -> Widths:
         if is_count and not any(width % value == 0 for width in widths):
             continue
         less = value // 2 if is_count else value / 2
-        others, _ = _tried(model, _changed(model.config, setting, less))
+        other_shapes, _ = _tried(model, _changed(model.config, setting, less))
         layers: dict[str, int] = {}
-        is_width = others.keys() == shapes.keys()
+        is_width = other_shapes.keys() == shapes.keys()
         for name, shape in shapes.items():
-            if not is_width or others[name] == shape:
+            if not is_width or other_shapes[name] == shape:
                 continue
             layer = _layer_of(modules, name)
             is_width = layer is not None
             if layer is None:
                 continue
             at = 1 if is_transposed_linear(modules[layer]) and len(shape) == 2 else 0
-            if shape[at] != others[name][at]:
+            if shape[at] != other_shapes[name][at]:
                 layers[layer] = shape[at]
-                is_width = others[name][at] == int(_base(shape[at], value) * less)
+                is_width = other_shapes[name][at] == int(_base(shape[at], value) * less)
         if not layers or not is_width or of_heads & layers.keys():  # else it counts a head's channels
             continue
         one_less = {name: width - 1 for name, width in layers.items() if width == min(layers.values())}
         if not _is_ratio(value, layers) or _ratio_for(model, setting, layers, one_less) is not None:
-            found[setting] = layers
-    return found
+            layers_by_setting[setting] = layers
+    return layers_by_setting
 
 
 def _changed(config: Any, setting: str, value: float) -> Any:
@@ -138,40 +138,40 @@ def _is_ratio(value: float, layers: Mapping[str, int]) -> bool:
     return type(value) is float or any(_base(width, value) > value for width in layers.values())
 
 
-def _ratio_for(model: Any, setting: str, layers: Mapping[str, int], left: Mapping[str, int]) -> float | None:
-    """Return a ratio by which layers get the widths ``left``, with what the constructor drops; None without any.
+def _ratio_for(model: Any, setting: str, layers: Mapping[str, int], new_widths: Mapping[str, int]) -> float | None:
+    """Return a ratio by which layers get the widths ``new_widths``, with what the constructor drops; None without any.
 
     ``layers``: the widths that they have by the config of ``model``.
     """
     value = _settings(model.config)[setting]
-    name = min(left, key=lambda layer: left[layer])
-    base, width = _base(layers[name], value), left[name]
+    name = min(new_widths, key=lambda layer: new_widths[layer])
+    base, width = _base(layers[name], value), new_widths[name]
     # A quotient times the base may be just below the width.
     for ratio in (width / base, (width + _BETWEEN) / base):
         written: float = int(ratio) if isinstance(value, int) and ratio.is_integer() else ratio
         _, modules = _tried(model, _changed(model.config, setting, written))
-        if modules and all(output_channels(modules[layer]) == count for layer, count in left.items()):
+        if modules and all(output_channels(modules[layer]) == count for layer, count in new_widths.items()):
             return written
     return None
 
 
 def _settings(config: Any) -> dict[str, float]:
     """Return the numbers of a config by name; those of a nested one, such as ``text_config``, with a dotted name."""
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for key, value in vars(config).items():
         if callable(getattr(value, "to_dict", None)):
-            found |= {f"{key}.{own}": number for own, number in _settings(value).items()}
+            numbers |= {f"{key}.{inner_key}": number for inner_key, number in _settings(value).items()}
         elif type(value) is int or (type(value) is float and value < _MOST_RATIO):
-            found[key] = value
+            numbers[key] = value
     if getattr(config, "n_inner", 0) is None:
-        found["n_inner"] = 4 * config.hidden_size  # as GPT-2 and its like read it
-    return found
+        numbers["n_inner"] = 4 * config.hidden_size  # as GPT-2 and its like read it
+    return numbers
 
 
 def _put(config: Any, setting: str, value: float) -> None:
     *within, key = setting.split(".")
-    for each in within:
-        config = getattr(config, each)
+    for part in within:
+        config = getattr(config, part)
     setattr(config, key, value)
 
 
@@ -189,34 +189,38 @@ def _layer_of(modules: dict[str, nn.Module], tensor: str) -> str | None:
     """Return the name of the layer whose weight or bias a tensor is; None for other tensors."""
     name = tensor.rpartition(".")[0]
     module = modules.get(name)
-    return name if module is not None and (isinstance(module, WEIGHTED) or is_transposed_linear(module)) else None
+    if module is not None and (isinstance(module, WEIGHTED) or is_transposed_linear(module)):
+        return name
+    return None
 
 
 def _layers_of_heads(model: Any) -> list[str]:
     """Return the layers that compute queries, keys and values, if a config can express fewer heads for all."""
-    found, accepted = find_attention(model), accepted_heads(model)
+    attention_modules, accepted = find_attention(model), accepted_heads(model)
     shares: set[float] = set()
-    for attention in found.values():
+    for attention in attention_modules.values():
         allowed = accepted.get(next(iter(attention.channels)), range(1, attention.heads))
         shares.add(max((count for count in allowed if count < attention.heads), default=0) / attention.heads)
     changed = copy.deepcopy(model.config)
-    if len(shares) != 1 or not all(shares) or not put_heads(changed, model, found, share := shares.pop()):
+    if len(shares) != 1 or not all(shares) or not put_heads(changed, model, attention_modules, share := shares.pop()):
         return []
-    (shapes, modules), (others, _) = _tried(model, model.config), _tried(model, changed)
-    if others.keys() != shapes.keys():
+    (shapes, modules), (changed_shapes, _) = _tried(model, model.config), _tried(model, changed)
+    if changed_shapes.keys() != shapes.keys():
         return []
-    of_heads = {layer for attention in found.values() for layer in attention.channels}
-    by_head = {f"{name}.{key}" for name, attention in found.items() for key in attention.by_head}
+    of_heads = {layer for attention in attention_modules.values() for layer in attention.channels}
+    by_head = {f"{name}.{key}" for name, attention in attention_modules.items() for key in attention.by_head}
     fewer: set[str] = set()
     for name, shape in shapes.items():
-        if others[name] == shape or name in by_head:
+        if changed_shapes[name] == shape or name in by_head:
             continue
         layer = _layer_of(modules, name)
-        if layer in of_heads and others[name][0] == shape[0] * share:
+        if layer in of_heads and changed_shapes[name][0] == shape[0] * share:
             fewer.add(layer)
-        elif layer is None or others[name][0] != shape[0]:  # isn't a layer that reads the heads
+        elif layer is None or changed_shapes[name][0] != shape[0]:  # isn't a layer that reads the heads
             return []
-    return sorted(of_heads) if fewer == of_heads else []
+    if fewer == of_heads:
+        return sorted(of_heads)
+    return []
 
 
 def put_heads(config: Any, model: nn.Module, before: dict[str, Attention], share: float) -> bool:
@@ -230,7 +234,7 @@ def put_heads(config: Any, model: nn.Module, before: dict[str, Attention], share
         if isinstance(getattr(config, key, None), int) and not isinstance(getattr(type(config), key, None), property):
             size = key
             break
-    sizes = {each.head_size for each in before.values()}
+    sizes = {attention.head_size for attention in before.values()}
     if size is None and share != 1.0 and len(sizes) == 1:
         # Some constructors read an optional ``head_dim``, and without it divide the width by the number of heads.
         kinds: list[Any] = [type(model.get_submodule(name)) for name in before]
@@ -240,7 +244,7 @@ def put_heads(config: Any, model: nn.Module, before: dict[str, Attention], share
     if size is None:
         return False
     channels = getattr(config, size)
-    of_keys = () if any(each.shared for each in before.values()) else SHARED_COUNTS
+    of_keys = () if any(attention.shared for attention in before.values()) else SHARED_COUNTS
     for key in (*COUNTS, *of_keys, "num_decoder_heads"):
         if isinstance(count := vars(config).get(key), int):
             setattr(config, key, round(count * share))
@@ -255,22 +259,22 @@ def tell_config(model: Any, original: nn.Module, call: Call) -> None:
     """
     if not is_pretrained(original):
         return
-    found, before = find_attention(model), find_attention(original)
+    after, before = find_attention(model), find_attention(original)
     # Count heads of queries: if one of two sets that share keys and values is left, all its heads share them.
-    shares = {each.query_heads / before[name].query_heads for name, each in found.items()}
+    shares = {attention.query_heads / before[name].query_heads for name, attention in after.items()}
     if len(shares) == 1:
-        put_heads(model.config, model, {name: before[name] for name in found}, shares.pop())
-    left = {name: output_channels(module) or 0 for name, module in model.named_modules()}
-    put_widths(model.config, original, left)
-    _tell_hidden_size(model, original, found, before, call)
+        put_heads(model.config, model, {name: before[name] for name in after}, shares.pop())
+    channels = {name: output_channels(module) or 0 for name, module in model.named_modules()}
+    put_widths(model.config, original, channels)
+    _tell_hidden_size(model, original, after, before, call)
 
 
 def _tell_hidden_size(
-    model: Any, original: Any, found: dict[str, Attention], before: dict[str, Attention], call: Call
+    model: Any, original: Any, after: dict[str, Attention], before: dict[str, Attention], call: Call
 ) -> None:
     """Write the pruned width of the residual stream into a config, if a model built from that config computes the same.
 
-    ``found``, ``before``: the attention of both networks. If the heads together have that width, the number of heads is
+    ``after``, ``before``: the attention of both networks. If the heads together have that width, the number of heads is
     set too. Gemma multiplies by the root of its config's width, so its config keeps the old one.
     """
     config, key = model.config, original.config.attribute_map.get("hidden_size", "hidden_size")
@@ -282,48 +286,52 @@ def _tell_hidden_size(
         if tensor.dim() in widths and name in shapes:
             pairs = zip(tensor.shape, shapes[name], strict=True)
             widths[tensor.dim()].update(new for old, new in pairs if old == old_width)
-    shares = {each.query_heads / before[name].query_heads for name, each in found.items()}
+    shares = {attention.query_heads / before[name].query_heads for name, attention in after.items()}
     for width in sorted((widths[1] or widths[2]) - {old_width}):
         changed = copy.deepcopy(config)
         setattr(changed, key, width)
-        if len(shares) == 1 and {each.query_heads * each.head_size for each in found.values()} == {width}:
+        if len(shares) == 1 and {attention.query_heads * attention.head_size for attention in after.values()} == {
+            width
+        }:
             for count in COUNTS:
                 count = original.config.attribute_map.get(count, count)
                 if isinstance(vars(original.config).get(count), int):
                     setattr(changed, count, round(getattr(original.config, count) * next(iter(shares))))
-        elif len(sizes := {each.head_size for each in found.values()}) == 1:
+        elif len(sizes := {attention.head_size for attention in after.values()}) == 1:
             changed.head_dim = sizes.pop()  # optional in OLMo's config, but its attention reads it
-        told = dict(vars(config))
+        old_values = dict(vars(config))
         with left_alone(model), torch.no_grad(), random_state_kept():
-            wanted = tensors_of(run_few(model, call))
+            expected = tensors_of(run_few(model, call))
             vars(config).update(vars(changed))
             try:
                 built = with_linear_layers(type(model)(copy.deepcopy(changed)))
                 built.load_state_dict(model.state_dict())
                 built = built.to(device_of(model)).to(next(model.parameters()).dtype).eval()
-                if all(agree(wanted, tensors_of(run_few(each, call)), SAME_CHANNELS) for each in (model, built)):
+                if all(
+                    agree(expected, tensors_of(run_few(network, call)), SAME_CHANNELS) for network in (model, built)
+                ):
                     return
             except Exception:  # a constructor, and a forward, may raise anything
                 _logger.debug("no model is built by a hidden size of %d", width, exc_info=True)
             vars(config).clear()
-            vars(config).update(told)
+            vars(config).update(old_values)
 
 
-def put_widths(config: Any, original: Any, left: dict[str, int]) -> None:
+def put_widths(config: Any, original: Any, channels: dict[str, int]) -> None:
     """Write each width that all layers of a setting have into a config; ``left``: output channels of some layers."""
     for setting, layers in widths_by_setting(original).items():
         value = _settings(original.config)[setting]
-        counts = {name: left[name] for name in layers if name in left}
-        if all(left[name] == layers[name] for name in counts):
+        counts = {name: channels[name] for name in layers if name in channels}
+        if all(channels[name] == layers[name] for name in counts):
             continue
         if _is_ratio(value, layers):
             ratio = _ratio_for(original, setting, layers, counts)
             if ratio is not None:
                 _put(config, setting, ratio)
             continue
-        found = {value * count / layers[name] for name, count in counts.items()}
-        if len(found) == 1 and (one := found.pop()).is_integer():
-            _put(config, setting, int(one))
+        values = {value * count / layers[name] for name, count in counts.items()}
+        if len(values) == 1 and (new_value := values.pop()).is_integer():
+            _put(config, setting, int(new_value))
 
 
 def accepted_heads(model: nn.Module) -> dict[str, list[int]]:
@@ -332,8 +340,8 @@ def accepted_heads(model: nn.Module) -> dict[str, list[int]]:
     Transformers 5 checks its configs: in most classes the number of heads must divide the width, even if the size of a
     head is given separately. Layers whose config accepts every number are left out.
     """
-    found = dict[str, list[int]]()
-    known: dict[tuple[int, int], list[int]] = {}  # blocks share a config
+    accepted = dict[str, list[int]]()
+    cached: dict[tuple[int, int], list[int]] = {}  # blocks share a config
     for name, attention in find_attention(model).items():
         module: Any = model.get_submodule(name)
         config: Any = getattr(module, "config", getattr(model, "config", None))
@@ -342,18 +350,18 @@ def accepted_heads(model: nn.Module) -> dict[str, list[int]]:
             continue
         heads = attention.heads
         key = (id(config), heads)
-        if key not in known:
-            known[key] = []
-            for kept in range(1, heads + 1):
+        if key not in cached:
+            cached[key] = []
+            for n_heads in range(1, heads + 1):
                 changed = copy.deepcopy(config)
                 for count in COUNTS if attention.shared else (*COUNTS, *SHARED_COUNTS):
                     if isinstance(getattr(changed, count, None), int):
-                        setattr(changed, count, getattr(changed, count) // heads * kept)
+                        setattr(changed, count, getattr(changed, count) // heads * n_heads)
                 try:
                     changed.validate()
                 except Exception:  # each class has its own errors
                     continue
-                known[key].append(kept)
-        if len(known[key]) < heads:
-            found.update(dict.fromkeys(attention.channels, known[key]))
-    return found
+                cached[key].append(n_heads)
+        if len(cached[key]) < heads:
+            accepted.update(dict.fromkeys(attention.channels, cached[key]))
+    return accepted

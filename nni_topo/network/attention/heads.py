@@ -128,8 +128,8 @@ class Attention:
         Keys and values that all heads share have one row.
         """
         if self.shared:
-            own = list(self.channels.items())
-            return own + [(layer, rows) for layer, found in self.shared.items() for rows in found]
+            parts = list(self.channels.items())
+            return parts + [(layer, rows) for layer, arrays in self.shared.items() for rows in arrays]
         if self.is_fused:
             ((layer, channels),) = self.channels.items()
             size = (channels.shape[1] - self.size) // 2
@@ -153,25 +153,25 @@ class Attention:
 
 def find_attention(model: nn.Module) -> dict[str, Attention]:
     """Find the attention modules of a model, by name."""
-    found = {}
+    by_name = {}
     for name, module in model.named_modules():
         attention = _attention(name, module)
         if attention is not None:
-            found[name] = attention
-    return found
+            by_name[name] = attention
+    return by_name
 
 
 def find_heads(model: nn.Module) -> dict[str, Attention]:
     """Find the attention modules of a model, and the recurrent layers whose units can be pruned, by name."""
-    found = find_attention(model)
+    heads = find_attention(model)
     for name, module in model.named_modules():
         if is_recurrent(module):
             layer: Any = module
             # The rows are ordered by gate: those of a unit are `hidden_size` apart.
             rows = np.arange(len(layer.weight_ih_l0)).reshape(-1, layer.hidden_size).T
             outputs, width = (name, rows[:, 0]), layer.input_size
-            found[name] = Attention(name, len(rows), 1, {name: rows}, outputs, None, width, recurrent=True)
-    return found
+            heads[name] = Attention(name, len(rows), 1, {name: rows}, outputs, None, width, recurrent=True)
+    return heads
 
 
 def is_attention(module: nn.Module) -> bool:
@@ -196,11 +196,11 @@ def _attention(name: str, module: Any) -> Attention | None:
         return None
     parts = {key: part for key, part in module.named_children() if next(part.parameters(), None) is not None}
     for *names, outs in (*_APART, *_TOGETHER):
-        layers: list[Any] = [parts.get(each) for each in names]
+        layers: list[Any] = [parts.get(child_name) for child_name in names]
         if not all(isinstance(layer, nn.Linear) for layer in layers):
             continue
         inner, parameters = dict(module.named_modules()), dict(module.named_parameters())
-        out = next((each for each in outs if isinstance(inner.get(each), nn.Linear)), None)
+        out = next((path for path in outs if isinstance(inner.get(path), nn.Linear)), None)
         size = _first_int(module, _SIZES) or layers[0].out_features // (count if len(layers) > 1 else 3 * count)
         by_head = {
             key: dim for key, dim in _BY_HEAD.items() if key in parameters and parameters[key].shape[dim] == count
@@ -208,15 +208,18 @@ def _attention(name: str, module: Any) -> Attention | None:
         # All heads must share all other parameters, such as those of norms of queries and keys.
         by_name = {*names, *by_head} if out is None else {*names, *by_head, out}
         known_parts = {path.partition(".")[0] for path in by_name}
-        others: list[Tensor] = []
+        shared_parameters: list[Tensor] = []
         for key, parameter in module.named_parameters(recurse=False):
             if key not in by_head:
-                others.append(parameter)
+                shared_parameters.append(parameter)
         for key, part in parts.items():
             if key not in known_parts:
-                others += part.parameters()
+                shared_parameters += part.parameters()
         # If a head has as many channels as there are heads, only a shape such as (heads, 1, 1) shows an entry by head.
-        are_shared = all(other.numel() == size and (other.dim() == 1 or other.shape[0] == 1) for other in others)
+        are_shared = all(
+            parameter.numel() == size and (parameter.dim() == 1 or parameter.shape[0] == 1)
+            for parameter in shared_parameters
+        )
         if not are_shared and not _is_pooled(module):
             return None
         if len(layers) > 1:
@@ -224,35 +227,37 @@ def _attention(name: str, module: Any) -> Attention | None:
                 return None
             parts_of_heads = [np.arange(layer.out_features).reshape(-1, size) for layer in layers]
         else:
-            whole = layers[0].out_features
+            n_rows = layers[0].out_features
             shared = count  # number of heads of keys and values
             if names[0] == "qkv_proj":
                 shared, by_head = getattr(module, "num_key_value_heads", count), {}
-            elif whole == (count + 2) * size:
+            elif n_rows == (count + 2) * size:
                 shared = 1
             elif not any(key in vars(module) for key in COUNTS) and any(key in vars(module) for key in _SIZES):
                 # The config may be the whole model's, with another number of heads.
-                count = shared = whole // (3 * size)
-            if not shared or count % shared or whole != (count + 2 * shared) * size:
+                count = shared = n_rows // (3 * size)
+            if not shared or count % shared or n_rows != (count + 2 * shared) * size:
                 return None
             # GPT-BigCode's rows are ordered by head too, if each head has keys and values of its own.
             is_ordered_by_head = names[0] in _HEAD_BY_HEAD or getattr(module, "multi_query", None) is False
             if is_ordered_by_head and shared == count:
-                parts_of_heads = list(np.arange(whole).reshape(count, 3, size).swapaxes(0, 1))
+                parts_of_heads = list(np.arange(n_rows).reshape(count, 3, size).swapaxes(0, 1))
             else:
-                parts_of_heads = np.split(np.arange(whole).reshape(-1, size), (count, count + shared))
+                parts_of_heads = np.split(np.arange(n_rows).reshape(-1, size), (count, count + shared))
             names = names * 3
-        found = _with_rows(
+        attention = _with_rows(
             name,
-            [prefix + each for each in names],
+            [prefix + layer_name for layer_name in names],
             parts_of_heads,
             None if out is None else prefix + out,
             entering_channels(layers[0]),
             by_head,
         )
-        if found is not None and names[0] == "query_proj" and getattr(module, "relative_attention", False):
-            return replace(found, also=("rel_embeddings",))
-        return replace(found, shifted=True) if found is not None and _is_pooled(module) else found
+        if attention is not None and names[0] == "query_proj" and getattr(module, "relative_attention", False):
+            return replace(attention, also=("rel_embeddings",))
+        if attention is not None and _is_pooled(module):
+            return replace(attention, shifted=True)
+        return attention
     return None
 
 
@@ -270,16 +275,18 @@ def _with_rows(
     times = len(queries) // heads
     if heads == 1 < times:
         shared: dict[str, list[IntArray]] = {}
-        for layer, own in zip(layers[1:], (keys, values), strict=True):
-            shared.setdefault(layer, []).append(own)
+        for layer, head_channels in zip(layers[1:], (keys, values), strict=True):
+            shared.setdefault(layer, []).append(head_channels)
         context = layers[2], np.tile(values.ravel(), times)
         return Attention(name, times, size, {layers[0]: queries}, context, out, width, by_head, shared=shared)
     # If heads share keys, it isn't known which of them an entry of a parameter by head belongs to.
     if by_head and times > 1:
         return None
     channels: dict[str, IntArray] = {}
-    for layer, own in zip(layers, (queries.reshape(heads, -1), keys, values), strict=True):
-        channels[layer] = np.concatenate([channels[layer], own], axis=1) if layer in channels else own
+    for layer, head_channels in zip(layers, (queries.reshape(heads, -1), keys, values), strict=True):
+        if layer in channels:
+            head_channels = np.concatenate([channels[layer], head_channels], axis=1)
+        channels[layer] = head_channels
     context = layers[2], values.repeat(times, axis=0).ravel()
     return Attention(name, heads, times * size, channels, context, out, width, by_head)
 
@@ -323,11 +330,13 @@ def attend(attention: Any, out: str, *args: Any, **kwargs: Any) -> Any:
 
 def states_read(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, list[Tensor]]:
     """Return, by linear layer within attention, the attention's arguments that enter it; empty if not known."""
-    given: dict[Any, Any] = {**dict(enumerate(args[2:] if node.target is attend else args)), **kwargs}
+    if node.target is attend:
+        args = args[2:]
+    arguments: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
     read = {}
     for layer, places in (node.meta.get("reads") or {}).items():
-        states: Any = [given.get(at) for at in places]
-        if not all(isinstance(each, Tensor) for each in states):
+        states: Any = [arguments.get(at) for at in places]
+        if not all(isinstance(state, Tensor) for state in states):
             return {}
         read[layer] = states
     return read
@@ -337,20 +346,20 @@ Given = tuple[bool, dict[str, list[int | str]]]
 """Whether attention returns several values; by layer, which arguments it reads unchanged, empty if unknown."""
 
 
-def open_attention(graph_module: GraphModule, given: dict[str, Given]) -> None:
+def open_attention(graph_module: GraphModule, reads_by_name: dict[str, Given]) -> None:
     """Give each output projection of attention a node of its own in a graph; see `attend`.
 
     ``given``: by name, for the attention modules that run. ``meta["reads"]`` of their nodes stores which arguments
     their layers read.
     """
-    if not given:
+    if not reads_by_name:
         return
-    graph, found = graph_module.graph, find_attention(graph_module)
+    graph, attention_modules = graph_module.graph, find_attention(graph_module)
     for node in list(graph.nodes):
-        attention = found.get(str(node.target)) if node.op == "call_module" else None
-        if attention is None or attention.name not in given:
+        attention = attention_modules.get(str(node.target)) if node.op == "call_module" else None
+        if attention is None or attention.name not in reads_by_name:
             continue
-        many, node.meta["reads"] = given[attention.name]
+        many, node.meta["reads"] = reads_by_name[attention.name]
         if attention.out is None:
             continue
         picked = {user: user.args[1] for user in node.users if user.target is operator.getitem}
@@ -366,46 +375,48 @@ def open_attention(graph_module: GraphModule, given: dict[str, Given]) -> None:
             inner.meta = {
                 key: node.meta[key] for key in ("nn_module_stack", "reads", STORED_WITHIN) if key in node.meta
             }
-            mixed = graph.call_module(
-                attention.out, (graph.call_function(operator.getitem, (inner, 0)) if many else inner,)
-            )
+            context = graph.call_function(operator.getitem, (inner, 0)) if many else inner
+            mixed = graph.call_module(attention.out, (context,))
         for value in [user for user, at in picked.items() if at == 0] if many else [node]:
-            mixed.meta |= {STORED: value.meta[STORED]} if STORED in value.meta else {}
+            if STORED in value.meta:
+                mixed.meta[STORED] = value.meta[STORED]
         if many:
             for user, at in picked.items():
-                user.replace_all_uses_with(mixed) if at == 0 else user.replace_input_with(node, inner)
                 if at == 0:
+                    user.replace_all_uses_with(mixed)
                     graph.erase_node(user)
+                else:
+                    user.replace_input_with(node, inner)
         else:
             node.replace_all_uses_with(mixed)
         graph.erase_node(node)
     graph_module.recompile()
 
 
-def resize(module: Any, attention: Attention, kept: int, width: int) -> None:
+def resize(module: Any, attention: Attention, n_heads: int, width: int) -> None:
     """Set a module's number of heads and its input width; its layers are cut already."""
     old = attention.heads
-    is_smaller = kept < old or width < attention.width
+    is_smaller = n_heads < old or width < attention.width
     if is_smaller and is_fused_attention(module):
         set_unfused(module)
         vars(module).pop("forward", None)  # NNI stores the class's forward there when it removes a wrapper
     elif is_smaller and unfused_class(module) is None:
         take_own_width(module)
     if isinstance(module, nn.MultiheadAttention):
-        module.num_heads = kept
+        module.num_heads = n_heads
         module.embed_dim = module.kdim = module.vdim = width
         return
-    if kept == old:
+    if n_heads == old:
         return
     of_heads, config = len(attention.context[1]), vars(module).get("config")
     if attention.is_fused and config is not None and not any(key in vars(module) for key in COUNTS):
         # The module reads the number of heads from the model's config; other blocks may keep more.
         put_attribute(module, "config", copy.copy(config))
-        module.config.num_attention_heads = config.num_attention_heads // old * kept
+        module.config.num_attention_heads = config.num_attention_heads // old * n_heads
     # If all heads share one key and value, their count stays, and only the count of heads for each changes.
     counts = (*COUNTS, *_FURTHER_COUNTS, *(_PER_SHARED if attention.shared else SHARED_COUNTS))
     for key, value in vars(module).items():
         if key in counts and isinstance(value, int) and value % old == 0:
-            put_attribute(module, key, value // old * kept)
+            put_attribute(module, key, value // old * n_heads)
         elif key in _WIDTHS and value == of_heads:
-            put_attribute(module, key, of_heads // old * kept)
+            put_attribute(module, key, of_heads // old * n_heads)

@@ -63,7 +63,7 @@ def _replace_caches(at_end: ExitStack, frame: FrameType) -> bool:
     while caller is not None and (code := caller.f_code) is not without_caches.__code__:
         place = str(caller.f_globals.get("__name__"))
         if place != _CALLS and place.partition(".")[0] != _PACKAGE:
-            named = {*code.co_names, *(each for each in code.co_consts if type(each) is str)}
+            named = {*code.co_names, *(constant for constant in code.co_consts if type(constant) is str)}
             space = caller.f_globals
             values = [*(space[name] for name in named & space.keys()), *caller.f_locals.values()]
             for value in values if caller is frame else ():
@@ -95,7 +95,7 @@ def _holders(roots: Iterable[Any], names: Collection[str]) -> Iterator[Any]:
         seen.add(id(value))
         alive.append(value)
         if issubclass(kind, ModuleType):
-            waiting += [vars(value)] + [entry for name, entry in vars(value).items() if name in names]
+            waiting += [vars(value)] + [content for name, content in vars(value).items() if name in names]
         elif issubclass(kind, _CONTAINERS):
             yield value
             if not issubclass(kind, dict):
@@ -114,7 +114,7 @@ def _holders(roots: Iterable[Any], names: Collection[str]) -> Iterator[Any]:
         elif issubclass(kind, type):
             for base in value.__mro__:
                 yield base
-                waiting += [entry for name, entry in vars(base).items() if name in names]
+                waiting += [content for name, content in vars(base).items() if name in names]
         elif kind not in (_Cached, FunctionType):
             waiting.append(kind)
             if isinstance(table := getattr(value, "__dict__", None), dict):
@@ -126,10 +126,14 @@ def _anew(value: Any, replaced: dict[int, Any]) -> Any:
     kind = type(value)
     if kind in (staticmethod, classmethod):
         new = _anew(value.__func__, replaced)
-        return value if new is value.__func__ else kind(new)
+        if new is value.__func__:
+            return value
+        return kind(new)
     if kind is property:
         new = _anew(value.fget, replaced)
-        return value if new is value.fget else property(new, value.fset, value.fdel, value.__doc__)
+        if new is value.fget:
+            return value
+        return property(new, value.fset, value.fdel, value.__doc__)
     if kind is not _Cached:
         return value
     if id(value) not in replaced:
@@ -145,7 +149,9 @@ def _call_of(cached: Any) -> Any:
             return cached(*args, **kwargs)
         before = notes.hashes
         hash((args, tuple(kwargs.values())))  # whatever holds the arguments' numbers, it hashes them
-        return (cached if notes.hashes == before else cached.__wrapped__)(*args, **kwargs)
+        if notes.hashes == before:
+            return cached(*args, **kwargs)
+        return cached.__wrapped__(*args, **kwargs)
 
     for name in ("cache_info", "cache_clear"):
         setattr(call, name, getattr(cached, name))
@@ -160,8 +166,8 @@ def release(numbers: list[TracedInt], model: nn.Module, spaces: Iterable[dict[st
 
     ``spaces``: global names of code that hashed them.
     """
-    for held in map(vars, numbers):
-        held.clear()
+    for attributes in map(vars, numbers):
+        attributes.clear()
     for module in model.modules() if _still_held(numbers) else ():
         _without_traced(vars(module))
     targets: list[Any] = _still_held(numbers)
@@ -181,8 +187,8 @@ def release(numbers: list[TracedInt], model: nn.Module, spaces: Iterable[dict[st
     if _still_held(numbers):
         # The collector doesn't list what holds them: perhaps a module's containers that were made before gc.freeze().
         modules = {type(module).__module__ for module in model.modules()}
-        known = [*spaces, *(vars(sys.modules[name]) for name in modules if name in sys.modules)]
-        for holder in _holders([model, *(value for space in known for value in space.values())], ()):
+        all_spaces = [*spaces, *(vars(sys.modules[name]) for name in modules if name in sys.modules)]
+        for holder in _holders([model, *(value for space in all_spaces for value in space.values())], ()):
             if not issubclass(type(holder), _FIXED):
                 _without_traced(holder)
 
@@ -206,7 +212,9 @@ def _plainly(value: Any) -> Any:
     if isinstance(value, TracedInt):
         return plain(value)
     entries = map(_plainly, value)
-    return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
+    if hasattr(value, "_fields"):
+        return type(value)(*entries)
+    return type(value)(entries)
 
 
 def _without_traced(holder: Any) -> None:
@@ -237,8 +245,6 @@ def _entries(holder: Any) -> tuple[Callable[[Any, Any], Any], list[tuple[Any, An
     if issubclass(kind, (list, deque)):
         return holder.__setitem__, list(enumerate(holder))
     table = holder if issubclass(kind, dict) else getattr(holder, "__dict__", None)
-    return (
-        (table.__setitem__, list(table.items()))
-        if isinstance(table, dict)
-        else (functools.partial(setattr, holder), [])
-    )
+    if isinstance(table, dict):
+        return (table.__setitem__, list(table.items()))
+    return (functools.partial(setattr, holder), [])

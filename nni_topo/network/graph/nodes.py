@@ -55,15 +55,23 @@ def place(node: torch.fx.Node) -> str:
     if node.op == "call_module":
         return str(node.target)
     owner = owner_of(node)
-    return f"{plain_name(node)} in {owner}" if owner else plain_name(node)
+    if owner:
+        return f"{plain_name(node)} in {owner}"
+    return plain_name(node)
 
 
 def owner_of(node: torch.fx.Node) -> str:
     """Return the name of the module whose forward calls a node; empty for the model itself."""
     # NNI's tracer keeps the types of modules by name, PyTorch's names with types.
     stack = (node.meta.get("nn_module_stack") or {}).items()
-    owners = [each for key, value in stack if (each := value[0] if isinstance(value, tuple) else key)]
-    return str(owners[-1]) if owners else ""
+    owners = []
+    for key, value in stack:
+        owner = value[0] if isinstance(value, tuple) else key
+        if owner:
+            owners.append(owner)
+    if owners:
+        return str(owners[-1])
+    return ""
 
 
 def described(node: torch.fx.Node) -> str:
@@ -83,28 +91,32 @@ def tensor_shape(node: torch.fx.Node) -> tuple[int, ...] | None:
     """Look up the shape of a node's tensor in ``node.meta["tensor_meta"]``; None if its value isn't one tensor."""
     shape = getattr(node.meta.get("tensor_meta"), "shape", None)
     # A plain tuple: torch.Size compares equal to it, but pytrees would open it as a container.
-    return None if shape is None else tuple(shape)
+    if shape is None:
+        return None
+    return tuple(shape)
 
 
 def plain_name(node: torch.fx.Node) -> str:
     """Return one name for a function or method, however it is called: "add" for ``torch.add`` and ``add_``."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     # Underscores before (``__add__``) and after (``add_``) a name say how it is called, not what it does to channels.
-    return "getitem" if node.target is operator.getitem else name.strip("_")
+    if node.target is operator.getitem:
+        return "getitem"
+    return name.strip("_")
 
 
-def leaves_of(given: Any) -> list[Any]:
+def leaves_of(tree: Any) -> list[Any]:
     """List the leaves of nested containers, including the ends and steps of slices."""
-    if isinstance(given, dict):
-        given = list(given.values())
-    elif isinstance(given, slice):
-        given = [given.start, given.stop, given.step]
-    if not isinstance(given, (tuple, list)):
-        return [given]
-    found = []
-    for each in given:
-        found += leaves_of(each)
-    return found
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    elif isinstance(tree, slice):
+        tree = [tree.start, tree.stop, tree.step]
+    if not isinstance(tree, (tuple, list)):
+        return [tree]
+    leaves = []
+    for branch in tree:
+        leaves += leaves_of(branch)
+    return leaves
 
 
 class ShapeNoting(Interpreter):
@@ -114,18 +126,18 @@ class ShapeNoting(Interpreter):
         """Run a node, and note each tensor of its output, in the same containers."""
         has_tensors = False
 
-        def noted(value: Any) -> Any:
+        def note_shape(value: Any) -> Any:
             nonlocal has_tensors
             if not isinstance(value, torch.Tensor):
                 return value
             has_tensors = True
             return TensorMetadata(value.shape, value.dtype, value.requires_grad, (), None, False, {})
 
-        found = super().run_node(n)
-        shapes = map_aggregate(found, noted)
+        outputs = super().run_node(n)
+        shapes = map_aggregate(outputs, note_shape)
         if has_tensors:
             n.meta["tensor_meta"] = shapes
-        return found
+        return outputs
 
 
 class _Graphed(GraphModule):
@@ -161,11 +173,13 @@ def _compile_and_run(self: GraphModule, *args: Any, **kwargs: Any) -> Any:
 
 def on_modules(root: nn.Module | dict[str, Any], graph: Graph, name: str) -> GraphModule:
     """Make a `torch.fx.GraphModule` of a graph and the modules that it calls."""
-    made = _Graphed(root, graph, name)
+    graph_module = _Graphed(root, graph, name)
     if isinstance(root, nn.Module):
         # The root's non-persistent buffers stay non-persistent; before 2.14 PyTorch puts them into the state_dict.
-        theirs = dict(root.named_modules())
-        for path, module in made.named_modules():
-            if path in theirs and module is not theirs[path]:
-                module._non_persistent_buffers_set |= theirs[path]._non_persistent_buffers_set & module._buffers.keys()
-    return made
+        original_modules = dict(root.named_modules())
+        for path, module in graph_module.named_modules():
+            if path in original_modules and module is not original_modules[path]:
+                module._non_persistent_buffers_set |= (
+                    original_modules[path]._non_persistent_buffers_set & module._buffers.keys()
+                )
+    return graph_module

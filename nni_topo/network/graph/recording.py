@@ -107,11 +107,15 @@ class _Decisions:
         line = forward_line()
         if reading not in self._readings:
             self._readings.add(reading)
-            others: tuple[bool | float, ...] = (not value,) if isinstance(value, bool) else (_EXTREME, -_EXTREME)
-            self.others.update(dict.fromkeys((line, other) for other in others))
+            alternatives: tuple[bool | float, ...] = (_EXTREME, -_EXTREME)
+            if isinstance(value, bool):
+                alternatives = (not value,)
+            self.others.update(dict.fromkeys((line, alternative) for alternative in alternatives))
         if self._turned is None or line != self._turned[0]:
             # The same value may decide elsewhere, too. A loop would never end.
-            return self._turned[1] if self._turned is not None and reading == self._turned_reading else value
+            if self._turned is not None and reading == self._turned_reading:
+                return self._turned[1]
+            return value
         if self._turned_reading is not None:
             return value
         self._turned_reading = reading
@@ -137,7 +141,7 @@ class _Calls(TorchFunctionMode):
         """Call a function, and note the call."""
         out = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
-        tensors = [each for each in leaves_of((args, kwargs)) if isinstance(each, Tensor)]
+        tensors = [leaf for leaf in leaves_of((args, kwargs)) if isinstance(leaf, Tensor)]
         if isinstance(out, (bool, float)) and name not in _ABOUT_TENSORS:
             return self._decisions.decided((name, *map(id, tensors)), out)
         weighted, results = [tensor for tensor in tensors if id(tensor) in self._weighted], tensors_of(out)
@@ -176,27 +180,27 @@ class Recorded:
 
 def record(model: nn.Module, named: dict[str, Any]) -> Recorded:
     """Record a call of a model in its present mode. The model may be changed."""
-    held: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    configs = {id(config): config for config in held if config is not None}.values()
+    attributes: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in attributes if config is not None}.values()
     for config in configs:
         if getattr(config, "use_cache", None) and not any(getattr(m, "_is_stateful", False) for m in model.modules()):
             config.use_cache = False
-    told = {id(config): getattr(config, "_attn_implementation", None) for config in configs}
-    others = [config for config in configs if told[id(config)] not in (None, "eager")]
+    implementations = {id(config): getattr(config, "_attn_implementation", None) for config in configs}
+    switched = [config for config in configs if implementations[id(config)] not in (None, "eager")]
     # Eager attention always makes masks, not only if this batch needs one.
-    for config in others:
+    for config in switched:
         config._attn_implementation = "eager"
     recorded = partial(_recorded, model, named)
     try:
         return without_caches(recorded, model)
     except Exception as error:  # a forward may raise anything
-        if not others and not isinstance(error, SpeedupError):
+        if not switched and not isinstance(error, SpeedupError):
             raise
         let_go(error)
     # Some models can't be switched to eager attention after their construction. And some fail once because of values
     # that they kept from a run on other inputs (a detector's anchors, by size).
-    for config in others:
-        config._attn_implementation = told[id(config)]
+    for config in switched:
+        config._attn_implementation = implementations[id(config)]
     return without_caches(partial(recorded, again=True), model)
 
 
@@ -264,7 +268,7 @@ def _recorder_of_twice(
     except SpeedupError:
         raise
     except Exception as error:  # a forward may raise anything
-        if any(tensors_of(each) and not isinstance(each, Tensor) for each in doubled.values()):
+        if any(tensors_of(argument) and not isinstance(argument, Tensor) for argument in doubled.values()):
             raise
         _logger.info("%s is recorded for this number of samples alone: %s", type(model).__name__, error)
         let_go(error)
@@ -356,16 +360,18 @@ class _Recorder(TorchFunctionMode):
             check_inputs_last(named, model)
             self._note_stored(stored_tensors(model, buffers), partial(model, *args, **kwargs))
         self._check_choice(model)
-        if self._picked and any(tensors_of(each) and not isinstance(each, Tensor) for each in named.values()):
+        if self._picked and any(
+            tensors_of(argument) and not isinstance(argument, Tensor) for argument in named.values()
+        ):
             raise SpeedupError("a model that picks from lists by value (a detector, boxes) is followed part by part")
-        for size in {id(each): each for each in self._unshown}.values():
-            made = tensor = self._argument(size)
+        for size in {id(unshown): unshown for unshown in self._unshown}.values():
+            node = tensor = self._argument(size)
             while "nn_module_stack" not in tensor.meta and tensor.all_input_nodes:
                 tensor = tensor.all_input_nodes[0]
-            made.meta |= {"nn_module_stack": tensor.meta.get("nn_module_stack"), UNSHOWN: True}
-            self.read.add(made)
-        found = tuple(self._node(each) for each in returned_tensors(self.outputs))
-        self.graph.output(found[0] if isinstance(self.outputs, Tensor) else found)
+            node.meta |= {"nn_module_stack": tensor.meta.get("nn_module_stack"), UNSHOWN: True}
+            self.read.add(node)
+        output_nodes = tuple(self._node(output) for output in returned_tensors(self.outputs))
+        self.graph.output(output_nodes[0] if isinstance(self.outputs, Tensor) else output_nodes)
         self.compared = tuple(dict.fromkeys(self._unshown.compared))
         samples, of_samples = batch_size(named), dict[Check, None]()
         for function, size, number in self._unshown.of_samples:
@@ -390,20 +396,20 @@ class _Recorder(TorchFunctionMode):
                 self._alive.append(out)
         if self._before and is_inner(func):
             # Up to here the layer is one node; its further operations are recorded.
-            (name, given, named), self._before, self._inside = self._before, None, 0
-            self._write("call_module", name, given, named, out)
+            (name, layer_args, named), self._before, self._inside = self._before, None, 0
+            self._write("call_module", name, layer_args, named, out)
             self._nodes[id(out)].meta[HEAD] = True
             return out
         leaves = leaves_of((args, kwargs))
         if self._inside and self._stack and any(id(x) in self._nodes or id(x) in self._within for x in leaves):
             self._within |= {id(tensor): (weakref.ref(tensor), self._stack[-1]) for tensor in tensors_of(out)}
-        if self._inside or not any(self._is_followed(each) for each in leaves):
+        if self._inside or not any(self._is_followed(leaf) for leaf in leaves):
             if self._inside and len(leaves) and id(leaves[0]) in self._nodes and id(leaves[0]) not in self._own:
                 out = self._measured(func, args, kwargs, out)  # a module that is one node may check its input's width
             # No node shows what is computed here from an attribute's number.
-            for each in leaves:
-                if isinstance(each, TracedInt):
-                    each.note_other_use()
+            for leaf in leaves:
+                if isinstance(leaf, TracedInt):
+                    leaf.note_other_use()
             return out
         if isinstance(out, (bool, int, float, complex, list, np.ndarray)) and not tensors_of(out):
             name = getattr(func, "__name__", "")
@@ -412,14 +418,14 @@ class _Recorder(TorchFunctionMode):
                 self.reads_values = True
                 self.reads_integers |= type(out) is int
                 self._deciding.add(self._stack[-1] if self._stack else "")
-                read = [self._nodes[id(each)] for each in leaves if id(each) in self._nodes]
+                read = [self._nodes[id(leaf)] for leaf in leaves if id(leaf) in self._nodes]
                 self.read.update(read)
                 if isinstance(out, (list, np.ndarray)):
                     for node in read:
                         node.meta[AS_NUMBERS] = True
                 elif isinstance(out, (bool, float)):
                     out = self._decisions.decided(
-                        (name, *(id(each) for each in leaves if isinstance(each, Tensor))), out
+                        (name, *(id(leaf) for leaf in leaves if isinstance(leaf, Tensor))), out
                     )
         if getattr(func, "__name__", "") == "__setitem__" and self._is_put_back(*args):
             return out
@@ -430,23 +436,23 @@ class _Recorder(TorchFunctionMode):
         self._write_whole(written)
         return self._measured(func, args, kwargs, out)
 
-    def _is_put_back(self, whole: Any, index: Any, value: Any) -> bool:
+    def _is_put_back(self, tensor: Any, index: Any, value: Any) -> bool:
         """Tell whether Python puts a part into the tensor that it is a view of, as the end of ``states[1:] += 1``."""
         source, place = self._views.get(id(value), (None, None))
-        return source is whole and place is index
+        return source is tensor and place is index
 
     def _write_whole(self, part: Any) -> None:
         """Record that the tensor changes a part of which was written in place, as by ``states[1:].mul_(2)``."""
         while id(part) in self._views:
-            whole, index = self._views[id(part)]
-            self._write("call_function", operator.setitem, (whole, index, part), {}, whole)
-            part = whole
+            tensor, index = self._views[id(part)]
+            self._write("call_function", operator.setitem, (tensor, index, part), {}, tensor)
+            part = tensor
 
     def _keep_written(self, func: Any, args: tuple[Any, ...]) -> None:
         """Record a constant before a recorded tensor is written into it, as by ``keep &= mask``."""
         if self._inside or not _is_written(func) or not args or not isinstance(args[0], Tensor):
             return
-        if any(self._is_followed(each) for each in leaves_of(args[1:])):
+        if any(self._is_followed(argument) for argument in leaves_of(args[1:])):
             tensor = args[0]
             while not self._is_followed(tensor):
                 self._node(tensor)
@@ -462,17 +468,17 @@ class _Recorder(TorchFunctionMode):
         for node in self.graph.nodes if stored else ():
             if node.op == "placeholder" or not (node in self.numbers or computed.isdisjoint(node.all_input_nodes)):
                 computed.add(node)
-        left = Results()
+        leftovers = Results()
         for name, tensor in stored:
             reference = self._within.get(id(tensor), (None, ""))[0]
             is_within = id(tensor) not in self._nodes and reference is not None and reference() is tensor
             if tensor.dim() and (is_within or self._nodes.get(id(tensor)) in computed):
-                left.append((name, tensor))
+                leftovers.append((name, tensor))
         arguments = _ArgumentsNoted()
-        if left:
+        if leftovers:
             with torch_random_kept(), arguments:
                 run_again()
-        for name, tensor in left:
+        for name, tensor in leftovers:
             giver = self._nodes.get(id(tensor))
             if id(tensor) in arguments.ids:
                 continue
@@ -494,8 +500,8 @@ class _Recorder(TorchFunctionMode):
             owner = name.rpartition(".")[0]
             while owner and isinstance(model.get_submodule(owner), LISTS):
                 owner = owner.rpartition(".")[0]
-            inner = [(f"{name}.{key}".lstrip("."), each) for key, each in module.named_children()]
-            ran = [own in self._ran for own, each in inner if next(each.parameters(), None) is not None]
+            inner = [(f"{name}.{key}".lstrip("."), child) for key, child in module.named_children()]
+            ran = [child_name in self._ran for child_name, child in inner if next(child.parameters(), None) is not None]
             if (self._chosen or owner in self._deciding) and any(ran) and not all(ran):
                 raise SpeedupError(
                     f"example inputs must reach every data-dependent branch, got modules that didn't run ({name})"
@@ -523,7 +529,8 @@ class _Recorder(TorchFunctionMode):
             sizes = [TracedInt.of_tensor(size, args[0], d, unshown) for d, size in enumerate(args[0].shape)]
             return math.prod(sizes)
         if isinstance(out, int):
-            return TracedInt.of_tensor(out, args[0], args[1] if len(args) > 1 else kwargs["dim"], unshown)
+            dim = args[1] if len(args) > 1 else kwargs["dim"]
+            return TracedInt.of_tensor(out, args[0], dim, unshown)
         return torch.Size([TracedInt.of_tensor(size, args[0], d, unshown) for d, size in enumerate(out)])
 
     @contextmanager
@@ -568,7 +575,7 @@ class _Recorder(TorchFunctionMode):
             return len(value)
         return value.shape[0]
 
-    def whole(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_as_one_node(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function and record it as one node."""
         self._inside += 1
         try:
@@ -576,9 +583,9 @@ class _Recorder(TorchFunctionMode):
         finally:
             self._inside -= 1
         if isinstance(out, Tensor) and not self._inside:
-            given = {key: value for key, value in kwargs.items() if isinstance(value, Tensor)}
-            rest = {key: value for key, value in kwargs.items() if key not in given}
-            self._write("call_function", _Bound(function, *args, **rest), (), given, out)
+            tensor_arguments = {key: value for key, value in kwargs.items() if isinstance(value, Tensor)}
+            bound = {key: value for key, value in kwargs.items() if key not in tensor_arguments}
+            self._write("call_function", _Bound(function, *args, **bound), (), tensor_arguments, out)
         return out
 
     def _write(self, op: str, target: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -590,7 +597,9 @@ class _Recorder(TorchFunctionMode):
             op, target, out = "call_function", put, args[0]
         if not tensors_of(out):
             return
-        node = self.graph.create_node(op, target, *(map_aggregate(each, self._argument) for each in (args, kwargs)))
+        node = self.graph.create_node(
+            op, target, *(map_aggregate(container, self._argument) for container in (args, kwargs))
+        )
         node.meta["nn_module_stack"] = {name: (name, nn.Module) for name in self._stack}
         node.meta[LINE] = forward_line()
         self._enter(out, node)
@@ -620,11 +629,11 @@ class _Recorder(TorchFunctionMode):
             value.written = True
             if value.source is None:
                 return value.copied()  # the forward may keep the number itself
-            first, given = value.source
+            first, second = value.source
             if isinstance(first, Tensor):
-                number = self.graph.call_method("size", (self._node(first), given))
+                number = self.graph.call_method("size", (self._node(first), second))
             else:
-                number = self.graph.call_function(first, tuple(map(self._argument, given)))
+                number = self.graph.call_function(first, tuple(map(self._argument, second)))
             self.numbers.add(number)
             return number
         if isinstance(value, np.generic):
@@ -640,9 +649,9 @@ class _Recorder(TorchFunctionMode):
         if isinstance(value, Tensor):
             self._keep(value, node)
             return
-        for key, each in value.items() if isinstance(value, Mapping) else enumerate(value):
-            if tensors_of(each):
-                self._enter(each, self.graph.call_function(operator.getitem, (node, key)))
+        for key, member in value.items() if isinstance(value, Mapping) else enumerate(value):
+            if tensors_of(member):
+                self._enter(member, self.graph.call_function(operator.getitem, (node, key)))
 
     def _node(self, tensor: Tensor) -> Node:
         if id(tensor) not in self._nodes:
@@ -698,12 +707,16 @@ def _functions_replaced(model: nn.Module) -> Iterator[None]:
 
 def _length(value: Any) -> int:
     recorder = _RUNNING.get()
-    return len(value) if recorder is None else recorder.length(value)
+    if recorder is None:
+        return len(value)
+    return recorder.length(value)
 
 
 def _call_whole(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     recorder = _RUNNING.get()
-    return function(*args, **kwargs) if recorder is None else recorder.whole(function, args, kwargs)
+    if recorder is None:
+        return function(*args, **kwargs)
+    return recorder.call_as_one_node(function, args, kwargs)
 
 
 class _Bound(partial[Any]):
@@ -733,8 +746,8 @@ def _is_leaf(module: nn.Module) -> bool:
     # The modules that compute a parametrized layer's weight are part of the layer.
     added = {"_nni_wrapper", "parametrizations"} if is_parametrized(module) else {"_nni_wrapper"}
     inner = [name for name, _ in module.named_children() if name not in added]
-    own = type(module).__module__.startswith("torch.nn") and not inner
-    return own or is_attention(module) or is_one(module)
+    is_plain = type(module).__module__.startswith("torch.nn") and not inner
+    return is_plain or is_attention(module) or is_one(module)
 
 
 def _is_written(func: Any) -> bool:
@@ -743,11 +756,13 @@ def _is_written(func: Any) -> bool:
     return name == "__setitem__" or name.startswith("__i") or name.endswith("_") != name.endswith("__")
 
 
-def _is_part(value: Any, whole: Any) -> bool:
+def _is_part(value: Any, tensor: Any) -> bool:
     """Tell whether what is written into a value is written into a tensor, too: it is a view of the tensor."""
-    if not (isinstance(value, Tensor) and isinstance(whole, Tensor)) or value._base is None:
+    if not (isinstance(value, Tensor) and isinstance(tensor, Tensor)) or value._base is None:
         return False
-    return value._base is (whole if whole._base is None else whole._base)
+    if tensor._base is None:
+        return value._base is tensor
+    return value._base is tensor._base
 
 
 def _index_of_part(func: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
@@ -767,7 +782,7 @@ def _picks(target: Any, args: Any) -> bool:
     """Tell whether the size of an operation's output depends on values."""
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     if name == "getitem":
-        return any(each.dtype == torch.bool for each in tensors_of(args[1:]))
+        return any(tensor.dtype == torch.bool for tensor in tensors_of(args[1:]))
     return name in ("nonzero", "masked_select", "unique", "nms") or (name == "where" and len(args) == 1)
 
 
@@ -792,17 +807,17 @@ def _operation(func: Any, args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, .
 def _is_width_checked(check: Check) -> bool:
     """Tell whether a check compares an attribute for equality with the size of a tensor."""
     function, *operands = check
-    attributes = [isinstance(each, TracedInt) and each.place is not None for each in operands]
+    attributes = [isinstance(operand, TracedInt) and operand.place is not None for operand in operands]
     return function in (operator.eq, operator.ne) and any(attributes) and not all(attributes)
 
 
 def _follow_samples(first: _Recorder, second: _Recorder, samples: int) -> None:
     """Compute numbers that differ between the runs on n and 2n samples from the number of samples."""
     graph, nodes = first.graph, [node for node in first.graph.nodes if node not in first.checks]
-    others = [node for node in second.graph.nodes if node not in second.checks]
-    same = len(nodes) == len(others) and all(
-        one.op == other.op and (one.target == other.target or one.op == "get_attr")
-        for one, other in zip(nodes, others, strict=False)
+    second_nodes = [node for node in second.graph.nodes if node not in second.checks]
+    same = len(nodes) == len(second_nodes) and all(
+        first_node.op == second_node.op and (first_node.target == second_node.target or first_node.op == "get_attr")
+        for first_node, second_node in zip(nodes, second_nodes, strict=False)
     )
     if not same and first.of_samples:
         return  # the forward has decided by the number of samples: the graph is for this number alone
@@ -811,57 +826,66 @@ def _follow_samples(first: _Recorder, second: _Recorder, samples: int) -> None:
     last = [node for node in nodes if node.op == "placeholder" or node is first.entry][-1]
     with graph.inserting_after(last):
         size = graph.call_method("size", (first.entry, 0))
-    for one, other in zip(nodes, others, strict=True):
-        name = str(one.target)
-        if one.op == "get_attr" and name in first.constants:
-            constant, twin = first.constants[name], second.constants[str(other.target)]
+    for first_node, second_node in zip(nodes, second_nodes, strict=True):
+        name = str(first_node.target)
+        if first_node.op == "get_attr" and name in first.constants:
+            constant, twin = first.constants[name], second.constants[str(second_node.target)]
             if constant.shape != twin.shape:
-                with graph.inserting_after(one):
-                    following = _following(graph, one, first.constants, twin, size)
-                one.replace_all_uses_with(following, lambda user, following=following: user is not following)
+                with graph.inserting_after(first_node):
+                    following = _following(graph, first_node, first.constants, twin, size)
+                first_node.replace_all_uses_with(following, lambda user, following=following: user is not following)
             continue
-        with graph.inserting_before(one):
-            counted = {"args": _counted(graph, one.args, other.args, size, samples, first.reads_integers)}
-            counted["kwargs"] = _counted(graph, one.kwargs, other.kwargs, size, samples, first.reads_integers)
-        one.args, one.kwargs = counted["args"], counted["kwargs"]
+        with graph.inserting_before(first_node):
+            counted = {
+                "args": _replace_counts(graph, first_node.args, second_node.args, size, samples, first.reads_integers)
+            }
+            counted["kwargs"] = _replace_counts(
+                graph, first_node.kwargs, second_node.kwargs, size, samples, first.reads_integers
+            )
+        first_node.args, first_node.kwargs = counted["args"], counted["kwargs"]
     if not size.users:
         graph.erase_node(size)
 
 
-def _following(graph: Graph, one: Node, constants: dict[str, Tensor], twin: Tensor, size: Node) -> Node:
+def _following(graph: Graph, node: Node, constants: dict[str, Tensor], twin: Tensor, size: Node) -> Node:
     """Return a node that extends a constant to any number of samples; ``twin``: its value for twice as many."""
-    name = str(one.target)
+    name = str(node.target)
     constant = constants[name]
     # It may number the samples, as in ``states[torch.arange(samples), last]``.
     if constant.shape and all(
-        torch.equal(each, torch.arange(len(each), device=each.device)) for each in (constant, twin)
+        torch.equal(tensor, torch.arange(len(tensor), device=tensor.device)) for tensor in (constant, twin)
     ):
         return graph.call_function(torch.arange, (size,), {"device": constant.device})
     if not torch.equal(constant[:1].expand(twin.shape), twin):
         raise SpeedupError("a constant of a model must not depend on the number of samples, got one that does")
     constants[name] = constant[:1].clone()
-    return graph.call_method("expand", (one, size, *[-1] * (constant.dim() - 1)))
+    return graph.call_method("expand", (node, size, *[-1] * (constant.dim() - 1)))
 
 
-def _counted(graph: Graph, one: Any, other: Any, size: Node, samples: int, reads_integers: bool) -> Any:
+def _replace_counts(graph: Graph, first: Any, second: Any, size: Node, samples: int, reads_integers: bool) -> Any:
     """Replace the integers that differ by multiples of the number of samples.
 
     ``reads_integers``: the forward reads integers from tensors, such as the length of the longest sequence. So one that
     differs otherwise stays.
     """
-    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
-        return type(one)(
-            [_counted(graph, a, b, size, samples, reads_integers) for a, b in zip(one, other, strict=True)]
+    if isinstance(first, (tuple, list)) and isinstance(second, (tuple, list)):
+        return type(first)(
+            [_replace_counts(graph, a, b, size, samples, reads_integers) for a, b in zip(first, second, strict=True)]
         )
-    if isinstance(one, dict):
-        return {key: _counted(graph, each, other[key], size, samples, reads_integers) for key, each in one.items()}
-    if isinstance(one, slice):
-        ends = [(getattr(one, key), getattr(other, key)) for key in ("start", "stop", "step")]
-        return slice(*(_counted(graph, a, b, size, samples, reads_integers) for a, b in ends))
-    if type(one) is not int or one == other:
-        return one
-    if other != 2 * one or one % samples:
+    if isinstance(first, dict):
+        return {
+            key: _replace_counts(graph, value, second[key], size, samples, reads_integers)
+            for key, value in first.items()
+        }
+    if isinstance(first, slice):
+        ends = [(getattr(first, key), getattr(second, key)) for key in ("start", "stop", "step")]
+        return slice(*(_replace_counts(graph, a, b, size, samples, reads_integers) for a, b in ends))
+    if type(first) is not int or first == second:
+        return first
+    if second != 2 * first or first % samples:
         if reads_integers:
-            return one
-        raise SpeedupError(f"a number in a model must be fixed or a multiple of the samples, got {one} and {other}")
-    return size if one == samples else graph.call_function(operator.mul, (size, one // samples))
+            return first
+        raise SpeedupError(f"a number in a model must be fixed or a multiple of the samples, got {first} and {second}")
+    if first == samples:
+        return size
+    return graph.call_function(operator.mul, (size, first // samples))

@@ -98,9 +98,9 @@ class UnclearPlaces(set[Place]):
 
     def note_unwritten(self) -> None:
         """Note the places of computed numbers that the graph doesn't hold, because their use isn't known."""
-        for each in self.computed:
-            if not each.written:
-                each.note_other_use()
+        for number in self.computed:
+            if not number.written:
+                number.note_other_use()
         self.computed.clear()
 
     def note_divided(self, graph: Graph) -> None:
@@ -123,15 +123,15 @@ class UnshownSizes(list["TracedInt"]):
 
     ``compared``: checks that compare a size, not the number of samples, with a number by ``<`` or ``>``. With inputs of
     another size the forward may take another branch. ``of_samples``: checks that compare the number of samples, or what
-    is computed from it, with a number. ``write_check``: as in `UnclearPlaces`. ``held``: ids of the
+    is computed from it, with a number. ``write_check``: as in `UnclearPlaces`. ``parameter_ids``: ids of the
     model's parameters and buffers, whose first dimension holds no samples.
     """
 
-    def __init__(self, write_check: Callable[[Check], bool], held: Collection[int]) -> None:
+    def __init__(self, write_check: Callable[[Check], bool], parameter_ids: Collection[int]) -> None:
         super().__init__()
         self.compared: list[Check] = []
         self.of_samples: list[Check] = []
-        self.write_check, self.held = write_check, held
+        self.write_check, self.parameter_ids = write_check, parameter_ids
 
 
 class TracedInt(int):
@@ -161,30 +161,33 @@ class TracedInt(int):
     @classmethod
     def of_tensor(cls, size: int, tensor: Tensor, dim: int, unshown: UnshownSizes | None = None) -> TracedInt:
         """Return the size of a tensor along a dimension; ``unshown`` notes it if a plain number is made of it."""
-        made = cls(size)
-        made.source, made.unshown = (tensor, dim), unshown
-        return made
+        number = cls(size)
+        number.source, number.unshown = (tensor, dim), unshown
+        return number
 
     @classmethod
     def of_attribute(
         cls, value: int, place: Place, parts: int, unclear: UnclearPlaces, per: TracedInt | None = None
     ) -> TracedInt:
         """Return ``value``, an attribute's number over ``parts``; ``per``: ``parts``, if an attribute holds it."""
-        made = cls(value)
-        made.place, made.parts, made.unclear, made.per = place, parts, unclear, per
-        return made
+        number = cls(value)
+        number.place, number.parts, number.unclear, number.per = place, parts, unclear, per
+        return number
 
     @property
     def places(self) -> list[Place]:
         """The place of the number, then the place of the number of parts, as far as attributes hold them."""
-        own = [] if self.place is None else [self.place]
-        return own if self.per is None else own + self.per.places
+        places = [] if self.place is None else [self.place]
+        if self.per is None:
+            return places
+        return places + self.per.places
 
     def copied(self) -> TracedInt:
         """Return the same number of an attribute for a graph; the recording doesn't note it."""
         number = super().__new__(TracedInt, plain(self))
         vars(number).update(vars(self))
-        number.per = None if self.per is None else self.per.copied()
+        if self.per is not None:
+            number.per = self.per.copied()
         return number
 
     def within(self, name: str) -> TracedInt:
@@ -192,7 +195,8 @@ class TracedInt(int):
         if self.place is None:
             return self
         inner, key, path = self.place
-        place, per = (f"{name}.{inner}".strip("."), key, path), None if self.per is None else self.per.within(name)
+        per = None if self.per is None else self.per.within(name)
+        place = f"{name}.{inner}".strip("."), key, path
         return TracedInt.of_attribute(plain(self), place, self.parts, self.unclear, per)
 
     def note_other_use(self) -> None:
@@ -201,8 +205,8 @@ class TracedInt(int):
             self.unclear.divided.add(tuple(self.places))
         elif self.place is not None:
             self.unclear.add(self.place)
-        for each in self.factors:
-            each.note_other_use()
+        for factor in self.factors:
+            factor.note_other_use()
 
     def note_number(self) -> None:
         """Note that a number computed from a size, such as the root of a width, is a constant of the graph."""
@@ -241,18 +245,21 @@ def plain(number: int) -> int:
 
 
 def _note_other_uses(operands: Iterable[Any]) -> None:
-    for each in operands:
-        if isinstance(each, TracedInt):
-            each.note_other_use()
+    for operand in operands:
+        if isinstance(operand, TracedInt):
+            operand.note_other_use()
 
 
 def _arithmetic(function: Callable[..., int], first: Any, second: Any) -> Any:
     """Compute with two numbers; at least one is traced."""
-    first, second = (number.item() if isinstance(number, np.integer) else number for number in (first, second))
-    traced = [each for each in (first, second) if isinstance(each, TracedInt)]
+    if isinstance(first, np.integer):
+        first = first.item()
+    if isinstance(second, np.integer):
+        second = second.item()
+    traced = [operand for operand in (first, second) if isinstance(operand, TracedInt)]
     if not (isinstance(first, int) and isinstance(second, int)):
-        for each in traced:
-            each.note_number()
+        for operand in traced:
+            operand.note_number()
         return NotImplemented
     value = function(plain(first), plain(second))
     if function is operator.mul and len(traced) == 1 and plain(traced[0]) == value != 0:
@@ -263,43 +270,43 @@ def _arithmetic(function: Callable[..., int], first: Any, second: Any) -> Any:
         if is_known and plain(second) > 0 and value * plain(second) == plain(first):
             # Another attribute holds the number of parts: channels per head, as in ``self.width // self.heads``.
             if isinstance(second, TracedInt) and second.place is not None and first.parts == second.parts == 1:
-                made = TracedInt.of_attribute(value, first.place, plain(second), first.unclear, second)
-                first.unclear.computed.append(made)
-                return made
+                quotient = TracedInt.of_attribute(value, first.place, plain(second), first.unclear, second)
+                first.unclear.computed.append(quotient)
+                return quotient
             _note_other_uses((second, first.per))
             return TracedInt.of_attribute(value, first.place, first.parts * plain(second), first.unclear)
     # The graph computes it again, from the current sizes of tensors and values of attributes.
-    made = TracedInt(value)
-    made.source = function, (first, second)
-    if all(each.place is not None or each.factors for each in traced):
+    number = TracedInt(value)
+    number.source = function, (first, second)
+    if all(operand.place is not None or operand.factors for operand in traced):
         # For example heads times channels per head, which is their width, or three times that width.
-        for each in traced:
-            made.factors += each.factors or (each,)
-        made.factors[0].unclear.computed.append(made)
-    for each in traced:
-        if each.unshown is not None:
-            made.unshown = each.unshown
-    return made
+        for operand in traced:
+            number.factors += operand.factors or (operand,)
+        number.factors[0].unclear.computed.append(number)
+    for operand in traced:
+        if operand.unshown is not None:
+            number.unshown = operand.unshown
+    return number
 
 
-def _noted(name: str, *operands: Any) -> Any:
+def _compute_noting(name: str, *operands: Any) -> Any:
     """Compute an operation that the graph doesn't show, such as a comparison that decides on a branch, and note it."""
     value = getattr(int, name)(*operands)
     if not _is_checked(name, operands):
         _note_other_uses(operands)
-    for each in operands:
-        if not isinstance(each, TracedInt):
+    for operand in operands:
+        if not isinstance(operand, TracedInt):
             continue
         if name in _TO_FLOATS:
-            each.note_number()
-    size, *others = operands
-    for other in others if size.unshown is not None else ():
-        if not isinstance(other, int) or (isinstance(other, TracedInt) and other.place is None):
+            operand.note_number()
+    size, *further = operands
+    for number in further if size.unshown is not None else ():
+        if not isinstance(number, int) or (isinstance(number, TracedInt) and number.place is None):
             continue
         if name in _ORDERS and _is_behind_the_samples(size):
-            size.unshown.compared.append((_CHECKING[name], plain(size), plain(other)))
-        elif name in _CHECKING and name != "__rmod__" and _is_of_samples(size, size.unshown.held):
-            size.unshown.of_samples.append((_CHECKING[name], plain(size), plain(other)))
+            size.unshown.compared.append((_CHECKING[name], plain(size), plain(number)))
+        elif name in _CHECKING and name != "__rmod__" and _is_of_samples(size, size.unshown.parameter_ids):
+            size.unshown.of_samples.append((_CHECKING[name], plain(size), plain(number)))
     return value
 
 
@@ -312,34 +319,34 @@ def _is_checked(name: str, operands: tuple[Any, ...]) -> bool:
     if function is None or not isinstance(operands[1], (int, float)):
         return False
     first, second = reversed(operands) if name == "__rmod__" else operands
-    traced = [each for each in operands if isinstance(each, TracedInt)]
-    for each in traced:
-        if each.unshown is not None:
-            return each.unshown.write_check((function, first, second))
+    traced = [number for number in operands if isinstance(number, TracedInt)]
+    for number in traced:
+        if number.unshown is not None:
+            return number.unshown.write_check((function, first, second))
     if len(traced) < 2:
         return False
-    for each in traced:
-        for held in each.factors or (each,):
-            if held.place is not None and held.unclear.write_check is not None:
-                return held.unclear.write_check((function, first, second))
+    for number in traced:
+        for factor in number.factors or (number,):
+            if factor.place is not None and factor.unclear.write_check is not None:
+                return factor.unclear.write_check((function, first, second))
     return False
 
 
 def _is_behind_the_samples(size: TracedInt) -> bool:
     """Tell whether a size is the size of a tensor's dimension after the first, or computed from such a size."""
-    first, given = size.source or (None, ())
+    first, second = size.source or (None, ())
     if isinstance(first, Tensor):
-        return bool(given % max(first.dim(), 1))
-    return any(isinstance(each, TracedInt) and _is_behind_the_samples(each) for each in given)
+        return bool(second % max(first.dim(), 1))
+    return any(isinstance(operand, TracedInt) and _is_behind_the_samples(operand) for operand in second)
 
 
-def _is_of_samples(size: TracedInt, held: Collection[int]) -> bool:
+def _is_of_samples(size: TracedInt, parameter_ids: Collection[int]) -> bool:
     """Tell whether a size is the number of samples, or computed from that and from numbers that don't change."""
-    first, given = size.source or (None, ())
+    first, second = size.source or (None, ())
     if isinstance(first, Tensor):
-        return not given % max(first.dim(), 1) and id(first) not in held
-    sizes = [each for each in given if isinstance(each, TracedInt) and each.unshown is not None]
-    return bool(sizes) and all(_is_of_samples(each, held) for each in sizes)
+        return not second % max(first.dim(), 1) and id(first) not in parameter_ids
+    sizes = [operand for operand in second if isinstance(operand, TracedInt) and operand.unshown is not None]
+    return bool(sizes) and all(_is_of_samples(operand, parameter_ids) for operand in sizes)
 
 
 ON_NUMBERS = (operator.mul, operator.add, operator.sub, operator.floordiv)
@@ -352,10 +359,16 @@ _CHECKING: dict[str, Callable[..., int]] = {
 CHECKS = frozenset(_CHECKING.values())
 for _function in ON_NUMBERS:
     _name = _function.__name__
-    setattr(TracedInt, f"__{_name}__", partialmethod(lambda one, other, of: _arithmetic(of, one, other), of=_function))
-    setattr(TracedInt, f"__r{_name}__", partialmethod(lambda one, other, of: _arithmetic(of, other, one), of=_function))
+    setattr(
+        TracedInt, f"__{_name}__", partialmethod(lambda first, second, of: _arithmetic(of, first, second), of=_function)
+    )
+    setattr(
+        TracedInt,
+        f"__r{_name}__",
+        partialmethod(lambda first, second, of: _arithmetic(of, second, first), of=_function),
+    )
 for _name in _NOTED:
-    setattr(TracedInt, _name, lambda *operands, of=_name: _noted(of, *operands))
+    setattr(TracedInt, _name, lambda *operands, of=_name: _compute_noting(of, *operands))
 
 
 @contextmanager
@@ -366,7 +379,8 @@ def attributes_traced(model: nn.Module) -> Iterator[UnclearPlaces]:
         if _copies_by_own_rule(module):
             continue  # a copy would get its old numbers back
         owner, _, last = key.rpartition(".")
-        before.append((getattr(module, owner) if owner else module, last, module, name, key, value))
+        holder = getattr(module, owner) if owner else module
+        before.append((holder, last, module, name, key, value))
     try:
         for holder, last, _, name, key, value in before:
             traced = {}
@@ -389,21 +403,23 @@ def is_computed_of_attributes(size: Any) -> bool:
     """Tell whether a node computes a number from attributes alone, without sizes of tensors."""
     if not isinstance(size, Node) or size.target not in ON_NUMBERS:
         return False
-    return all(isinstance(each, int) or is_computed_of_attributes(each) for each in size.args)
+    return all(isinstance(operand, int) or is_computed_of_attributes(operand) for operand in size.args)
 
 
 def fold_numbers(graph: Graph, following: Collection[Place]) -> None:
     """Replace nodes that compute a constant by its value; numbers from places in ``following`` aren't constant."""
     for node in list(graph.nodes):
-        given: Any = node.args
-        if node.target not in ON_NUMBERS or not all(isinstance(each, int) for each in given):
+        operands: Any = node.args
+        if node.target not in ON_NUMBERS or not all(isinstance(operand, int) for operand in operands):
             continue
-        if any(isinstance(each, TracedInt) and each.place in following for each in given):
+        if any(isinstance(operand, TracedInt) and operand.place in following for operand in operands):
             continue
-        number = node.target(*map(plain, given))
+        number = node.target(*map(plain, operands))
 
         def folded(leaf: Any, node: Node = node, number: int = number) -> Any:
-            return number if leaf is node else leaf
+            if leaf is node:
+                return number
+            return leaf
 
         for user in list(node.users):
             user.args = map_aggregate(user.args, folded)
@@ -413,19 +429,21 @@ def fold_numbers(graph: Graph, following: Collection[Place]) -> None:
 
 def forget_places(graph: Graph, places: set[Place]) -> None:
     """Replace integers from some places by plain integers in a graph."""
-    known = set(places)  # comparing traced integers may add to ``places``
+    place_set = set(places)  # comparing traced integers may add to ``places``
 
     def leaf_of(leaf: Any) -> Any:
-        return plain(leaf) if isinstance(leaf, TracedInt) and known & set(leaf.places) else leaf
+        if isinstance(leaf, TracedInt) and place_set & set(leaf.places):
+            return plain(leaf)
+        return leaf
 
     for node in graph.nodes:
         if attribute_sizes_in((node.args, node.kwargs)):
             node.args, node.kwargs = map_aggregate((node.args, node.kwargs), leaf_of)
 
 
-def attribute_sizes_in(given: Any) -> list[TracedInt]:
+def attribute_sizes_in(arguments: Any) -> list[TracedInt]:
     """List the numbers in a node's arguments that attributes hold."""
-    return [each for each in leaves_of(given) if isinstance(each, TracedInt)]
+    return [leaf for leaf in leaves_of(arguments) if isinstance(leaf, TracedInt)]
 
 
 def attribute_channels(
@@ -435,17 +453,19 @@ def attribute_channels(
 
     Attributes with a use that isn't understood are left out. ``ids``: by node; ``groups``: group ids, by channel id.
     """
-    found: dict[Place, list[tuple[int, np.ndarray]]] = defaultdict(list)
+    uses_by_place: dict[Place, list[tuple[int, np.ndarray]]] = defaultdict(list)
     unclear, quotients = set[Place](), dict[tuple[Place, Place], int]()
     equal = list[tuple[Place, Place]]()
     for node in graph.nodes:
         if node.target in CHECKS and not isinstance(ids.get(node.name), Tensor):
             for place, parts, row in _found_equal(node, ids):
-                found[place].append((parts, row))
-            one, other = node.args
-            are_held = all(isinstance(each, TracedInt) and each.place and each.parts == 1 for each in (one, other))
-            if are_held and node.target in (operator.eq, operator.ne) and plain(one) == plain(other):
-                equal.append((one.place, other.place))
+                uses_by_place[place].append((parts, row))
+            first, second = node.args
+            are_held = all(
+                isinstance(number, TracedInt) and number.place and number.parts == 1 for number in (first, second)
+            )
+            if are_held and node.target in (operator.eq, operator.ne) and plain(first) == plain(second):
+                equal.append((first.place, second.place))
             continue  # the dry run compares its result
         if node.target in ON_NUMBERS and not isinstance(ids.get(node.name), Tensor):
             continue  # numbers computed from sizes are checked where they are used
@@ -468,11 +488,11 @@ def attribute_channels(
             if size.per is not None and size.per.place is not None and not len(channels):
                 quotients[size.place, size.per.place] = plain(size)
             elif len(channels):
-                found[size.place].append((size.parts, channels))
+                uses_by_place[size.place].append((size.parts, channels))
                 if size.per is not None:
                     unclear.update(size.per.places)
     even = {}
-    for place, uses_of_place in found.items():
+    for place, uses_of_place in uses_by_place.items():
         widths = {(parts, len(channels)) for parts, channels in uses_of_place}
         if len(widths) == 1 and place not in unclear:
             even[place] = uses_of_place
@@ -486,11 +506,11 @@ def attribute_channels(
 
 def _found_equal(node: Node, ids: dict[str, Any]) -> Iterator[tuple[Place, int, np.ndarray]]:
     """Yield attributes that a forward found equal to a number of channels: place, parts, and the channels' ids."""
-    for size, other in (node.args, node.args[::-1]) if node.target in (operator.eq, operator.ne) else ():
-        if isinstance(other, TracedInt) and other.place is not None and other.per is None:
+    for size, number in (node.args, node.args[::-1]) if node.target in (operator.eq, operator.ne) else ():
+        if isinstance(number, TracedInt) and number.place is not None and number.per is None:
             channels = counted_by(size, ids)
-            if channels is not None and len(channels) == plain(other):
-                yield other.place, other.parts, channels
+            if channels is not None and len(channels) == plain(number):
+                yield number.place, number.parts, channels
 
 
 def counted_by(size: Any, ids: dict[str, Any]) -> np.ndarray | None:
@@ -499,7 +519,9 @@ def counted_by(size: Any, ids: dict[str, Any]) -> np.ndarray | None:
         return None
     tensor, dim = size.args
     channels = _ids_in(ids.get(tensor.name), dim) if isinstance(tensor, Node) else None
-    return channels if channels is not None and len(channels) > 1 else None
+    if channels is not None and len(channels) > 1:
+        return channels
+    return None
 
 
 def _with_quotients(
@@ -519,8 +541,10 @@ def _with_quotients(
             of_heads = [(parts * size, channels) for parts, channels in even.get(heads, ())]
             fits = bool(of_heads) and width not in unclear
             for parts, channels in even.get(width, ()):
-                for times, each in of_heads:
-                    fits &= np.array_equal(np.sort(groups[channels]), np.sort(np.repeat(groups[each], times // parts)))
+                for times, head_channels in of_heads:
+                    fits &= np.array_equal(
+                        np.sort(groups[channels]), np.sort(np.repeat(groups[head_channels], times // parts))
+                    )
             if fits:
                 even.setdefault(width, of_heads)
                 continue
@@ -543,10 +567,10 @@ def _computed_of(node: Node) -> list[TracedInt]:
     """List the attributes' numbers from which a node computes a number; empty if it needs anything else."""
     if not is_computed_of_attributes(node):
         return []
-    found = attribute_sizes_in(node.args)
-    for each in node.all_input_nodes:
-        found += _computed_of(each)
-    return found
+    numbers = attribute_sizes_in(node.args)
+    for parent in node.all_input_nodes:
+        numbers += _computed_of(parent)
+    return numbers
 
 
 def _uses(node: Node, ids: dict[str, Any], groups: np.ndarray) -> Iterator[tuple[TracedInt, np.ndarray | None]]:
@@ -558,26 +582,34 @@ def _uses(node: Node, ids: dict[str, Any], groups: np.ndarray) -> Iterator[tuple
         dim: Any = node.kwargs.get("dim", args[2] if len(args) > 2 else None)
         rows = _first_along(leaving, dim)
         for size in attribute_sizes_in((args, node.kwargs)):
-            made = rows[: plain(size)]
-            yield size, made if len(np.unique(made)) == plain(size) > 1 else nothing
+            repeated = rows[: plain(size)]
+            if len(np.unique(repeated)) == plain(size) > 1:
+                yield size, repeated
+            else:
+                yield size, nothing
     elif name in ("view", "reshape", "unflatten", "expand", "broadcast_to", *_MAKING, *_REPEATING):
         is_made = name in _MAKING
         sizes: Any = args if is_made and not name.startswith("new_") else args[1:]
-        sizes = sizes[0] if sizes and isinstance(sizes[0], (tuple, list)) else sizes
+        if sizes and isinstance(sizes[0], (tuple, list)):
+            sizes = sizes[0]
         if name == "unflatten":
             dim = node.kwargs.get("dim", args[1] if len(args) > 1 else 0)
             shape = tensor_shape(node.all_input_nodes[0])
             parts: Any = node.kwargs.get("sizes", args[-1])
-            sizes = (1,) * (dim % len(shape or (1,))) + tuple(parts if isinstance(parts, (tuple, list)) else ())
+            sizes = (1,) * (dim % len(shape or (1,)))
+            if isinstance(parts, (tuple, list)):
+                sizes += tuple(parts)
         if name in _REPEATING and isinstance(leaving, Tensor):
             sizes = (1,) * (leaving.dim() - len(sizes)) + tuple(sizes)
         for d, size in enumerate(sizes):
             if isinstance(size, TracedInt):
-                row = _ids_in(leaving, d) if is_made else _counted(leaving, d, size, groups)
+                row = _ids_in(leaving, d) if is_made else _channels_along(leaving, d, size, groups)
                 # A number of repetitions counts no channels, except of a tensor with one value for all of them.
                 is_repeated = isinstance(leaving, Tensor) and leaving.shape[d] == 1
                 is_repeated = name in _REPEATING or (name in ("expand", "broadcast_to") and is_repeated)
-                yield size, nothing if row is None and (is_made or is_repeated) else row
+                if row is None and (is_made or is_repeated):
+                    row = nothing
+                yield size, row
     elif name in ("conv1d", "conv2d", "conv3d"):
         by_channel: Any = node.kwargs.get("groups", args[6] if len(args) > 6 else None)
         if isinstance(by_channel, TracedInt):
@@ -586,14 +618,17 @@ def _uses(node: Node, ids: dict[str, Any], groups: np.ndarray) -> Iterator[tuple
         shape, sizes = tensor_shape(args[0]), args[1]
         entering = ids.get(args[0].name)
         if name == "getitem":
-            cuts = sizes if isinstance(sizes, tuple) and all(isinstance(each, slice) for each in sizes) else ()
+            cuts = sizes if isinstance(sizes, tuple) and all(isinstance(index, slice) for index in sizes) else ()
             for d, cut in enumerate(cuts):
                 for end in (cut.start, cut.stop):
                     if isinstance(end, TracedInt):
                         row = _ids_in(entering, d)
                         # Where no channel can go, such as along the words of a text, ids are stored as one.
                         is_along = row is not None and shape is not None and len(row) == shape[d]
-                        yield end, row[:end] if row is not None and is_along else None
+                        if row is not None and is_along:
+                            yield end, row[:end]
+                        else:
+                            yield end, None
             return
         dim = node.kwargs.get("dim", args[2] if len(args) > 2 else 0)
         row = _ids_in(entering, dim)
@@ -609,7 +644,7 @@ def _uses(node: Node, ids: dict[str, Any], groups: np.ndarray) -> Iterator[tuple
                     yield size, row[end - size : end]
 
 
-def _counted(ids: Any, dim: int, size: int, groups: np.ndarray) -> np.ndarray | None:
+def _channels_along(ids: Any, dim: int, size: int, groups: np.ndarray) -> np.ndarray | None:
     """Return the ids of the channels or heads along a dimension, empty for channels of a head; None if unknown."""
     if not isinstance(ids, Tensor) or ids.dim() <= dim:
         return None
@@ -619,7 +654,9 @@ def _counted(ids: Any, dim: int, size: int, groups: np.ndarray) -> np.ndarray | 
     rows = groups[ids.movedim(dim, 0).flatten(1).numpy()]
     if (rows == rows[:, :1]).all():
         return ids.movedim(dim, 0).flatten(1)[:, 0].numpy()
-    return np.zeros(0, dtype=np.int64) if (rows == rows[:1]).all() else None
+    if (rows == rows[:1]).all():
+        return np.zeros(0, dtype=np.int64)
+    return None
 
 
 def _first_along(ids: Any, dim: Any) -> np.ndarray:
@@ -636,14 +673,14 @@ def _ids_in(ids: Any, dim: Any, size: int | None = None) -> np.ndarray | None:
         return None
     if not ids.shape[dim] == ids.numel() == (size or ids.numel()):
         return None
-    found: np.ndarray = ids.flatten().numpy()
-    return found
+    channel_ids: np.ndarray = ids.flatten().numpy()
+    return channel_ids
 
 
-def resized(given: Any, sizes: dict[Place, int]) -> Any:
+def resized(arguments: Any, sizes: dict[Place, int]) -> Any:
     """Replace sizes that come from attributes by new ones, in a node's arguments."""
-    if not attribute_sizes_in(given):
-        return given  # `map_aggregate` would turn a tensor's shape into a plain tuple
+    if not attribute_sizes_in(arguments):
+        return arguments  # `map_aggregate` would turn a tensor's shape into a plain tuple
 
     def new(leaf: Any) -> Any:
         if not isinstance(leaf, TracedInt) or leaf.place is None:
@@ -651,4 +688,4 @@ def resized(given: Any, sizes: dict[Place, int]) -> Any:
         parts = leaf.parts if leaf.per is None or leaf.per.place is None else sizes.get(leaf.per.place, leaf.parts)
         return sizes.get(leaf.place, plain(leaf) * leaf.parts) // parts
 
-    return map_aggregate(given, new)
+    return map_aggregate(arguments, new)

@@ -144,7 +144,7 @@ def _trace_whole(model: nn.Module, call: Call) -> Recording:
     samples = batch_size(named)
     if samples > 2 * _FEW:  # a recorder's memory grows with the number of samples
         few: dict[str, Any] = tree_map_only(
-            torch.Tensor, lambda each: each[:_FEW] if each.dim() and len(each) == samples else each, named
+            torch.Tensor, lambda tensor: tensor[:_FEW] if tensor.dim() and len(tensor) == samples else tensor, named
         )
         try:
             recording = _trace_on(few, named, model, call)
@@ -162,13 +162,13 @@ def _trace_on(shown: dict[str, Any], named: dict[str, Any], model: nn.Module, ca
     """Record a model on some arguments, and check the graph's outputs on all samples of a call."""
     try:
         with torch.no_grad(), random_state_kept():
-            with torch_random_kept(), _attention_noted(model) as given:
+            with torch_random_kept(), _attention_noted(model) as attention_reads:
                 recorded = record(model, shown)
             graph_module, expected = recorded.graph_module, recorded.outputs
             if shown is not named:
                 with torch_random_kept(), made_tensors_dropped(model):
                     expected = model(*call[0], **call[1])
-            open_attention(graph_module, given)
+            open_attention(graph_module, attention_reads)
             args = _placed(graph_module.graph, named)
             with made_tensors_dropped(model):  # the graph draws the same random numbers as the model
                 actual = _RandomNoting(graph_module).run(*args)
@@ -191,10 +191,10 @@ class _RandomNoting(ShapeNoting):
     def run_node(self, n: Node) -> Any:
         """Run a node, and note whether it draws random numbers."""
         states = random_states()
-        found = super().run_node(n)
+        outputs = super().run_node(n)
         if n.op in ("call_function", "call_method", "call_module") and drawn_since(states):
             n.meta[RANDOM] = True
-        return found
+        return outputs
 
 
 def arguments(graph: Graph, model: nn.Module, call: Call) -> tuple[Any, ...]:
@@ -205,11 +205,13 @@ def arguments(graph: Graph, model: nn.Module, call: Call) -> tuple[Any, ...]:
     # A copy, because a model may store something in its first run, as detectors' pooling does.
     copied = detached_copy(model, light=True)
     seen = _seen(copied, call, {name for name, *_ in places})
-    found = []
+    values = []
     for name, number, at, index in places:
         value = bind_arguments(copied.get_submodule(name), seen[name][number]).get(at)
-        found.append(value if index is None else tensors_of(value)[index])
-    return tuple(found)
+        if index is not None:
+            value = tensors_of(value)[index]
+        values.append(value)
+    return tuple(values)
 
 
 def is_in_parts(graph: Graph) -> bool:
@@ -229,7 +231,7 @@ def _placed(graph: Graph, named: dict[str, Any]) -> tuple[Any, ...]:
 @contextmanager
 def _attention_noted(model: nn.Module) -> Iterator[dict[str, Given]]:
     """Note which arguments the layers of attention read, and whether it returns a tuple, for runs within the block."""
-    given = dict[str, Given]()
+    attention_reads = dict[str, Given]()
     calls = dict[str, Call]()
     entered = dict[str, Any]()  # by layer, its first input in the latest call of attention
 
@@ -253,8 +255,10 @@ def _attention_noted(model: nn.Module) -> Iterator[dict[str, Given]]:
                 reads[layer] = _read_of(entered.get(layer), places)
                 if reads[layer] and layer != attention.context[0]:
                     reads[layer] += [name for name in attention.also if places.get(name) is not None]
-        is_same = given.get(attention.name, (False, reads))[1] == reads
-        given[attention.name] = isinstance(output, tuple), reads if is_same and all(reads.values()) else {}
+        is_same = attention_reads.get(attention.name, (False, reads))[1] == reads
+        if not (is_same and all(reads.values())):
+            reads = {}
+        attention_reads[attention.name] = isinstance(output, tuple), reads
 
     entering, leaving = [], []
     with ExitStack() as stack:
@@ -264,7 +268,7 @@ def _attention_noted(model: nn.Module) -> Iterator[dict[str, Given]]:
             leaving.append((part, partial(note, part, attention)))
             entering += [(model.get_submodule(layer), partial(note_entering, layer)) for layer in attention.layers]
         stack.enter_context(watched(entering, leaving))
-        yield given
+        yield attention_reads
 
 
 def _read_of(entered: Any, places: dict[Any, Any]) -> list[int | str]:
@@ -274,24 +278,28 @@ def _read_of(entered: Any, places: dict[Any, Any]) -> list[int | str]:
             return [at]
     if not isinstance(entered, Tensor):
         return []
-    given = [(at, value) for at, value in places.items() if isinstance(value, Tensor) and value.is_floating_point()]
-    given = [(at, value) for at, value in given if value.dim() == entered.dim() and value.shape[-1] > 1]
+    candidates = [
+        (at, value) for at, value in places.items() if isinstance(value, Tensor) and value.is_floating_point()
+    ]
+    candidates = [(at, value) for at, value in candidates if value.dim() == entered.dim() and value.shape[-1] > 1]
     with torch._C.DisableTorchFunction():  # not to be recorded
-        for at, value in given:
-            if any(torch.equal(each, entered) for each in _orders(value)):
+        for at, value in candidates:
+            if any(torch.equal(order, entered) for order in _orders(value)):
                 return [at]
-        for place, (at, value) in enumerate(given):
-            for other, added in given[place + 1 :]:
-                for one, two in zip(_orders(value), _orders(added), strict=True):
-                    is_fitting = one.shape[-1] == two.shape[-1] and one.shape == entered.shape
-                    if is_fitting and two.shape[-2] in (1, one.shape[-2]) and torch.equal(one + two, entered):
-                        return [at, other]
+        for place, (at, value) in enumerate(candidates):
+            for second_at, added in candidates[place + 1 :]:
+                for first, second in zip(_orders(value), _orders(added), strict=True):
+                    is_fitting = first.shape[-1] == second.shape[-1] and first.shape == entered.shape
+                    if is_fitting and second.shape[-2] in (1, first.shape[-2]) and torch.equal(first + second, entered):
+                        return [at, second_at]
     return []
 
 
 def _orders(value: Tensor) -> list[Tensor]:
     """Return a tensor, and if it has three dimensions or more, also with its first two dimensions exchanged."""
-    return [value, value.transpose(0, 1)] if value.dim() > 2 else [value]
+    if value.dim() > 2:
+        return [value, value.transpose(0, 1)]
+    return [value]
 
 
 def _check_same(expected: Any, actual: Any, model: nn.Module) -> None:
@@ -384,24 +392,26 @@ class _Run(TorchFunctionMode):
                 stack.enter_context(watched(leaving=[(part, self._leave)]))
             with self:
                 self._use(model(*call[0], **call[1]))
-        given = {id(each) for each in tensors_of(list(self.leaving.values()))}
-        got = {id(each) for each in tensors_of(list(self.entering.values()))}
-        self.handed_on = (given & got) - self._used.keys()
+        leaving_ids = {id(tensor) for tensor in tensors_of(list(self.leaving.values()))}
+        entering_ids = {id(tensor) for tensor in tensors_of(list(self.entering.values()))}
+        self.handed_on = (leaving_ids & entering_ids) - self._used.keys()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Note the tensors with which the model computes outside its parts; reading their sizes doesn't count."""
         name = getattr(func, "__name__", "")
-        if not self._open and (func.__self__.__name__ if name == "__get__" else name) not in _ASKED:
+        if name == "__get__" and not self._open:
+            name = func.__self__.__name__
+        if not self._open and name not in _ASKED:
             self._use((args, kwargs))
         return func(*args, **(kwargs or {}))
 
     def _use(self, tree: Any) -> None:
-        self._used |= {id(each): each for each in tensors_of(tree)}
+        self._used |= {id(tensor): tensor for tensor in tensors_of(tree)}
 
     def _enter(self, name: str, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        place = name, sum(each == name for each, _ in self.order)
+        place = name, sum(part_name == name for part_name, _ in self.order)
         self.entering[place] = bind_arguments(part, (args, kwargs))
         self.order.append(place)
         self._open.append(place)
@@ -421,18 +431,18 @@ class _Joined:
 
     def add(self, place: _Place, part: Graph, args: tuple[Any, ...], run: _Run) -> None:
         """Add the graph of a part's call. An argument that wasn't given has the value that the tracer took."""
-        known, taken = dict[Node, Any](), iter(args)
+        values, defaults = dict[Node, Any](), iter(args)
         for node in part.nodes:
             if node.op == "placeholder":
-                at, value = str(node.target), next(taken)
-                known[node] = self._entered(node.name, (*place, at), run.entering[place].get(at, value))
+                at, value = str(node.target), next(defaults)
+                values[node] = self._entered(node.name, (*place, at), run.entering[place].get(at, value))
             elif node.op == "output":
-                for each, tensor in _pairs(node.args[0], run.leaving[place]):
-                    if id(tensor) in run.handed_on and isinstance(known[each], Node):
-                        self._given[id(tensor)], known[each] = known[each], None
-                self._outputs.append(map_arg(node.args[0], known.__getitem__))
+                for output_node, tensor in _pairs(node.args[0], run.leaving[place]):
+                    if id(tensor) in run.handed_on and isinstance(values[output_node], Node):
+                        self._given[id(tensor)], values[output_node] = values[output_node], None
+                self._outputs.append(map_arg(node.args[0], values.__getitem__))
             else:
-                known[node] = self._copied(node, place[0], known)
+                values[node] = self._copied(node, place[0], values)
 
     def finished(self, model: nn.Module) -> tuple[GraphModule, tuple[Any, ...]]:
         """Return the whole graph, and its placeholders' values."""
@@ -458,12 +468,12 @@ class _Joined:
         self._args.append(value)
         return node
 
-    def _copied(self, node: Node, name: str, known: dict[Node, Any]) -> Any:
+    def _copied(self, node: Node, name: str, values: dict[Node, Any]) -> Any:
         """Copy a node; an item of a known container is looked up instead."""
-        if node.target is operator.getitem and not isinstance(known[node.all_input_nodes[0]], Node):
+        if node.target is operator.getitem and not isinstance(values[node.all_input_nodes[0]], Node):
             container, key = node.args
-            return known[container][key]  # type: ignore[index]
-        copied = self._graph.node_copy(node, known.__getitem__)
+            return values[container][key]  # type: ignore[index]
+        copied = self._graph.node_copy(node, values.__getitem__)
         # In a part's graph, names of modules and places of attributes are relative to the part.
         copied.args, copied.kwargs = map_aggregate(
             (copied.args, copied.kwargs), lambda leaf: leaf.within(name) if isinstance(leaf, TracedInt) else leaf
@@ -474,8 +484,8 @@ class _Joined:
         copied.meta[STORED_WITHIN] = {f"{name}.{attribute}": sizes for attribute, sizes in within.items()}
         if "reads" in copied.meta:  # by the names of attention's layers
             copied.meta["reads"] = {f"{name}.{layer}": places for layer, places in copied.meta["reads"].items()}
-        stack = [f"{name}.{each}".strip(".") for each in ("", *(node.meta.get("nn_module_stack") or {}))]
-        copied.meta["nn_module_stack"] = {each: (each, nn.Module) for each in stack if each}
+        stack = [f"{name}.{module_name}".strip(".") for module_name in ("", *(node.meta.get("nn_module_stack") or {}))]
+        copied.meta["nn_module_stack"] = {path: (path, nn.Module) for path in stack if path}
         if node.op in ("call_module", "get_attr"):
             copied.target = f"{name}.{node.target}".rstrip(".")
         return copied
@@ -488,17 +498,17 @@ def _seen(model: nn.Module, call: Call, names: Iterable[str] | None = None) -> d
         modules = dict(model.named_modules())
         for name in modules if names is None else names:
             calls = seen.setdefault(name, [])
-            stack.enter_context(called(modules[name], lambda *each, calls=calls: calls.append(each)))
+            stack.enter_context(called(modules[name], lambda *seen_call, calls=calls: calls.append(seen_call)))
         model(*call[0], **call[1])
     return seen
 
 
 def _parts_of(module: nn.Module, prefix: str, seen: dict[str, list[Call]]) -> Iterator[tuple[str, int, _Part]]:
     """Yield the parts of a module: name, number of the call, graph with arguments."""
-    for own, child in module.named_children():
+    for child_name, child in module.named_children():
         if next(child.parameters(), None) is None:
             continue
-        name, found = prefix + own, list[tuple[str, int, _Part]]()
+        name, parts = prefix + child_name, list[tuple[str, int, _Part]]()
         if any(map(is_transformed, tensors_of(seen.get(name, [])))):
             # Under torch.vmap a module gets one sample in place of all, as a tensor that is invalid after the call.
             yield from _parts_of(child, f"{name}.", seen)
@@ -506,12 +516,13 @@ def _parts_of(module: nn.Module, prefix: str, seen: dict[str, list[Call]]) -> It
         is_leaf = next(child.children(), None) is None
         try:
             for number, call in enumerate(seen.get(name, [])):
-                found.append((name, number, _leaf(child, call) if is_leaf else _part(child, call)))
+                part = _leaf(child, call) if is_leaf else _part(child, call)
+                parts.append((name, number, part))
         except Exception as error:  # a forward may raise anything
             if out_of_memory(error):
                 raise
-            found = []
-        yield from found or _parts_of(child, f"{name}.", seen)
+            parts = []
+        yield from parts or _parts_of(child, f"{name}.", seen)
 
 
 def _part(module: nn.Module, call: Call) -> _Part:
@@ -522,17 +533,19 @@ def _part(module: nn.Module, call: Call) -> _Part:
 def _leaf(module: nn.Module, call: Call) -> _Part:
     """Make the graph of one call of one module."""
     graph, named = Graph(), bind_arguments(module, call)
-    given: dict[str, Any] = {name: graph.placeholder(name) for name in named}
-    args = tuple(given.pop(name) for name in list(named)[: len(call[0])])
-    graph.output(graph.call_module("", args, given))
+    placeholders: dict[str, Any] = {name: graph.placeholder(name) for name in named}
+    args = tuple(placeholders.pop(name) for name in list(named)[: len(call[0])])
+    graph.output(graph.call_module("", args, placeholders))
     return graph, tuple(named.values()), False
 
 
-def _pairs(written: Any, given: Any) -> Iterator[tuple[Node, Tensor]]:
+def _pairs(written: Any, values: Any) -> Iterator[tuple[Node, Tensor]]:
     """Yield the output nodes of a graph, each with the tensor it stands for."""
-    if isinstance(written, Node) and isinstance(given, Tensor):
-        yield written, given
+    if isinstance(written, Node) and isinstance(values, Tensor):
+        yield written, values
     elif isinstance(written, (tuple, list)):
         # A recorded graph returns its tensors as a flat tuple, whatever containers the model returns.
-        for one, other in zip(written, given if isinstance(given, (tuple, list)) else tensors_of(given), strict=False):
-            yield from _pairs(one, other)
+        if not isinstance(values, (tuple, list)):
+            values = tensors_of(values)
+        for node, value in zip(written, values, strict=False):
+            yield from _pairs(node, value)

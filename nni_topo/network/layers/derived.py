@@ -52,7 +52,9 @@ Size = tuple[int, ...]
 def _several(value: Any, dims: int) -> tuple[int, ...]:
     """Return a setting as a tuple with a number for each axis."""
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    return values * dims if len(values) == 1 else values
+    if len(values) == 1:
+        return values * dims
+    return values
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class InnerCall:
     padding: tuple[tuple[int, int], ...]  # before and after each axis, with zeros
     dilation: tuple[int, ...]
     groups: int
-    given: dict[str, Any]  # all arguments by name
+    arguments: dict[str, Any]  # all arguments by name
 
     @property
     def kernel(self) -> tuple[int, ...]:
@@ -78,7 +80,9 @@ class InnerCall:
     def padded(self) -> Tensor:
         """The padded input."""
         ends = [amount for pair in reversed(self.padding) for amount in pair]
-        return functional.pad(self.entering, ends) if any(ends) else self.entering
+        if any(ends):
+            return functional.pad(self.entering, ends)
+        return self.entering
 
     @property
     def padded_size(self) -> tuple[int, ...]:
@@ -89,25 +93,32 @@ class InnerCall:
     @property
     def output_size(self) -> tuple[int, ...]:
         """Size of a convolution's output, in pixels; () for a linear layer."""
-        given = {name: each.to("meta") if isinstance(each, Tensor) else each for name, each in self.given.items()}
-        return tuple(self.function(**given).shape[2:]) if self.kernel else ()
+        if not self.kernel:
+            return ()
+        arguments = dict(self.arguments)
+        for name, value in self.arguments.items():
+            if isinstance(value, Tensor):
+                arguments[name] = value.to("meta")
+        return tuple(self.function(**arguments).shape[2:])
 
     @property
     def settings(self) -> dict[str, Any]:
         """The given settings, in the form of a PyTorch layer's attributes."""
-        found: dict[str, Any] = {}
+        settings: dict[str, Any] = {}
         for name in ("stride", "padding", "dilation", "output_padding"):
-            value = self.given.get(name)
+            value = self.arguments.get(name)
             if value is not None:
-                found[name] = value if isinstance(value, str) else _several(value, len(self.kernel))
-        if "padding" in found:
-            found["_reversed_padding_repeated_twice"] = [amount for pair in reversed(self.padding) for amount in pair]
-        return found
+                settings[name] = value if isinstance(value, str) else _several(value, len(self.kernel))
+        if "padding" in settings:
+            settings["_reversed_padding_repeated_twice"] = [
+                amount for pair in reversed(self.padding) for amount in pair
+            ]
+        return settings
 
     def run(self) -> Tensor:
         """Call the function."""
-        found: Tensor = self.function(**self.given)
-        return found
+        output: Tensor = self.function(**self.arguments)
+        return output
 
     def windows(self) -> Tensor:
         """Return a view ``(n, channels, *output size, *kernel size)`` of a convolution's padded input."""
@@ -142,7 +153,9 @@ def _transposed(factor: Any) -> Tensor | None:
     if not isinstance(weight, Tensor) or weight.dim() != 2 or factor.dim() != 2:
         return None
     is_whole = factor.shape == weight.shape[::-1] and factor.data_ptr() == weight.data_ptr()
-    return weight if is_whole and factor.stride() == weight.stride()[::-1] else None
+    if is_whole and factor.stride() == weight.stride()[::-1]:
+        return weight
+    return None
 
 
 def is_inner(func: Any) -> bool:
@@ -196,30 +209,32 @@ def _stop(call: InnerCall) -> Any:
 
 def _call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> InnerCall:
     kind, names = _FUNCTIONS[function]
-    given = dict(zip(names, args, strict=False)) | kwargs
-    weight = given["weight"]
+    arguments = dict(zip(names, args, strict=False)) | kwargs
+    weight = arguments["weight"]
     dims = len(weight.shape) - 2 if kind is not nn.Linear else 0
 
     def several(name: str, default: int) -> tuple[int, ...]:
-        return _several(given.get(name, default), dims)
+        return _several(arguments.get(name, default), dims)
 
-    dilation, padding = several("dilation", 1), given.get("padding", 0)
+    dilation, padding = several("dilation", 1), arguments.get("padding", 0)
     if padding == "same":
         spare = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
         # If the padding is odd, PyTorch puts the spare pixel at the end.
         pairs = tuple((total // 2, total - total // 2) for total in spare)
     else:
-        pairs = tuple((each, each) for each in _several(0 if padding == "valid" else padding, dims))
+        if padding == "valid":
+            padding = 0
+        pairs = tuple((amount, amount) for amount in _several(padding, dims))
     return InnerCall(
         function=function,
-        entering=given["input"],
+        entering=arguments["input"],
         weight=weight,
-        bias=given.get("bias"),
+        bias=arguments.get("bias"),
         stride=several("stride", 1),
         padding=pairs[:dims],
         dilation=dilation,
-        groups=given.get("groups", 1),
-        given=given,
+        groups=arguments.get("groups", 1),
+        arguments=arguments,
     )
 
 
@@ -251,17 +266,17 @@ def inner_of(module: Any) -> Inner | None:
 def _inner_on(module: Any, inputs: list[Tensor]) -> Inner | None:
     """Run a layer on these trial inputs, and return its call."""
     tried: Any = evaluating(detached_copy(module, light=True))
-    found: list[Inner] = []
+    inners: list[Inner] = []
     with torch.no_grad():
         for x in inputs:
             try:
-                one = _tried(tried, x)
+                inner = _tried(tried, x)
             except Exception:  # a forward may raise anything
                 return None
-            if one is None or (found and not _alike(one, found[0])):
+            if inner is None or (inners and not _alike(inner, inners[0])):
                 return None
-            found.append(one)
-    return found[0]
+            inners.append(inner)
+    return inners[0]
 
 
 def trial_inputs(module: Any) -> list[Tensor]:
@@ -271,7 +286,7 @@ def trial_inputs(module: Any) -> list[Tensor]:
     else:
         reach = [max(4, 2 * ((k - 1) * d + 1)) for k, d in zip(module.kernel_size, module.dilation, strict=True)]
         sizes = range(min(max(2, *module.stride), 4))
-        shapes = [(2, module.in_channels, *(each + more for each in reach)) for more in sizes]
+        shapes = [(2, module.in_channels, *(extent + more for extent in reach)) for more in sizes]
     return [_waves(shape, module.weight) for shape in shapes]
 
 
@@ -283,13 +298,13 @@ def _waves(shape: Size, like: Tensor) -> Tensor:
 def _tried(module: Any, x: Tensor) -> Inner | None:
     calls: list[InnerCall] = []
     results: list[tuple[Tensor, Tensor]] = []
-    early, given = set[str](), x.clone()
+    early, x_before = set[str](), x.clone()
 
     def meet(call: InnerCall) -> Tensor:
         calls.append(call)
-        result = call.run()
-        results.append((result, result.clone()))
-        return result
+        output = call.run()
+        results.append((output, output.clone()))
+        return output
 
     def note(name: str) -> Callable[..., None]:
         return lambda *_: None if calls else early.add(name)
@@ -301,7 +316,7 @@ def _tried(module: Any, x: Tensor) -> Inner | None:
         out = forward_of(module, x)
     if len(calls) != 1 or early:
         return None
-    call, (result, before) = calls[0], results[0]
+    call, (output, before) = calls[0], results[0]
     kind = _FUNCTIONS[call.function][0]
     if kind_of(module) not in (kind, None):
         return None
@@ -311,28 +326,31 @@ def _tried(module: Any, x: Tensor) -> Inner | None:
         return None
     if call.groups != getattr(module, "groups", 1):
         return None
-    is_bare = out is result and torch.equal(result, before)
+    is_bare = out is output and torch.equal(output, before)
     if not is_bare:
         # Operations after the call mustn't read the input again.
         with Within(lambda _: before.clone()):
             again = forward_of(module, 0.5 * x + 0.25)
         pairs = list(zip(tree_leaves(out), tree_leaves(again), strict=True))
         tensors = [pair for pair in pairs if isinstance(pair[0], Tensor)]
-        if not tensors or not all(torch.equal(one, other) for one, other in tensors):
+        if not tensors or not all(torch.equal(first, second) for first, second in tensors):
             return None
     is_own = call.weight is module.weight and call.bias is getattr(module, "bias", None)
     bias = None if call.bias is None else call.bias.detach()
-    reads_input = torch.equal(call.entering, given)
+    reads_input = torch.equal(call.entering, x_before)
     return Inner(kind, call.groups, reads_input, is_bare, is_own, call.settings, call.weight.detach(), bias)
 
 
-def _alike(one: Inner, other: Inner) -> bool:
+def _alike(first: Inner, second: Inner) -> bool:
     """Tell whether two inputs show the same behaviour, with the same weight."""
-    facts = [(each.reads_input, each.is_bare, each.is_own, each.settings, each.bias is None) for each in (one, other)]
+    facts = [
+        (inner.reads_input, inner.is_bare, inner.is_own, inner.settings, inner.bias is None)
+        for inner in (first, second)
+    ]
     if facts[0] != facts[1]:
         return False
-    same_bias = one.bias is None or other.bias is None or torch.equal(one.bias, other.bias)
-    return torch.equal(one.weight, other.weight) and same_bias
+    same_bias = first.bias is None or second.bias is None or torch.equal(first.bias, second.bias)
+    return torch.equal(first.weight, second.weight) and same_bias
 
 
 def weight_used(module: Any) -> Tensor:
@@ -388,9 +406,9 @@ def head(module: nn.Module) -> nn.Module:
     kind = type(module)
     if kind not in _HEADS:
         _HEADS[kind] = type(kind.__name__, (_UpToCall, kind), {"__module__": kind.__module__})
-    made = nn.Module.__new__(_HEADS[kind])
-    made.__dict__ = dict(vars(module))
-    return made
+    layer = nn.Module.__new__(_HEADS[kind])
+    layer.__dict__ = dict(vars(module))
+    return layer
 
 
 LayerSizes = dict[str, list[tuple[Size, Size]]]
@@ -417,9 +435,9 @@ def check_covers_kernel(name: str, call: InnerCall) -> None:
     """Raise a ConfigError unless a convolution's input, padding included, is as large as its kernel."""
     reach = tuple(d * (k - 1) + 1 for d, k in zip(call.dilation, call.kernel, strict=True))
     if any(have < need for have, need in zip(call.padded_size, reach, strict=True)):
-        kernel, found = ("x".join(map(str, each)) for each in (reach, call.padded_size))
+        kernel, size = ("x".join(map(str, lengths)) for lengths in (reach, call.padded_size))
         raise ConfigError(
-            f"an input, padding included, must be at least as large as the kernel {kernel}, got {found} ({name})"
+            f"an input, padding included, must be at least as large as the kernel {kernel}, got {size} ({name})"
         )
 
 
@@ -458,17 +476,19 @@ def fold(module: Any) -> bool:
     if inner is None or inner.is_own or not inner.is_bare or (inner.bias is None) != (module.bias is None):
         return False
     kind: Any = inner.kind
-    settings = inner.settings if kind is nn.Linear else inner.settings | {"padding_mode": "zeros"}
+    settings = inner.settings | {"padding_mode": "zeros"}
+    if kind is nn.Linear:
+        settings = inner.settings
     if not inner.reads_input:
         kind = PaddedAlike
         if inner.kind is not nn.Conv2d:
             return False
-        made: Any = nn.Module.__new__(kind)
-        made.__dict__ = {**vars(module), **settings, "_buffers": {}}
-        made._parameters = {"weight": inner.weight, "bias": inner.bias}
+        padded: Any = nn.Module.__new__(kind)
+        padded.__dict__ = {**vars(module), **settings, "_buffers": {}}
+        padded._parameters = {"weight": inner.weight, "bias": inner.bias}
         tried = evaluating(detached_copy(module, light=True))
         for x in trial_inputs(module):
-            if not agree([forward_of(tried, x)], [made.forward(x)], SAME_LAYER[inner.weight.dtype]):
+            if not agree([forward_of(tried, x)], [padded.forward(x)], SAME_LAYER[inner.weight.dtype]):
                 return False
     for table in (module._parameters, module._buffers):
         for name in table.keys() - {"weight", "bias"}:
@@ -505,7 +525,9 @@ def _plain_layer_with(module: Any, weight: Tensor) -> nn.Module | None:
     """Run a module of another class with a weight, for `plain_layer`."""
     # Large enough for any usual dilation and stride, and of several sizes, which tell kinds of padding apart.
     groups = getattr(module, "groups", 1)
-    channels = weight.shape[1] * (groups if isinstance(groups, int) else 1)
+    channels = weight.shape[1]
+    if isinstance(groups, int):
+        channels *= groups
     sizes = [[max(16, 4 * kernel) + more for kernel in weight.shape[2:]] for more in range(4)]
     shapes = [(2 + more, channels, *size) for more, size in enumerate(sizes)]
     if weight.dim() == 2:
@@ -515,22 +537,22 @@ def _plain_layer_with(module: Any, weight: Tensor) -> nn.Module | None:
         return None
     if inner.kind not in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
         return None
-    held = {*module._parameters, *module._buffers, *module._modules}
-    if inner.is_own and held - {"weight", "bias"}:  # other modules may read these
+    names = {*module._parameters, *module._buffers, *module._modules}
+    if inner.is_own and names - {"weight", "bias"}:  # other modules may read these
         return None
     kind: Any = inner.kind
     settings: dict[str, Any] = {"bias": inner.bias is not None, "device": "meta", "dtype": weight.dtype}
     if kind is not nn.Linear:
-        own = {name: value for name, value in inner.settings.items() if not name.startswith("_")}
-        settings |= {"kernel_size": tuple(weight.shape[2:]), "groups": inner.groups, **own}
-    made: Any = kind(channels, len(weight), **settings)
-    made.weight = weight if inner.is_own else nn.Parameter(inner.weight.clone(), weight.requires_grad)
+        inner_settings = {name: value for name, value in inner.settings.items() if not name.startswith("_")}
+        settings |= {"kernel_size": tuple(weight.shape[2:]), "groups": inner.groups, **inner_settings}
+    layer: Any = kind(channels, len(weight), **settings)
+    layer.weight = weight if inner.is_own else nn.Parameter(inner.weight.clone(), weight.requires_grad)
     if inner.bias is not None:
         own_bias = module._parameters.get("bias")
         needs_grad = weight.requires_grad if own_bias is None else own_bias.requires_grad
-        made.bias = own_bias if inner.is_own else nn.Parameter(inner.bias.clone(), needs_grad)
-    found: nn.Module = made
-    return found
+        layer.bias = own_bias if inner.is_own else nn.Parameter(inner.bias.clone(), needs_grad)
+    plain: nn.Module = layer
+    return plain
 
 
 def adopt(model: nn.Module) -> None:

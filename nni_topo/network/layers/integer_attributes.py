@@ -29,26 +29,28 @@ def numbers_in(value: Any) -> dict[tuple[int | str, ...], int] | None:
 
     None if it holds anything else, such as tensors, no integer, or more than 1000.
     """
-    found: dict[tuple[int | str, ...], int] = {}
+    numbers: dict[tuple[int | str, ...], int] = {}
 
-    def is_plain(each: Any, path: tuple[int | str, ...]) -> bool:
-        if type(each) is int:
-            found[path] = each
-        elif type(each) in (list, tuple, dict):
-            inside = each.items() if type(each) is dict else enumerate(each)
-            fits = len(path) < _DEEP and len(each) <= _MANY
-            return fits and all(type(key) in (int, str) and is_plain(one, (*path, key)) for key, one in inside)
-        return isinstance(each, (int, str, float, type(None)))
+    def is_plain(content: Any, path: tuple[int | str, ...]) -> bool:
+        if type(content) is int:
+            numbers[path] = content
+        elif type(content) in (list, tuple, dict):
+            inside = content.items() if type(content) is dict else enumerate(content)
+            fits = len(path) < _DEEP and len(content) <= _MANY
+            return fits and all(type(key) in (int, str) and is_plain(inner, (*path, key)) for key, inner in inside)
+        return isinstance(content, (int, str, float, type(None)))
 
-    return found if is_plain(value, ()) and 0 < len(found) <= _MANY else None
+    if is_plain(value, ()) and 0 < len(numbers) <= _MANY:
+        return numbers
+    return None
 
 
 def with_numbers(value: Any, numbers: Mapping[tuple[int | str, ...], int], path: tuple[int | str, ...] = ()) -> Any:
     """Replace integers in a value, by their keys; lists and dicts are copied."""
     if type(value) in (list, tuple):
-        return type(value)(with_numbers(each, numbers, (*path, at)) for at, each in enumerate(value))
+        return type(value)(with_numbers(part, numbers, (*path, at)) for at, part in enumerate(value))
     if type(value) is dict:
-        return {key: with_numbers(each, numbers, (*path, key)) for key, each in value.items()}
+        return {key: with_numbers(part, numbers, (*path, key)) for key, part in value.items()}
     return numbers.get(path, value)
 
 
@@ -73,13 +75,19 @@ def numbers_read(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Any]]:
             holders[id(config)].append(name)
     inner, waiting = set[int](), list(configs.values())
     while waiting:
-        for each in vars(waiting.pop()).values():
-            if callable(getattr(each, "to_dict", None)) and hasattr(each, "__dict__") and id(each) not in inner:
-                inner.add(id(each))
-                waiting.append(each)
+        for attribute in vars(waiting.pop()).values():
+            if (
+                callable(getattr(attribute, "to_dict", None))
+                and hasattr(attribute, "__dict__")
+                and id(attribute) not in inner
+            ):
+                inner.add(id(attribute))
+                waiting.append(attribute)
     for key_of_config, config in configs.items():
-        first, *others = holders[key_of_config]
-        if key_of_config in inner or not all(not first or each.startswith(f"{first}.") for each in others):
+        first, *other_names = holders[key_of_config]
+        if key_of_config in inner or not all(
+            not first or holder_name.startswith(f"{first}.") for holder_name in other_names
+        ):
             continue
         for key, value in list(vars(config).items()):
             if type(value) in (list, tuple) and numbers_in(value) is not None:
@@ -108,13 +116,13 @@ def numbers_of(model: nn.Module) -> dict[Place, int]:
 
     This includes timm's descriptions of features, with the key ``feature_info.info``.
     """
-    held = [(name, key, value) for _, name, key, value in numbers_read(model)]
+    attributes = [(name, key, value) for _, name, key, value in numbers_read(model)]
     for name, module in model.named_modules():
         described = vars(module).get("feature_info")
         if hasattr(described, "out_indices"):
-            held.append((name, "feature_info.info", getattr(described, "info", None)))
+            attributes.append((name, "feature_info.info", getattr(described, "info", None)))
     numbers = dict[Place, int]()
-    for name, key, value in held:
+    for name, key, value in attributes:
         for path, number in (numbers_in(value) or {}).items():
             numbers[name, key, path] = number
     return numbers
@@ -126,11 +134,11 @@ def put_sizes(model: nn.Module, sizes: dict[Place, int]) -> None:
         module = model.get_submodule(name)
         owner, _, listed = key.partition(".")
         if listed:
-            held = getattr(module, owner)
-            described = copy.copy(held)  # other models may hold the same object
+            original = getattr(module, owner)
+            described = copy.copy(original)  # other models may hold the same object
             setattr(described, listed, with_numbers(getattr(described, listed), {path: size}))
-            for each in module.modules():  # submodules may hold it too
-                if vars(each).get(owner) is held:
-                    put_attribute(each, owner, described)
+            for submodule in module.modules():  # submodules may hold it too
+                if vars(submodule).get(owner) is original:
+                    put_attribute(submodule, owner, described)
         else:
             put_attribute(module, key, with_numbers(getattr(module, key), {path: size}))

@@ -114,9 +114,9 @@ def with_linear_layers(model: torch.nn.Module) -> torch.nn.Module:
         if not is_transposed_linear(module):
             return None
         entering, leaving = module.weight.shape
-        made = torch.nn.Linear(entering, leaving, device="meta")
-        setattr(made, _CLASS, type(module))
-        return made
+        layer = torch.nn.Linear(entering, leaving, device="meta")
+        setattr(layer, _CLASS, type(module))
+        return layer
 
     return _with_transposed(model, linear)
 
@@ -125,11 +125,11 @@ def with_transposed_weights(model: torch.nn.Module) -> torch.nn.Module:
     """Restore each ``Conv1D`` that `with_linear_layers` replaced, in its current size, in place."""
 
     def transposed(module: Any) -> torch.nn.Module | None:
+        if _CLASS not in vars(module):
+            return None
         with torch.device("meta"):
-            made: torch.nn.Module | None = (
-                vars(module)[_CLASS](*module.weight.shape) if _CLASS in vars(module) else None
-            )
-        return made
+            layer: torch.nn.Module = vars(module)[_CLASS](*module.weight.shape)
+        return layer
 
     return _with_transposed(model, transposed)
 
@@ -138,17 +138,17 @@ def _with_transposed(
     model: torch.nn.Module, make: Callable[[torch.nn.Module], torch.nn.Module | None]
 ) -> torch.nn.Module:
     """Replace each layer for which ``make`` returns another, which gets the transposed weight."""
-    made: dict[torch.nn.Module, Any] = {}  # a module with two names stays one
+    replacements: dict[torch.nn.Module, Any] = {}  # a module with two names stays one
     for name, module in list(model.named_modules(remove_duplicate=False)):
         old: Any = module
-        if module not in made:
-            made[module] = new = make(module) if name else None
+        if module not in replacements:
+            replacements[module] = new = make(module) if name else None
             if new is not None:
                 new.weight = torch.nn.Parameter(old.weight.detach().T.contiguous(), old.weight.requires_grad)
                 new.bias = old.bias
                 new.train(old.training)
-        if made[module] is not None:
-            model.set_submodule(name, made[module])
+        if replacements[module] is not None:
+            model.set_submodule(name, replacements[module])
     return model
 
 
@@ -170,9 +170,12 @@ def with_plain_weights(model: torch.nn.Module) -> torch.nn.Module:
         for module in copied.modules():
             if is_parametrized(module):
                 # PyTorch's own function would remove the weight from the class, which copies share.
-                held: Any = module.parametrizations
-                computed = {name: getattr(module, name).detach().clone() for name in held}
-                trained = {name: any(each.requires_grad for each in held[name].parameters()) for name in held}
+                parametrizations: Any = module.parametrizations
+                computed = {name: getattr(module, name).detach().clone() for name in parametrizations}
+                trained = {
+                    name: any(parametrization.requires_grad for parametrization in parametrizations[name].parameters())
+                    for name in parametrizations
+                }
                 del module.parametrizations
                 module.__class__ = type(module).__bases__[0]
                 for name, value in computed.items():
@@ -242,9 +245,9 @@ def per_channel_names(norm: torch.nn.Module) -> list[str]:
 
 def has_no_width(norm: torch.nn.Module) -> bool:
     """Tell whether a norm holds no number for any channel and treats each separately, so that it runs on any width."""
-    held = ("weight", "bias", "running_mean", "running_var")
+    names = ("weight", "bias", "running_mean", "running_var")
     is_by_channel = isinstance(norm, torch.nn.modules.batchnorm._NormBase)  # instance norms too
-    return is_by_channel and not any(isinstance(getattr(norm, name), torch.Tensor) for name in held)
+    return is_by_channel and not any(isinstance(getattr(norm, name), torch.Tensor) for name in names)
 
 
 def is_plain_norm(module: torch.nn.Module) -> bool:
@@ -266,7 +269,7 @@ def follows_channels(module: torch.nn.Module) -> bool:
 
 def has_complex_weights(module: torch.nn.Module) -> bool:
     """Tell whether a layer's own parameters are complex numbers, which no pruner supports."""
-    return any(each is not None and each.is_complex() for each in module._parameters.values())
+    return any(parameter is not None and parameter.is_complex() for parameter in module._parameters.values())
 
 
 def weight_is_computed(module: torch.nn.Module) -> bool:
@@ -293,13 +296,17 @@ def output_channels(module: torch.nn.Module) -> int | None:
         return len(module.in_proj_weight)
     if is_recurrent(module):
         return len(weight_of(module))  # rows of all gates
-    return int(module.embedding_dim) if isinstance(module, torch.nn.Embedding) else None
+    if isinstance(module, torch.nn.Embedding):
+        return int(module.embedding_dim)
+    return None
 
 
 def masked_channels(module: Any) -> int | None:
     """Count the channels that a mask of a module's weight can remove: of a layer, or of a norm that scales them."""
     channels = output_channels(module)
-    return module.weight.numel() if channels is None and scales_channels(module) else channels
+    if channels is None and scales_channels(module):
+        return int(module.weight.numel())
+    return channels
 
 
 def has_channels(module: torch.nn.Module) -> bool:
@@ -344,13 +351,17 @@ def has_bias(module: torch.nn.Module) -> bool:
 
 def channel_dimension(module: torch.nn.Module) -> int:
     """Return the dimension of a layer's weight that holds its output channels."""
-    return 1 if isinstance(module, (*TRANSPOSED, torch.nn.Embedding)) else 0
+    if isinstance(module, (*TRANSPOSED, torch.nn.Embedding)):
+        return 1
+    return 0
 
 
 def feature_dimension(module: torch.nn.Module) -> int:
     """Return the dimension of a layer's input and output that holds the channels."""
     last = (torch.nn.Linear, torch.nn.Embedding, torch.nn.RNNBase, torch.nn.MultiheadAttention)
-    return -1 if isinstance(module, last) else 1
+    if isinstance(module, last):
+        return -1
+    return 1
 
 
 def kept_channels(module: torch.nn.Module, targets: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
@@ -366,7 +377,9 @@ def by_output(weight: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
     """Move the output channels of a weight, or of its mask, into the first dimension, (channels, ...), or back."""
     if isinstance(module, TRANSPOSED):
         return channels_swapped(weight, module.groups)
-    return weight.transpose(0, 1) if channel_dimension(module) else weight
+    if channel_dimension(module):
+        return weight.transpose(0, 1)
+    return weight
 
 
 def channels_swapped(weight: torch.Tensor, groups: int) -> torch.Tensor:
@@ -378,12 +391,12 @@ def channels_swapped(weight: torch.Tensor, groups: int) -> torch.Tensor:
     return grouped.transpose(1, 2).flatten(0, 1)
 
 
-def spread(module: torch.nn.Module, kept: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+def spread(module: torch.nn.Module, is_kept: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Expand kept output channels, bool, shape (channels,), to a mask of ones and zeros of the weight's shape."""
     weight = weight_of(module)
     rows = by_output(weight, module)
-    kept = kept.to(dtype=dtype or weight.dtype, device=weight.device).view(-1, *[1] * (rows.dim() - 1))
-    return by_output(kept.expand(rows.shape), module).clone(memory_format=torch.contiguous_format)
+    is_kept = is_kept.to(dtype=dtype or weight.dtype, device=weight.device).view(-1, *[1] * (rows.dim() - 1))
+    return by_output(is_kept.expand(rows.shape), module).clone(memory_format=torch.contiguous_format)
 
 
 def check_names(model: torch.nn.Module, config_list: Iterable[Any], place: str = "") -> None:
@@ -392,18 +405,18 @@ def check_names(model: torch.nn.Module, config_list: Iterable[Any], place: str =
     ``place``: the argument that the names come from, if it isn't the config_list.
     """
     # NNI ignores such a name, or raises a KeyError.
-    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    names = {name for name, _ in model.named_modules(remove_duplicate=False)}
     for index, config in enumerate(config_list):
         if not isinstance(config, dict):
             continue
         where = place or f"config_list[{index}]"
         for name in config.get("op_names") or ():
-            if name not in known:
-                raise unknown_name("a layer", str(name), known, where)
+            if name not in names:
+                raise unknown_name("a layer", str(name), names, where)
         for name in config.get("exclude_op_names") or ():
             # A config_list for several models may exclude a layer that only some of them have.
-            if name not in known:
-                _logger.warning("nothing is excluded: %s", unknown_name("an excluded layer", str(name), known, where))
+            if name not in names:
+                _logger.warning("nothing is excluded: %s", unknown_name("an excluded layer", str(name), names, where))
 
 
 def by_channel(module: nn.Module, values: Tensor) -> Tensor:
@@ -413,7 +426,9 @@ def by_channel(module: nn.Module, values: Tensor) -> Tensor:
     """
     rows = values.detach().movedim(feature_dimension(module), 0)
     real = counted_places(rows.shape[1:])
-    return rows.flatten(1) if real is None else rows[:, real.to(rows.device)]
+    if real is None:
+        return rows.flatten(1)
+    return rows[:, real.to(rows.device)]
 
 
 def can_follow(value: Any) -> bool:
@@ -428,7 +443,9 @@ def norm_scale(norm: nn.Module) -> Tensor | None:
         return None
     # Not fuse_conv_bn_weights, which computes in the network's own precision: the root of a small variance needs more.
     scale: Tensor = (module.running_var.detach().double() + module.eps).rsqrt()
-    return scale if module.weight is None else scale * module.weight.detach().double()
+    if module.weight is not None:
+        scale = scale * module.weight.detach().double()
+    return scale
 
 
 def through_norms(norms: Iterable[nn.Module], constants: Tensor) -> tuple[Tensor, Tensor]:
@@ -436,14 +453,15 @@ def through_norms(norms: Iterable[nn.Module], constants: Tensor) -> tuple[Tensor
     constants = constants.detach().double()
     scale = torch.ones_like(constants)
     for norm in norms:
-        own = norm_scale(norm)
-        if own is None:
+        factor = norm_scale(norm)
+        if factor is None:
             continue
         module: Any = norm
-        scale, constants = scale.to(own.device) * own, constants.to(own.device)
+        scale, constants = scale.to(factor.device) * factor, constants.to(factor.device)
         # Subtract the mean first: a large mean would cancel against an offset computed from it.
-        constants = (constants - module.running_mean.detach().double()) * own
-        constants = constants if module.bias is None else constants + module.bias.detach().double()
+        constants = (constants - module.running_mean.detach().double()) * factor
+        if module.bias is not None:
+            constants = constants + module.bias.detach().double()
     return scale, constants
 
 
@@ -471,14 +489,16 @@ def zeros_held(model: nn.Module) -> Iterator[None]:
     >>> layer.weight.grad.tolist()
     [[0.0, 1.0]]
     """
-    held = [(weight, weight != 0) for weight in _weights(model) if weight.requires_grad and not bool(weight.all())]
-    handles = [weight.register_hook(lambda gradient, kept=kept: gradient * kept) for weight, kept in held]
+    masked_weights = [
+        (weight, weight != 0) for weight in _weights(model) if weight.requires_grad and not bool(weight.all())
+    ]
+    handles = [weight.register_hook(lambda gradient, mask=mask: gradient * mask) for weight, mask in masked_weights]
 
     @torch.no_grad()
     def restore(*_: Any) -> None:
-        for weight, kept in held:
+        for weight, mask in masked_weights:
             if weight.is_leaf:
-                weight.mul_(kept.to(weight.device))
+                weight.mul_(mask.to(weight.device))
 
     handles.append(register_optimizer_step_post_hook(restore))
     try:
@@ -496,5 +516,5 @@ def weights_left(model: nn.Module) -> int:
 
 def _weights(model: nn.Module) -> list[Tensor]:
     """Return the weights of all convolutions and linear layers, each once."""
-    found = (module.weight for module in model.modules() if isinstance(module, WEIGHTED))
-    return list({id(weight): weight for weight in found}.values())
+    weights = (module.weight for module in model.modules() if isinstance(module, WEIGHTED))
+    return list({id(weight): weight for weight in weights}.values())

@@ -62,12 +62,12 @@ def inputs_laid_out(model: nn.Module) -> Iterator[None]:
 
 
 def _fragile(model: nn.Module) -> list[nn.Conv2d]:
-    found = list[nn.Conv2d]()
+    layers = list[nn.Conv2d]()
     for layer in model.modules():
         if not isinstance(layer, nn.Conv2d):
             continue
         # An overridden forward may use another stride than the attribute.
         skips = max(layer.stride) > 1 or has_own_forward(layer)
         if max(layer.kernel_size) == 1 and skips and layer.in_channels // layer.groups < _FEW:
-            found.append(layer)
-    return found
+            layers.append(layer)
+    return layers

@@ -32,26 +32,32 @@ class Over(NamedTuple):
 
 def channel_dim(norm: nn.Module) -> int | None:
     """Return the dimension in which a norm, or a PReLU, has its channels: -1 or 1. None for any other module."""
-    found = _over(norm)
-    return None if found is None else found.dim
+    over = _over(norm)
+    if over is None:
+        return None
+    return over.dim
 
 
 def dims_together(norm: nn.Module) -> int:
     """Return over how many last dimensions a norm works together; 1 unless it is a layer norm over several."""
-    found = _over(norm)
-    return 1 if found is None else found.dims
+    over = _over(norm)
+    if over is None:
+        return 1
+    return over.dims
 
 
 def entries_last(norm: nn.Module, x: Tensor) -> Tensor:
     """Move a norm's channels to the last dimension of its input or output; flatten the dimensions of several."""
-    found = _over(norm) or Over(1)
-    return x.movedim(found.dim, -1) if found.dims == 1 else x.flatten(-found.dims)
+    over = _over(norm) or Over(1)
+    if over.dims == 1:
+        return x.movedim(over.dim, -1)
+    return x.flatten(-over.dims)
 
 
 def gives_no_channels(module: nn.Module) -> bool:
     """Tell whether a module works over channels and its output has none of them, such as a spatial gate."""
-    found = _over(module)
-    return found is not None and not found.gives_channels
+    over = _over(module)
+    return over is not None and not over.gives_channels
 
 
 _BY_CHANNEL = (nn.modules.batchnorm._NormBase, nn.PReLU)  # they treat each channel separately
@@ -60,7 +66,9 @@ _BY_CHANNEL = (nn.modules.batchnorm._NormBase, nn.PReLU)  # they treat each chan
 def _over(norm: nn.Module) -> Over | None:
     if isinstance(norm, nn.PReLU):
         # A class with another forward is followed operation by operation.
-        return Over(1) if norm.num_parameters > 1 and type(norm).forward is nn.PReLU.forward else None
+        if norm.num_parameters > 1 and type(norm).forward is nn.PReLU.forward:
+            return Over(1)
+        return None
     if isinstance(norm, (*_BY_CHANNEL, nn.GroupNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d)):
         return Over(1)
     if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)) and type(norm).__module__.startswith("torch.nn."):
@@ -68,32 +76,44 @@ def _over(norm: nn.Module) -> Over | None:
     # accelerate replaces a module's forward by one that runs the original module, even in a copy
     if type(norm).__module__.startswith(("torch.", "nni_topo.")) or "forward" in vars(norm):
         return None
-    own, parts = [each for each in norm._parameters.values() if each is not None], list(norm.modules())
+    parameters, parts = (
+        [parameter for parameter in norm._parameters.values() if parameter is not None],
+        list(norm.modules()),
+    )
     if len(parts) > _MOST_PARTS or not _takes_one(norm):
         return None
-    if own:
+    if parameters:
         has_others = any(True for part in parts[1:] for _ in part.parameters())
-        width = own[0].numel()
-        if has_others or width < 2 or any(each.numel() != width or max(each.shape) != width for each in own):
+        width = parameters[0].numel()
+        if (
+            has_others
+            or width < 2
+            or any(parameter.numel() != width or max(parameter.shape) != width for parameter in parameters)
+        ):
             return None
-    held = [{name: each for name, each in vars(part).items() if name not in _USUAL} for part in parts]
-    if norm._buffers or not all(_is_plain(each) for values in held for each in values.values()):
+    attributes = [{name: value for name, value in vars(part).items() if name not in _USUAL} for part in parts]
+    if norm._buffers or not all(_is_plain(value) for values in attributes for value in values.values()):
         # A part may hold anything, such as a function that it calls. Then norms are tried each time, and gates aren't.
-        return _tried(norm, own) if own else None
-    numbers = list(norm.parameters())
-    if not own and (any(each.is_meta for each in numbers) or sum(each.numel() for each in numbers) > _MOST_NUMBERS):
+        if parameters:
+            return _tried(norm, parameters)
         return None
-    shapes = [(name, tuple(each.shape)) for name, each in norm.named_parameters()]
-    key = type(norm), f"{shapes} {held} {[type(part) for part in parts]}"
+    numbers = list(norm.parameters())
+    if not parameters and (
+        any(parameter.is_meta for parameter in numbers)
+        or sum(parameter.numel() for parameter in numbers) > _MOST_NUMBERS
+    ):
+        return None
+    shapes = [(name, tuple(parameter.shape)) for name, parameter in norm.named_parameters()]
+    key = type(norm), f"{shapes} {attributes} {[type(part) for part in parts]}"
     if key not in _KNOWN:
-        _KNOWN[key] = _tried(norm, own)
+        _KNOWN[key] = _tried(norm, parameters)
     return _KNOWN[key]
 
 
 def _takes_one(norm: nn.Module) -> bool:
     """Tell whether a forward runs on one argument; another that it needs may be a gate."""
     parameters = inspect.signature(norm.forward).parameters.values()
-    return len([each for each in parameters if each.default is inspect.Parameter.empty]) == 1
+    return len([parameter for parameter in parameters if parameter.default is inspect.Parameter.empty]) == 1
 
 
 _KNOWN: dict[Any, Over | None] = {}  # cache, by class, shapes, attributes and parts of a module
@@ -111,7 +131,7 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (int, float, str))
 
 
-def _tried(norm: nn.Module, own: list[nn.Parameter]) -> Over | None:
+def _tried(norm: nn.Module, parameters: list[nn.Parameter]) -> Over | None:
     """Run a module to find how it works over channels."""
     width = _width_held(norm)
     if norm._modules or norm._buffers:  # a forward may change its buffers
@@ -120,22 +140,24 @@ def _tried(norm: nn.Module, own: list[nn.Parameter]) -> Over | None:
         except Exception:  # it may hold a lock, for example
             return None
     if width is not None:
-        return _tried_at(norm, own, width)
+        return _tried_at(norm, parameters, width)
     # The larger width reveals modules that select channels by a fixed index or slice.
-    found = _tried_at(norm, own, _WIDTHS_TRIED[0])
-    return found if found is None or _tried_at(norm, own, _WIDTHS_TRIED[1]) == found else None
+    over = _tried_at(norm, parameters, _WIDTHS_TRIED[0])
+    if over is None or _tried_at(norm, parameters, _WIDTHS_TRIED[1]) == over:
+        return over
+    return None
 
 
-def _tried_at(norm: nn.Module, own: list[nn.Parameter], width: int) -> Over | None:
+def _tried_at(norm: nn.Module, parameters: list[nn.Parameter], width: int) -> Over | None:
     """Run a module on inputs of one width to find how it works over channels."""
     holds_width = _width_held(norm) is not None
     drawing = torch.Generator().manual_seed(0)
     order = torch.cat([torch.arange(1, width, 2), torch.arange(0, width, 2)])  # across groups and neighbours
-    numbers = [torch.linspace(0.5, 1.5 + at, width).view(each.shape) for at, each in enumerate(own)]
-    one = _with_parameters(norm, numbers)
-    fewer, kept = _with_parameters(norm, numbers), torch.arange(_FEW if width > _FEW else 1)
-    cut_norm(fewer, kept)
-    other = _with_parameters(norm, [each.flatten()[order].view(each.shape) for each in numbers])
+    numbers = [torch.linspace(0.5, 1.5 + at, width).view(parameter.shape) for at, parameter in enumerate(parameters)]
+    module = _with_parameters(norm, numbers)
+    fewer, kept_channels = _with_parameters(norm, numbers), torch.arange(_FEW if width > _FEW else 1)
+    cut_norm(fewer, kept_channels)
+    permuted = _with_parameters(norm, [row.flatten()[order].view(row.shape) for row in numbers])
     images = torch.randn(2, 3, 4, width, generator=drawing)
     # Norms with the channels first may take only texts, of three dimensions. A module that holds nothing for each
     # channel may treat positions alike, and only images with the channels first tell these from channels.
@@ -143,39 +165,39 @@ def _tried_at(norm: nn.Module, own: list[nn.Parameter], width: int) -> Over | No
         for dim in (-1, 1) if holds_width else (1,):
             try:
                 with torch.no_grad(), random_state_kept():
-                    given = one.forward(x.movedim(-1, dim)).movedim(dim, -1)
-                    turned = other.forward(x[..., order].movedim(-1, dim)).movedim(dim, -1)
-                    others = torch.cat([x[..., :1], 1 - x[..., 1:]], -1)
-                    changed = one.forward(others.movedim(-1, dim)).movedim(dim, -1)
-                    narrow = fewer.forward(x[..., kept].movedim(-1, dim)).movedim(dim, -1)
+                    output = module.forward(x.movedim(-1, dim)).movedim(dim, -1)
+                    turned = permuted.forward(x[..., order].movedim(-1, dim)).movedim(dim, -1)
+                    changed_input = torch.cat([x[..., :1], 1 - x[..., 1:]], -1)
+                    changed = module.forward(changed_input.movedim(-1, dim)).movedim(dim, -1)
+                    narrow = fewer.forward(x[..., kept_channels].movedim(-1, dim)).movedim(dim, -1)
             except Exception:  # a forward may raise anything
                 continue
-            gives_channels = given.shape == x.shape
+            gives_channels = output.shape == x.shape
             if gives_channels:
-                is_alike = narrow.shape == x[..., kept].shape and _agree(given[..., order], turned)
-                changes = not _agree(given[..., 0], changed[..., 0])
+                is_alike = narrow.shape == x[..., kept_channels].shape and _agree(output[..., order], turned)
+                changes = not _agree(output[..., 0], changed[..., 0])
             else:
-                is_alike = not holds_width and given.shape[:-1] == x.shape[:-1] and narrow.shape == given.shape
-                is_alike = is_alike and _agree(given, turned)
-                changes = not _agree(given, changed)
+                is_alike = not holds_width and output.shape[:-1] == x.shape[:-1] and narrow.shape == output.shape
+                is_alike = is_alike and _agree(output, turned)
+                changes = not _agree(output, changed)
             # A module that treats each channel separately is no norm.
             if is_alike and changes:
                 return Over(dim, gives_channels)
     return None
 
 
-def _agree(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.allclose(one, other, rtol=_NEAR, atol=_NEAR)
+def _agree(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and torch.allclose(first, second, rtol=_NEAR, atol=_NEAR)
 
 
 def _with_parameters(norm: Any, numbers: list[Tensor]) -> Any:
     """Return a shallow copy of a norm with these values of its parameters."""
-    made = copy.copy(norm)
-    made._parameters = dict(norm._parameters)
-    names = [name for name, each in norm._parameters.items() if each is not None]
+    copied = copy.copy(norm)
+    copied._parameters = dict(norm._parameters)
+    names = [name for name, parameter in norm._parameters.items() if parameter is not None]
     for name, values in zip(names, numbers, strict=True):
-        made._parameters[name] = nn.Parameter(values, requires_grad=False)
-    return made
+        copied._parameters[name] = nn.Parameter(values, requires_grad=False)
+    return copied
 
 
 def scales_channels(norm: nn.Module) -> bool:
@@ -186,8 +208,8 @@ def scales_channels(norm: nn.Module) -> bool:
     if isinstance(norm, (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)):
         return True
     # Gemma's norm, for example, multiplies by one more than its weight.
-    numbers = [torch.zeros(each.shape) for each in norm._parameters.values() if each is not None]
-    if any(each.dim() != 1 for each in numbers):
+    numbers = [torch.zeros(parameter.shape) for parameter in norm._parameters.values() if parameter is not None]
+    if any(number.dim() != 1 for number in numbers):
         return False
     x = torch.randn(2, 3, 4, weight.numel(), generator=torch.Generator().manual_seed(0))
     try:
@@ -202,34 +224,34 @@ def is_over_channels(module: nn.Module) -> bool:
     return not isinstance(module, _BY_CHANNEL) and channel_dim(module) is not None
 
 
-def numbers_of(parameter: Tensor, kept: Tensor) -> Tensor:
+def numbers_of(parameter: Tensor, places: Tensor) -> Tensor:
     """Return a norm's numbers for some channels, from a parameter with one number a channel.
 
     Of a norm over several dimensions, ``kept`` lists entries of these, flattened: all combinations of some indices.
     """
-    sizes = [len(indices) for indices in _indices_of(tuple(parameter.shape), kept)]
-    return parameter.flatten().index_select(0, kept).view(sizes)
+    sizes = [len(indices) for indices in _indices_of(tuple(parameter.shape), places)]
+    return parameter.flatten().index_select(0, places).view(sizes)
 
 
-def _indices_of(shape: tuple[int, ...], kept: Tensor) -> list[list[int]]:
+def _indices_of(shape: tuple[int, ...], places: Tensor) -> list[list[int]]:
     """Return the indices in each dimension of entries of a flattened tensor, each once, in their order."""
-    return [list(dict.fromkeys(indices.tolist())) for indices in torch.unravel_index(kept, shape)]
+    return [list(dict.fromkeys(indices.tolist())) for indices in torch.unravel_index(places, shape)]
 
 
-def cut_norm(norm: Any, kept: Tensor) -> None:
+def cut_norm(norm: Any, places: Tensor) -> None:
     """Keep some channels of a norm over channels, or entries of one over several dimensions, in place."""
     shape = _shape_held(norm)
     if shape is None:
         return
-    sizes = tuple(len(indices) for indices in _indices_of(shape, kept))
+    sizes = tuple(len(indices) for indices in _indices_of(shape, places))
     names = list[str]()  # of the attributes that hold the width, as a number or in a tuple
-    for name, each in vars(norm).items():
-        is_width = type(each) is int and (each,) == shape and any(word in name.lower() for word in _WIDTHS)
-        if is_width or (isinstance(each, tuple) and each == shape):
+    for name, value in vars(norm).items():
+        is_width = type(value) is int and (value,) == shape and any(word in name.lower() for word in _WIDTHS)
+        if is_width or (isinstance(value, tuple) and value == shape):
             names.append(name)
     for name, parameter in list(norm._parameters.items()):
         if parameter is not None:
-            numbers = numbers_of(parameter, kept).detach()
+            numbers = numbers_of(parameter, places).detach()
             put_attribute(norm, name, nn.Parameter(numbers, requires_grad=parameter.requires_grad))
     for name in names:
         put_attribute(norm, name, sizes if isinstance(getattr(norm, name), tuple) else sizes[0])
@@ -239,17 +261,19 @@ def _shape_held(norm: nn.Module) -> tuple[int, ...] | None:
     """Return the sizes that a norm is made for, of several dimensions or of the channels; None if it takes any."""
     if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
         return tuple(norm.normalized_shape)
-    own = [each for each in norm._parameters.values() if each is not None]
-    if own:
-        return (own[0].numel(),)
-    for name, each in vars(norm).items():
-        is_width = isinstance(each, tuple) and len(each) == 1 and type(each[0]) is int and each[0] > 1
+    parameters = [parameter for parameter in norm._parameters.values() if parameter is not None]
+    if parameters:
+        return (parameters[0].numel(),)
+    for name, value in vars(norm).items():
+        is_width = isinstance(value, tuple) and len(value) == 1 and type(value[0]) is int and value[0] > 1
         if is_width and any(word in name.lower() for word in _WIDTHS):
-            return tuple(each)
+            return tuple(value)
     return None
 
 
 def _width_held(norm: nn.Module) -> int | None:
     """Return the number of channels that a norm is made for; None if it takes any number."""
     shape = _shape_held(norm)
-    return None if shape is None else math.prod(shape)
+    if shape is None:
+        return None
+    return math.prod(shape)

@@ -58,7 +58,9 @@ def cut(name: str, module: Any, ins: torch.Tensor, outs: torch.Tensor) -> None:
 def _cut_units(module: Any, rows: torch.Tensor) -> None:
     """Keep some units of a recurrent layer in all stacked layers and directions, given the rows of their gates."""
     units = rows[rows < module.hidden_size]
-    from_below = torch.cat([units, units + module.hidden_size]) if module.bidirectional else units
+    from_below = units
+    if module.bidirectional:
+        from_below = torch.cat([units, units + module.hidden_size])
     for name in (weight_name(module), *row_names(module)):
         parameter = getattr(module, name)[rows]
         if name.startswith("weight_hh"):
@@ -72,15 +74,19 @@ def _cut_units(module: Any, rows: torch.Tensor) -> None:
 def _part(weight: torch.Tensor, *places: torch.Tensor) -> torch.Tensor:
     """Select entries, in any order, along the first dimensions of a weight; return a new tensor."""
     part = weight
-    for d, each in enumerate(places):
+    for d, indices in enumerate(places):
         # Faster than brackets, which look up the entries of a second dimension one by one.
-        if len(each) < weight.shape[d] or bool((each[1:] < each[:-1]).any()):
-            part = part.index_select(d, each)
-    return part.clone() if part is weight else part
+        if len(indices) < weight.shape[d] or bool((indices[1:] < indices[:-1]).any()):
+            part = part.index_select(d, indices)
+    if part is weight:
+        return part.clone()
+    return part
 
 
-def _rows(tensor: torch.Tensor | None, kept: torch.Tensor) -> torch.Tensor | None:
-    return None if tensor is None else tensor[kept]
+def _rows(tensor: torch.Tensor | None, indices: torch.Tensor) -> torch.Tensor | None:
+    if tensor is None:
+        return None
+    return tensor[indices]
 
 
 def keep(module: torch.nn.Module, name: str, value: torch.Tensor | None) -> None:
@@ -98,19 +104,19 @@ def _brief(counts: torch.Tensor) -> str:
     return ", ".join(map(str, counts[:8].tolist())) + (", ..." if len(counts) > 8 else "")
 
 
-def _cut_vectors(module: torch.nn.Module, kept: torch.Tensor) -> None:
+def _cut_vectors(module: torch.nn.Module, indices: torch.Tensor) -> None:
     """Cut the parameters and buffers that have one entry a channel."""
     for name in ("weight", "bias", "running_mean", "running_var"):
-        keep(module, name, _rows(getattr(module, name, None), kept))
+        keep(module, name, _rows(getattr(module, name, None), indices))
 
 
-def _cut_group_norm(name: str, module: torch.nn.GroupNorm, kept: torch.Tensor) -> None:
-    sizes = torch.bincount(kept // (module.num_channels // module.num_groups), minlength=module.num_groups)
+def _cut_group_norm(name: str, module: torch.nn.GroupNorm, indices: torch.Tensor) -> None:
+    sizes = torch.bincount(indices // (module.num_channels // module.num_groups), minlength=module.num_groups)
     sizes = sizes[sizes > 0]
     if bool((sizes != sizes[0]).any()):
         raise SpeedupError(f"groups of a norm must keep equally many channels, got {_brief(sizes)} ({name})")
-    _cut_vectors(module, kept)
-    module.num_groups, module.num_channels = len(sizes), len(kept)
+    _cut_vectors(module, indices)
+    module.num_groups, module.num_channels = len(sizes), len(indices)
 
 
 def _cut_convolution(name: str, module: Any, ins: torch.Tensor, outs: torch.Tensor) -> None:

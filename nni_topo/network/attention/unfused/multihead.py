@@ -38,23 +38,29 @@ def multihead(
     del is_causal  # only a hint: the mask says it too
     is_single, states = query.dim() == 2, [query] if query is key is value else [query, key, value]
     if is_single or not self.batch_first:
-        states = [each.unsqueeze(0) if is_single else each.transpose(0, 1) for each in states]
+        states = [tensor.unsqueeze(0) if is_single else tensor.transpose(0, 1) for tensor in states]
     entering = states * 3 if len(states) == 1 else states
-    heads = [each.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for each in projected(self, *entering)]
+    heads = [projection.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for projection in projected(self, *entering)]
     mask: Tensor | None = None
     if attn_mask is not None:
         # Masks by head have entries for the original heads.
-        mask = _additive(attn_mask if attn_mask.dim() == 2 else attn_mask.unflatten(0, (len(heads[0]), -1)), heads[0])
+        if attn_mask.dim() != 2:
+            attn_mask = attn_mask.unflatten(0, (len(heads[0]), -1))
+        mask = _additive(attn_mask, heads[0])
     if key_padding_mask is not None:
         padding = _additive(key_padding_mask, heads[0]).reshape(len(heads[0]), 1, 1, -1)
         mask = padding if mask is None else mask + padding
     dropout, shares = self.dropout if self.training else 0.0, None
     if need_weights:
         scores = heads[0] @ heads[1].transpose(2, 3) / self.head_dim**0.5
-        shares = functional.dropout((scores if mask is None else scores + mask).softmax(3), dropout)
+        if mask is not None:
+            scores = scores + mask
+        shares = functional.dropout(scores.softmax(3), dropout)
         context = shares @ heads[2]
-        shares = shares.mean(1) if average_attn_weights else shares
-        shares = shares.squeeze(0) if is_single else shares
+        if average_attn_weights:
+            shares = shares.mean(1)
+        if is_single:
+            shares = shares.squeeze(0)
     else:
         context = functional.scaled_dot_product_attention(heads[0], heads[1], heads[2], mask, dropout)
     mixed = (mix or self.out_proj)(context.transpose(1, 2).flatten(2))
@@ -69,7 +75,7 @@ def projected(self: Any, query: Tensor, key: Tensor, value: Tensor) -> list[Tens
         return list(functional.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1))
     biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
     entering = zip((query, key, value), self.in_proj_weight.chunk(3), biases, strict=True)
-    return [functional.linear(*each) for each in entering]
+    return [functional.linear(*operands) for operands in entering]
 
 
 def _additive(mask: Tensor, states: Tensor) -> Tensor:
@@ -93,8 +99,8 @@ def unfused_class(module: nn.Module) -> type[nn.Module] | None:
         return kind
     if not kind.__module__.startswith("torchvision.models."):
         return None
-    found: type[nn.Module] | None = import_module(_SWIN).UNFUSED.get(kind)
-    return found
+    unfused: type[nn.Module] | None = import_module(_SWIN).UNFUSED.get(kind)
+    return unfused
 
 
 def is_unfused(module: nn.Module) -> bool:
@@ -121,12 +127,15 @@ def set_unfused(module: Any, unfused: bool = True) -> None:
 def mixing_called(*models: nn.Module) -> Iterator[None]:
     """Within the context, attention calls its output projection and its other layers, so that hooks see them."""
     with ExitStack() as undone:
-        for module in (each for model in models for each in model.modules() if is_fused_attention(each)):
+        for module in (part for model in models for part in model.modules() if is_fused_attention(part)):
             kind: Any = unfused_class(module)
             # NNI's wrapper keeps the forward that it calls.
             place = vars(getattr(module, "_nni_wrapper", module))
             key = "forward" if place is vars(module) else "module_forward"
-            undone.callback(partial(place.__setitem__, key, place[key]) if key in place else partial(place.pop, key))
+            if key in place:
+                undone.callback(place.__setitem__, key, place[key])
+            else:
+                undone.callback(place.pop, key)
             place[key] = partial(kind.forward, module)
         # The fast paths call no layers.
         undone.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())

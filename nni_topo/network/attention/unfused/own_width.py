@@ -61,13 +61,13 @@ def own_width_class(kind: type[nn.Module], dim: int) -> type[nn.Module] | None:
     variant = "" if dim == LAST else f"{_ALONG}{dim}"
     file = f"<nni_topo: {kind.__module__}.{kind.__qualname__}.forward{variant}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # for tracebacks
-    made: dict[str, Any] = {}
-    exec(compile(source, file, "exec"), function.__globals__, made)
+    namespace: dict[str, Any] = {}
+    exec(compile(source, file, "exec"), function.__globals__, namespace)
     members = {
         "__module__": __name__,
         "__qualname__": f"{kind.__qualname__}{_OF}{kind.__module__.replace('.', '/')}{variant}",
         "__doc__": kind.__doc__,
-        "forward": made[kind.__name__].__dict__["forward"],
+        "forward": namespace[kind.__name__].__dict__["forward"],
         "nni_topo_own_width": dim,
         "nni_topo_reads_width": rewriter.reads_width,
     }
@@ -82,9 +82,9 @@ def __getattr__(name: str) -> type[nn.Module]:
         kind: Any = importlib.import_module(module.replace("/", "."))
         for part in qualified.split("."):
             kind = getattr(kind, part)
-        found = own_width_class(kind, int(dim) if dim else LAST)
-        if found is not None:
-            return found
+        variant = own_width_class(kind, int(dim) if dim else LAST)
+        if variant is not None:
+            return variant
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -94,18 +94,18 @@ def take_own_width(module: nn.Module, dim: int = LAST, *, wholly: bool = False) 
     ``wholly``: only if the forward uses the width for nothing else, such as dividing by its root.
     """
     kind: Any = type(module)
-    found: Any = own_width_class(kind, dim)
-    if found is None or (wholly and found.nni_topo_reads_width):
+    variant: Any = own_width_class(kind, dim)
+    if variant is None or (wholly and variant.nni_topo_reads_width):
         return False
-    put_attribute(module, "__class__", found)
+    put_attribute(module, "__class__", variant)
     vars(module).pop("forward", None)  # NNI stores the class's forward there when it removes a wrapper
     return True
 
 
 def has_own_forward(module: nn.Module) -> bool:
     """Tell whether a module's own attribute ``forward`` replaces its class's."""
-    own = vars(module).get("forward")
-    return own is not None and getattr(own, "__func__", None) is not type(module).forward
+    forward = vars(module).get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
 
 def own_width_of(module: nn.Module) -> int | None:
@@ -120,16 +120,18 @@ def _assigned(target: ast.expr, value: ast.expr, dim: int) -> list[tuple[str, as
     If a shape is unpacked, the size of the dimension is written as ``x.shape[dim]``.
     """
     if not isinstance(target, ast.Tuple):
-        return [(target.id, value)] if isinstance(target, ast.Name) else []
-    found, count = list[tuple[str, ast.expr | None]](), len(target.elts)
+        if isinstance(target, ast.Name):
+            return [(target.id, value)]
+        return []
+    assignments, count = list[tuple[str, ast.expr | None]](), len(target.elts)
     parts = value.elts if isinstance(value, ast.Tuple) and len(value.elts) == count else [None] * count
-    for at, (each, part) in enumerate(zip(target.elts, parts, strict=True)):
-        if not isinstance(each, ast.Name):
+    for at, (variable, part) in enumerate(zip(target.elts, parts, strict=True)):
+        if not isinstance(variable, ast.Name):
             continue
         if _is_shape(value) and at == (dim if dim >= 0 else count + dim):
             part = ast.parse(f"{ast.unparse(value)}[{dim}]", mode="eval").body
-        found.append((each.id, part))
-    return found
+        assignments.append((variable.id, part))
+    return assignments
 
 
 def _is_shape(value: ast.expr) -> bool:
@@ -144,7 +146,7 @@ def _is_size(value: ast.expr, dim: int) -> bool:
     if isinstance(value, ast.Subscript):
         return _is_shape(value.value) and ast.unparse(value.slice) == str(dim)
     is_call = isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and value.func.attr == "size"
-    return is_call and [ast.unparse(each) for each in value.args] == [str(dim)]  # type: ignore[attr-defined]
+    return is_call and [ast.unparse(argument) for argument in value.args] == [str(dim)]  # type: ignore[attr-defined]
 
 
 class _Rewriter(ast.NodeTransformer):
@@ -159,13 +161,13 @@ class _Rewriter(ast.NodeTransformer):
 
     def rewrite(self, definition: ast.FunctionDef) -> bool:
         """Change a forward's definition in place; return whether a reshape used its input's width."""
-        assigned, others = list[tuple[str, ast.expr | None]](), set[str]()
+        assigned, ambiguous = list[tuple[str, ast.expr | None]](), set[str]()
         for node in ast.walk(definition):
             if isinstance(node, ast.Assign):
                 for target in node.targets:
                     assigned += _assigned(target, node.value, self.dim)
             elif isinstance(node, (ast.AugAssign, ast.For)) and isinstance(node.target, ast.Name):
-                others.add(node.target.id)
+                ambiguous.add(node.target.id)
         # A value computed from a width counts as a width, and so on.
         count = -1
         while count < len(self.widths):
@@ -177,11 +179,11 @@ class _Rewriter(ast.NodeTransformer):
         for name, value in assigned:
             is_computed_again = isinstance(value, ast.BinOp) and names.count(name) > 1
             if value is None or is_computed_again or not self._is_of_width(value):
-                others.add(name)
-        self.widths -= others
+                ambiguous.add(name)
+        self.widths -= ambiguous
         self.visit(definition)
-        kept = [value for name, value in assigned if name in self.widths]
-        allowed = self._sizes | {id(part) for value in kept if value is not None for part in ast.walk(value)}
+        width_values = [value for name, value in assigned if name in self.widths]
+        allowed = self._sizes | {id(part) for value in width_values if value is not None for part in ast.walk(value)}
         read = [part for part in ast.walk(definition) if self._is_width(part) and id(part) not in allowed]
         self.reads_width = any(not isinstance(getattr(part, "ctx", None), ast.Store) for part in read)
         return self.found
@@ -198,18 +200,18 @@ class _Rewriter(ast.NodeTransformer):
         if not isinstance(node.func, ast.Attribute) or node.func.attr not in ("reshape", "view"):
             return node
         before = node.args[:1] if ast.unparse(node.func.value) == "torch" else []
-        given = node.args[len(before) :]
-        if len(given) == 1 and isinstance(given[0], (ast.Tuple, ast.List)):
-            given = given[0].elts
-        sizes = self._opened(given)
+        arguments = node.args[len(before) :]
+        if len(arguments) == 1 and isinstance(arguments[0], (ast.Tuple, ast.List)):
+            arguments = arguments[0].elts
+        sizes = self._opened(arguments)
         of_width = []
-        for at, each in enumerate(sizes):
-            if ast.unparse(each) == "-1":
+        for at, size in enumerate(sizes):
+            if ast.unparse(size) == "-1":
                 self._sizes.update(id(size) for size in sizes if self._is_width(size))
                 return node
-            if isinstance(each, (ast.Tuple, ast.List)):
+            if isinstance(size, (ast.Tuple, ast.List)):
                 return node
-            if any(self._is_width(part) for part in ast.walk(each)):
+            if any(self._is_width(part) for part in ast.walk(size)):
                 of_width.append(at)
         if len(of_width) == 1 and len(sizes) > 1:
             sizes[of_width[0]] = ast.UnaryOp(ast.USub(), ast.Constant(1))
@@ -224,9 +226,9 @@ class _Rewriter(ast.NodeTransformer):
     def _opened(self, sizes: list[ast.expr]) -> list[ast.expr]:
         """If a reshape's only argument is a tensor's whole shape, write the width as a separate size."""
         only = sizes[0] if len(sizes) == 1 else None
-        whole = only.value if isinstance(only, ast.Starred) else only
-        if whole is None or not _is_shape(whole):
+        expression = only.value if isinstance(only, ast.Starred) else only
+        if expression is None or not _is_shape(expression):
             return list(sizes)
-        shape = ast.unparse(whole)
+        shape = ast.unparse(expression)
         parts = f"*{shape}[:-1], {shape}[-1]" if self.dim == LAST else f"{shape}[0], {shape}[1], *{shape}[2:]"
         return ast.parse(f"({parts})", mode="eval").body.elts  # type: ignore[attr-defined, no-any-return]

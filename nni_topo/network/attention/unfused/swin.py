@@ -23,9 +23,10 @@ def windowed(self: Any, x: Tensor, mix: Any = None) -> Tensor:
         if size <= windows[d]:
             shifts[d] = 0
             # Windows shrink to a video's size; images are padded to the window's size.
-            windows[d] = size if len(sizes) == 3 else windows[d]
+            if len(sizes) == 3:
+                windows[d] = size
     ends = [-size % window for size, window in zip(sizes, windows, strict=True)]
-    padded = functional.pad(x, (0, 0, *(each for end in reversed(ends) for each in (0, end))))
+    padded = functional.pad(x, (0, 0, *(amount for end in reversed(ends) for amount in (0, end))))
     tokens = _parted(torch.roll(padded, [-shift for shift in shifts], dims), windows)
     # (queries, keys, values; batch, windows, heads, positions, channels)
     heads = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).permute(3, 0, 1, 4, 2, 5)
@@ -38,7 +39,7 @@ def windowed(self: Any, x: Tensor, mix: Any = None) -> Tensor:
     shares = functional.dropout(scores.softmax(-1), self.attention_dropout, self.training)
     mixed = (mix or self.proj)((shares @ heads[2]).transpose(2, 3).flatten(3))
     mixed = functional.dropout(mixed, self.dropout, self.training)
-    joined = torch.roll(_joined(mixed, list(padded.shape[1:-1]), windows), shifts, dims)
+    joined = torch.roll(_join_windows(mixed, list(padded.shape[1:-1]), windows), shifts, dims)
     for d, size in zip(dims, sizes, strict=True):
         joined = joined.narrow(d, 0, size)
     return joined.contiguous()
@@ -58,7 +59,7 @@ def _products(self: Any, queries: Tensor, keys: Tensor) -> Tensor:
 
 def _parted(x: Tensor, windows: list[int]) -> Tensor:
     """Split a feature map into windows: (batch, windows, positions in a window, channels)."""
-    pairs = [each for size, window in zip(x.shape[1:-1], windows, strict=True) for each in (size // window, window)]
+    pairs = [length for size, window in zip(x.shape[1:-1], windows, strict=True) for length in (size // window, window)]
     across = range(1, 2 * len(windows), 2)
     parts = x.reshape(x.shape[0], *pairs, x.shape[-1]).permute(
         0, *across, *(d + 1 for d in across), 2 * len(windows) + 1
@@ -66,10 +67,10 @@ def _parted(x: Tensor, windows: list[int]) -> Tensor:
     return parts.flatten(len(windows) + 1, -2).flatten(1, len(windows))
 
 
-def _joined(x: Tensor, sizes: list[int], windows: list[int]) -> Tensor:
+def _join_windows(x: Tensor, sizes: list[int], windows: list[int]) -> Tensor:
     """Join windows again: (batch, *positions, channels)."""
     counts = [size // window for size, window in zip(sizes, windows, strict=True)]
-    order = [each for d in range(len(windows)) for each in (1 + d, 1 + len(windows) + d)]
+    order = [axis for d in range(len(windows)) for axis in (1 + d, 1 + len(windows) + d)]
     parts = x.reshape(x.shape[0], *counts, *windows, x.shape[-1]).permute(0, *order, 2 * len(windows) + 1)
     return parts.reshape(x.shape[0], *sizes, x.shape[-1])
 
@@ -79,8 +80,8 @@ def _areas(sizes: tuple[int, ...], windows: list[int], shifts: list[int], device
     areas = torch.zeros((), dtype=torch.int64, device=device)
     for size, window, shift in zip(sizes, windows, shifts, strict=True):
         at = torch.arange(size, device=device)
-        own = (at >= size - window).long() + (at >= size - shift).long() if shift else torch.zeros_like(at)
-        areas = 3 * areas[..., None] + own
+        area = (at >= size - window).long() + (at >= size - shift).long() if shift else torch.zeros_like(at)
+        areas = 3 * areas[..., None] + area
     return areas[None, ..., None]
 
 
