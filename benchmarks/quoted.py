@@ -349,7 +349,7 @@ TRAINED = [
     Quote("MiniLM with {} of its MACs", Figure(only, _OURS, entry("macs"))),
     Quote("a model of sentence embeddings, with {} of its MACs", Figure(only, _OURS, entry("macs"))),
     Quote(
-        "| {} of the MACs, by [`shrink`, then `distill`](docs/embedding_model.md), in {} minutes of one core",
+        "{} of the MACs, by [`shrink`, then `distill`](docs/embedding_model.md), in {} minutes of one core",
         Figure(only, _OURS, entry("macs")),
         Figure(only, _OURS, entry("seconds", times=1 / 60)),
     ),
@@ -367,7 +367,7 @@ TRAINED = [
     Quote("layers, distilled as long, {} and {} %", Figure(only, _LAYERS, _COSINE), Figure(only, _LAYERS, _RECALL)),
     Quote("By the cosine three layers are {} behind there", Figure(mean, _OURS, _COSINE, [_LAYERS])),
     Quote("{} sentences of scikit-learn's and pandas' docstrings", Figure(only, _OURS, entry("data", "test"))),
-    Quote("| {} of the MACs; blocks may go", Figure(only, _lite0(0.8, "reconstruction", "widths, blocks"), key(1))),
+    Quote("{} of the MACs; blocks may go", Figure(only, _lite0(0.8, "reconstruction", "widths, blocks"), key(1))),
     Quote(
         "{} % of new crops keep their class, after {} photos",
         Figure(only, _lite0(0.8, "reconstruction", "widths, blocks"), _SAME_CLASS),
@@ -411,7 +411,7 @@ _HALF_OF_THE_TIME = rows("equal_time.jsonl", key=("vit_small", ANY, 0.5, "channe
 _DEFAULT = rows("time.jsonl", key=(ANY, "default"))
 TIME = [
     Quote(
-        "| an {} of the time; {} of nine blocks go",
+        "an {} of the time; {} of nine blocks go",
         Figure(only, _eighth("both"), key(1)),
         Figure(only, _eighth("both"), _blocks),
     ),
@@ -454,7 +454,13 @@ TIME = [
 ]
 
 _VIT = rows("cuda.json", key=("d12f1566", "latency", "vit_b_16, float16, batch 64"))
+_RESNET50 = rows("cuda.json", key=("d12f1566", "pruned to half the MACs", "resnet50, shrink"))
 GPU = [
+    Quote(
+        "{} of the MACs of a ResNet-50 take {} s on an H200 with",
+        Figure(only, _RESNET50, entry("macs")),
+        Figure(only, _RESNET50, entry("whole_seconds")),
+    ),
     Quote("images take {} ms by Torch-Pruning, which prunes", Figure(only, _VIT, entry("torch-pruning ms"))),
     Quote(
         "and {} by `shrink` in multiples of 32; unpruned {}",
@@ -695,6 +701,7 @@ NOT_MEASURED = {
         "ResNet-20",
         "ResNet-20s",
         "ResNet-18",
+        "ResNet-50",
         "MobileNetV2",
         "MobileNetV2s",
         "INT8",
@@ -739,6 +746,7 @@ NOT_MEASURED = {
         "with a quarter of the channels",
         "on an H200 64 images",
         "multiples of 32",
+        "H200 with 256 images",
         "Where half of the MACs stay",
         "a MobileNetV2 with 3 % of its MACs",
         "YOLO, half as large",
@@ -765,6 +773,8 @@ NOT_MEASURED = {
         "four other kinds in that table",
         "on two that were trained elsewhere",
         "unpruned one",
+        "one by one",
+        "Some hundred",
         "smaller one",
         "masked one",
         "## 1.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import importlib.util
 import linecache
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from markdown_sections import sections
 
 import nni_topo
@@ -287,3 +289,43 @@ def test_links_lead_to_files_and_headings(path):
         place = path.parent / target if target else path
         assert place.exists(), f"{target} ({path.name})"
         assert not anchor or anchor in sections(place), f"{target}#{anchor} ({path.name})"
+
+
+def test_the_page_of_the_installation_has_every_required_package_and_extra():
+    setup = configparser.ConfigParser()
+    setup.read(PROJECT / "setup.cfg")
+    lines = setup["options"]["install_requires"].split("\n")
+    required = {re.match(r"[\w-]+", line)[0] for line in lines if line[:1].isalpha()}
+    page = (PROJECT / "docs" / "install.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`[^|]*`) \|", page, re.M)
+    named = {name for row in rows for name in re.findall(r"`([\w-]+)`", row)}
+    extras = {"bench", "export", "runtimes", "evaluators", "dask"}
+    assert named == required | extras
+    assert extras <= {line.partition(" ")[0] for line in setup["options.extras_require"]}
+
+
+def test_every_page_that_installs_says_so_with_the_same_words():
+    for path in PAGES:
+        for line in re.findall(r"^git clone.*", path.read_text(encoding="utf-8"), re.M):
+            assert line.startswith("git clone REPOSITORY nni_topo && cd nni_topo"), path
+
+
+def test_cells_of_the_first_page_are_short():
+    for line in (PROJECT / "README.md").read_text(encoding="utf-8").splitlines():
+        for cell in line.strip("|").split("|") if line.startswith("|") else ():
+            assert len(re.sub(r"\]\([^)]*\)", "]", cell).split()) <= 12, cell
+
+
+def test_the_site_has_every_page_and_groups_of_at_most_six_that_tell_how_to():
+    nav = yaml.safe_load((PROJECT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2])
+
+    def pages(entry):
+        values = entry.values() if isinstance(entry, dict) else entry if isinstance(entry, list) else None
+        return [entry] if values is None else [page for value in values for page in pages(value)]
+
+    named = pages(nav)
+    made = {"api.md", "verbs.md", "results.md", "contributing.md", "changelog.md"}
+    results = {f"results/{path.name}" for path in PROJECT.glob("benchmarks/results/*.md")}
+    assert sorted(named) == sorted({path.name for path in PROJECT.glob("docs/*.md")} | made | results)
+    (how_to,) = (entry["How to"] for entry in nav if "How to" in entry)
+    assert all(len(pages(group)) <= 6 for group in how_to)
