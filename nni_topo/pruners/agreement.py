@@ -37,11 +37,11 @@ class Agreement:
         """Indices of the units that share blocks, directly or through others."""
         self._shuffled = [unit for unit in units if unit.shares]
 
-    def __call__(self, kept: KeptBlocks, scores: Mapping[str, NDArray[np.generic]]) -> KeptBlocks:
-        """Return the kept blocks, by score: each unit keeps as many as in ``kept``, or more if coupling requires it."""
-        agreed = dict(kept)
+    def __call__(self, proposal: KeptBlocks, scores: Mapping[str, NDArray[np.generic]]) -> KeptBlocks:
+        """Return the kept blocks, by score: each unit keeps as many as in ``proposal``, or more if coupled units do."""
+        agreed = dict(proposal)
         for shared in self._shared:
-            agreed |= shared.choose(kept, scores)
+            agreed |= shared.choose(proposal, scores)
         for unit in self._shuffled:
             agreed[unit.name] = chosen_of(unit.segments, unit.shares, descending(scores[unit.name])[::-1])
         return agreed
@@ -58,7 +58,7 @@ class _Shared:
         classes = _ranks(number for unit in units for number in unit.ties)
         self._classes = np.split(classes, np.cumsum([unit.blocks for unit in units])[:-1])
         pairs = zip(units, self._classes, strict=True)
-        rows = [row for unit, own in pairs for row in own.reshape(unit.parts, unit.rows)]
+        rows = [row for unit, unit_classes in pairs for row in unit_classes.reshape(unit.parts, unit.rows)]
         holds = np.array([np.bincount(row, minlength=classes.max() + 1) for row in rows])
         stays = np.zeros(classes.max() + 1, dtype=np.bool_)
         stays[classes] = [number < 0 for unit in units for number in unit.ties]
@@ -70,10 +70,11 @@ class _Shared:
         self._order = np.argsort((holds > 0).sum(1), kind="stable")
         self._owner = np.repeat(np.arange(len(units)), [unit.parts for unit in units])
 
-    def choose(self, kept: KeptBlocks, scores: Mapping[str, NDArray[np.generic]]) -> KeptBlocks:
+    def choose(self, proposal: KeptBlocks, scores: Mapping[str, NDArray[np.generic]]) -> KeptBlocks:
         """Return the kept blocks of each unit."""
-        wanted = [kept[unit.name].reshape(unit.parts, unit.rows).sum(1) for unit in self._units]
-        counts = self._raised(self._dealt(np.concatenate(wanted)), np.concatenate(wanted))
+        counts_by_unit = [proposal[unit.name].reshape(unit.parts, unit.rows).sum(1) for unit in self._units]
+        requests = np.concatenate(counts_by_unit)
+        counts = self._raise_counts(self._distribute(requests), requests)
         # A class's score is the mean over all targets that hold it, as in a dependency group.
         classes = np.concatenate(self._classes)
         targets = np.repeat([len(unit.members) for unit in self._units], [unit.blocks for unit in self._units])
@@ -82,33 +83,36 @@ class _Shared:
         is_kept = np.zeros(len(self._segment), dtype=np.bool_)
         for segment, count in enumerate(counts):
             is_kept[order[self._segment[order] == segment][:count]] = True
-        return {unit.name: is_kept[own] for unit, own in zip(self._units, self._classes, strict=True)}
+        return {unit.name: is_kept[unit_classes] for unit, unit_classes in zip(self._units, self._classes, strict=True)}
 
-    def _dealt(self, wanted: IntArray) -> IntArray:
-        """Return how many classes of each segment to keep so that every part keeps the wanted count, where possible."""
+    def _distribute(self, requests: IntArray) -> IntArray:
+        """Return how many classes of each segment to keep so that every part keeps its requested count, if possible."""
         counts, is_open = np.where(self._stays, self._sizes, 0), ~self._stays
         for part in self._order:
-            own = self._holds[part]
-            new = is_open & (own > 0)
-            staying, blocks = int(own[self._stays] @ self._sizes[self._stays]), int(own @ self._sizes)
-            asked = staying + math.ceil((blocks - staying) * int(wanted[part]) / blocks)  # the same share of the others
-            # Distribute the missing blocks in proportion to the segments' lengths; a class adds `each` blocks.
-            missing, sizes, each = max(int(asked - own @ counts), 0), self._sizes[new], own[new]
-            room = int(sizes @ each)
-            dealt, rest = np.divmod(sizes * min(missing, room), max(room, 1))
-            for place in np.argsort(-rest, kind="stable"):
-                if rest[place] and dealt @ each + each[place] <= missing:
-                    dealt[place] += 1
-            counts[new] = dealt
+            blocks_per_class = self._holds[part]
+            new = is_open & (blocks_per_class > 0)
+            staying = int(blocks_per_class[self._stays] @ self._sizes[self._stays])
+            blocks = int(blocks_per_class @ self._sizes)
+            # The other blocks keep the same share.
+            target_count = staying + math.ceil((blocks - staying) * int(requests[part]) / blocks)
+            missing = max(int(target_count - blocks_per_class @ counts), 0)
+            # Distribute the missing blocks in proportion to the segments' lengths.
+            sizes, blocks_per_new_class = self._sizes[new], blocks_per_class[new]
+            room = int(sizes @ blocks_per_new_class)
+            additions, remainders = np.divmod(sizes * min(missing, room), max(room, 1))
+            for place in np.argsort(-remainders, kind="stable"):
+                if remainders[place] and additions @ blocks_per_new_class + blocks_per_new_class[place] <= missing:
+                    additions[place] += 1
+            counts[new] = additions
             is_open &= ~new
         return counts
 
-    def _raised(self, counts: IntArray, wanted: IntArray) -> IntArray:
-        """Keep more classes until every part has the wanted count, and all parts of a unit have the same count."""
+    def _raise_counts(self, counts: IntArray, requests: IntArray) -> IntArray:
+        """Keep more classes until every part has the requested count, and all parts of a unit have the same count."""
         while True:
             totals = self._holds @ counts
             most = np.zeros(len(self._units), dtype=np.int64)
-            np.maximum.at(most, self._owner, np.maximum(totals, wanted))
+            np.maximum.at(most, self._owner, np.maximum(totals, requests))
             short = np.flatnonzero(totals < most[self._owner])
             if not len(short):
                 return counts
@@ -118,5 +122,5 @@ class _Shared:
 
 def _ranks(values: Iterable[Hashable]) -> IntArray:
     """Number the distinct values from 0 in the order of their first occurrence."""
-    found: dict[Hashable, int] = {}
-    return np.array([found.setdefault(value, len(found)) for value in values])
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(value, len(numbers)) for value in values])

@@ -37,17 +37,17 @@ class ConfigAllocator(SparsityAllocator):
         """Return masks of the units' members and of the targets aligned to them (biases)."""
         scores = {unit.name: unit_scores(unit, metrics).numpy() for unit in context.units}
         if isinstance(metrics, KeptSet):
-            kept = {name: score > 0 for name, score in scores.items()}
-            scores = {name: chosen.astype(np.float64) for name, chosen in kept.items()}
+            proposal = {name: score > 0 for name, score in scores.items()}
+            scores = {name: chosen.astype(np.float64) for name, chosen in proposal.items()}
         else:
             rows = context.rows(lambda unit: scores[unit.name])
-            kept = {unit.name: keep_highest(unit, scores[unit.name], rows[unit.name]) for unit in context.units}
-        agreed = Agreement(context.units)(kept, scores)
+            proposal = {unit.name: keep_highest(unit, scores[unit.name], rows[unit.name]) for unit in context.units}
+        agreed = Agreement(context.units)(proposal, scores)
         # One row more is rounding. Under a budget all ratios are 0, and the planner warns.
         more = [
-            f"{unit.name} {agreed[unit.name].sum()} of {unit.blocks} instead of {kept[unit.name].sum()}"
+            f"{unit.name} {agreed[unit.name].sum()} of {unit.blocks} instead of {proposal[unit.name].sum()}"
             for unit in context.units
-            if agreed[unit.name].sum() > kept[unit.name].sum() + unit.parts
+            if agreed[unit.name].sum() > proposal[unit.name].sum() + unit.parts
             and (unit.sparse_ratio or unit.sparse_threshold is not None)
         ]
         if more:
@@ -59,12 +59,14 @@ class ConfigAllocator(SparsityAllocator):
         return masks_of(agreed, metrics, context)
 
 
-def masks_of(kept: KeptBlocks, metrics: Metrics, context: PruningContext) -> Masks:
-    """Return the masks of units' members, and of the targets aligned to them; ``kept``: kept blocks of some units."""
+def masks_of(kept_blocks: KeptBlocks, metrics: Metrics, context: PruningContext) -> Masks:
+    """Return the masks of units' members, and of the targets aligned to them; ``kept_blocks``: of some units."""
     masks: Masks = defaultdict(dict)
     for unit in context.units:
-        for module, target in unit.members if unit.name in kept else ():
-            blocks = torch.from_numpy(kept[unit.name]).float().reshape(context.metric_shape(module, target))
+        if unit.name not in kept_blocks:
+            continue
+        for module, target in unit.members:
+            blocks = torch.from_numpy(kept_blocks[unit.name]).float().reshape(context.metric_shape(module, target))
             masks[module][target] = blocks.to(metrics[module][target].device)
     masks = _expand_masks(masks, context.target_spaces)
     _add_aligned(masks, context)
@@ -81,17 +83,19 @@ def with_ties(pruner: Pruner, metrics: Metrics, masks: Masks) -> Masks:
     if not isinstance(groups, DependencyGroups):
         return masks
     context = PruningContext(pruner.bound_model, pruner._target_spaces, ties=groups.ties, shares=groups.shares)
-    units, kept, scores = list[PruningUnit](), KeptBlocks(), dict[str, FloatArray]()
-    for unit in context.units if groups.ties or groups.shares else ():
+    units, proposal, scores = list[PruningUnit](), KeptBlocks(), dict[str, FloatArray]()
+    for unit in context.units:
+        if not (unit.ties or unit.shares):
+            continue
         # A pruner of a user's own may have metrics of other shapes, or none.
         sizes = {metrics.get(module, {}).get(target, torch.empty(0)).numel() for module, target in unit.members}
-        if (unit.ties or unit.shares) and sizes == {unit.blocks}:
+        if sizes == {unit.blocks}:
             module, target = unit.members[0]
             blocks = context.target_spaces[module][target]._scaler.shrink(masks[module][target], keepdim=True)
             units.append(unit)
-            kept[unit.name] = blocks.reshape(-1).cpu().numpy() > 0.0
+            proposal[unit.name] = blocks.reshape(-1).cpu().numpy() > 0.0
             scores[unit.name] = unit_scores(unit, metrics).numpy()
-    for module, targets in masks_of(Agreement(units)(kept, scores), metrics, context).items():
+    for module, targets in masks_of(Agreement(units)(proposal, scores), metrics, context).items():
         masks[module].update(targets)
     return masks
 
@@ -100,9 +104,9 @@ def keep_highest(unit: PruningUnit, scores: FloatArray, rows: int) -> NDArray[np
     """Return the kept blocks, boolean ``(blocks,)``: in each part the ``rows`` highest of ``scores`` ``(blocks,)``."""
     parts = scores.reshape(unit.parts, unit.rows)
     order = descending(parts) if unit.is_summed else np.argsort(-parts, axis=1, kind="stable")
-    kept = np.zeros(parts.shape, dtype=np.bool_)
-    np.put_along_axis(kept, order[:, :rows], True, axis=1)
-    return kept.reshape(-1)
+    is_kept = np.zeros(parts.shape, dtype=np.bool_)
+    np.put_along_axis(is_kept, order[:, :rows], True, axis=1)
+    return is_kept.reshape(-1)
 
 
 def _add_aligned(masks: Masks, context: PruningContext) -> None:
@@ -123,7 +127,9 @@ def _add_aligned(masks: Masks, context: PruningContext) -> None:
             if has_own_rule and target_name in masks.get(module_name, {}):
                 continue
             followers[module_name][target_name] = space
-    for module_name, found in _expand_masks(_generate_align_sparsity(masks, followers), followers).items():
-        for target_name, mask in found.items():
-            own = masks[module_name].get(target_name)
-            masks[module_name][target_name] = mask if own is None else (own * mask).bool().float()
+    for module_name, target_masks in _expand_masks(_generate_align_sparsity(masks, followers), followers).items():
+        for target_name, mask in target_masks.items():
+            previous = masks[module_name].get(target_name)
+            if previous is not None:
+                mask = (previous * mask).bool().float()
+            masks[module_name][target_name] = mask

@@ -20,6 +20,7 @@ from nni.compression.utils import Evaluator
 from torch import nn
 
 from nni_topo.errors import ConfigError, LayerError, unknown_name
+from nni_topo.network.channels.constraints import Share
 from nni_topo.network.layers.derived import plain_layer
 from nni_topo.network.runtime.copies import left_alone
 from nni_topo.network.runtime.hooks import example_inputs_of
@@ -39,7 +40,7 @@ from nni_topo.pruners.hooks import (
     SparsityAllocator,
 )
 from nni_topo.pruners.planner import Planner
-from nni_topo.pruners.units import TargetSpaces, in_network_order, is_active, pruning_units
+from nni_topo.pruners.units import ChannelCoupling, TargetSpaces, in_network_order, is_active, pruning_units
 from nni_topo.rules import NONE, Rule, instance
 
 _logger = logging.getLogger(__name__)
@@ -141,14 +142,16 @@ class StructuredPruner(Pruner):
         allocator: SparsityAllocator | None = None,
         planner: Planner | None = None,
     ) -> None:
-        self.planner = Planner(round_to=self.round_to) if planner is None else planner
+        if planner is None:
+            planner = Planner(round_to=self.round_to)
+        self.planner = planner
         has_budget = self.budget is not None
         if has_budget:
             budget = as_budget(self.budget)
             if budget.allocation == AUTO:
-                known = " or ".join(map(repr, self.allocations))
+                names = " or ".join(map(repr, self.allocations))
                 raise ConfigError(
-                    f"a pruner's allocation must be {known}, got {AUTO!r}: nni_topo.shrink, which compensates, tries "
+                    f"a pruner's allocation must be {names}, got {AUTO!r}: nni_topo.shrink, which compensates, tries "
                     "all that its pruner takes (budget)"
                 )
             if budget.allocation not in self.allocations:
@@ -167,12 +170,15 @@ class StructuredPruner(Pruner):
         self.calculator = calculator
         config_list = self._fitting(model, config_list)
         self._collected: Data | None = None  # data of the first call of `masks_for`
-        coupled = config_list if isinstance(config_list, DependencyGroups) else None
-        self._ties = {} if coupled is None else coupled.ties
-        self._shares = {} if coupled is None else coupled.shares
+        self._ties: ChannelCoupling = {}
+        self._shares: Mapping[str, Share] = {}
+        if isinstance(config_list, DependencyGroups):
+            self._ties, self._shares = config_list.ties, config_list.shares
         self.facts: Facts | None = None  # what the caller already knows about the model
         self._facts = Facts()  # what was found about the model while making the latest masks
-        self.allocator = ConfigAllocator() if allocator is None else allocator
+        if allocator is None:
+            allocator = ConfigAllocator()
+        self.allocator = allocator
         self.interval_steps = -1
         self.total_times: int | Literal["unlimited"] = 1
         self.first_step_gen = False
@@ -235,14 +241,14 @@ class StructuredPruner(Pruner):
         with left_alone(self.bound_model), quiet(self.progress):
             if self._collected is None:
                 self._collected = self._collect_data()
-            found = self._generate_sparsity(self._calculate_metrics(self._collected))
+            masks = self._generate_sparsity(self._calculate_metrics(self._collected))
         # Expand each mask to its parameter's shape, as NNI's wrappers do.
-        for name, targets in found.items():
+        for name, targets in masks.items():
             for target, mask in targets.items():
-                whole = self._target_spaces[name][target].target
-                if mask is not None and whole is not None:
-                    targets[target] = mask.expand_as(whole).clone()
-        return found
+                parameter = self._target_spaces[name][target].target
+                if mask is not None and parameter is not None:
+                    targets[target] = mask.expand_as(parameter).clone()
+        return masks
 
     def _fitting(self, model: nn.Module, config_list: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Check the layers; leave out refused ones if dependency groups chose them by type, else raise."""
@@ -257,7 +263,7 @@ class StructuredPruner(Pruner):
             if not isinstance(config_list, DependencyGroups):
                 raise
             remaining = config_list.without(error.layers)
-            out = [name for entry in config_list if entry not in remaining for name in entry["op_names"]]
+            out = [name for config in config_list if config not in remaining for name in config["op_names"]]
             if not (remaining and out) or config_list.named & set(out):
                 raise
             _logger.warning("layers stay unpruned (%s): %s", ", ".join(out), error)
@@ -302,8 +308,8 @@ class StructuredPruner(Pruner):
         # One member's rule holds for its whole group; a second rule could contradict it.
         ruled = {space.dependency_group_id for space in spaces if is_active(space)} - {None}
         for space in spaces:
-            own = space.align is None and space.target is not None and not is_active(space)
-            if own and space.dependency_group_id not in ruled:
+            lacks_rule = space.align is None and space.target is not None and not is_active(space)
+            if lacks_rule and space.dependency_group_id not in ruled:
                 space.sparse_ratio = cap
 
     def _single_compress(self, max_steps: int | None, max_epochs: int | None) -> None:

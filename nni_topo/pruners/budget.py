@@ -120,20 +120,20 @@ class Budget:
     runtime: Runtime = "pytorch"
 
     def __post_init__(self) -> None:
-        given = [name for name in BUDGETS if getattr(self, name) is not None]
-        if len(given) != 1:
+        costs = [name for name in BUDGETS if getattr(self, name) is not None]
+        if len(costs) != 1:
             raise ConfigError(
-                f"a budget must be a share of one of {', '.join(BUDGETS)}, got {given or 'none'} (budget)"
+                f"a budget must be a share of one of {', '.join(BUDGETS)}, got {costs or 'none'} (budget)"
             )
-        check_knobs("budget", vars(self), {given[0]: number(0, 1, "right"), **_RULES})
+        check_knobs("budget", vars(self), {costs[0]: number(0, 1, "right"), **_RULES})
         if self.equal_blocks and self.allocation != "uniform":
             raise ConfigError(
                 f"equal blocks need the allocation 'uniform', got {self.allocation!r} (equal_blocks, budget)"
             )
         if self.latency_table is not None and self.latency is None:
-            raise ConfigError(f"a latency table needs a budget of 'latency', got {given[0]!r} (latency_table)")
+            raise ConfigError(f"a latency table needs a budget of 'latency', got {costs[0]!r} (latency_table)")
         if self.runtime != "pytorch" and (self.latency is None or self.latency_table is not None):
-            got = given[0] if self.latency is None else "latency_table"
+            got = costs[0] if self.latency is None else "latency_table"
             raise ConfigError(
                 f"a runtime needs a budget of 'latency' without a latency_table, got {got!r} (runtime, budget)"
             )
@@ -155,8 +155,8 @@ def as_budget(value: Any) -> Budget:
     """Return a budget, also from a mapping of its fields, ``macs`` for ``flops``; ConfigError for anything else."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         raise ConfigError(f"a budget must name its cost, e.g. {{'flops': {value}}}, got {value} (budget)")
-    found: Budget = as_settings(Budget, with_flops(value), "budget")
-    return found
+    budget: Budget = as_settings(Budget, with_flops(value), "budget")
+    return budget
 
 
 def with_flops(budget: Any) -> Any:
@@ -182,8 +182,10 @@ class BudgetOutcome:
 
         For latency at least 5 % of ``asked``.
         """
-        nearest = min(_MISSED, _MISSED_SMALL * self.asked)
-        return max(nearest, _MISSED_TIME * self.asked) if self.kind == "latency" else nearest
+        tolerance = min(_MISSED, _MISSED_SMALL * self.asked)
+        if self.kind == "latency":
+            tolerance = max(tolerance, _MISSED_TIME * self.asked)
+        return tolerance
 
     @property
     def is_near(self) -> bool:
@@ -191,12 +193,14 @@ class BudgetOutcome:
         return abs(self.left - self.asked) <= self.tolerance + _ROUNDING
 
     def __str__(self) -> str:
-        said = f"the {self.kind} budget of {self.asked:.4g} is {'met' if self.is_met else 'missed'}: "
-        said += f"{self.left:.4g} of the unpruned network's cost is kept"
+        verdict = "met" if self.is_met else "missed"
+        sentence = f"the {self.kind} budget of {self.asked:.4g} is {verdict}: "
+        sentence += f"{self.left:.4g} of the unpruned network's cost is kept"
         if self.is_near:
-            return f"{said}, within {self.tolerance:.4g} of it"
-        difference = f"{abs(self.left - self.asked):.4g} {'more' if self.left > self.asked else 'less'} than asked"
-        return f"{said}, {difference}, because {self.why}"
+            return f"{sentence}, within {self.tolerance:.4g} of it"
+        direction = "more" if self.left > self.asked else "less"
+        difference = f"{abs(self.left - self.asked):.4g} {direction} than asked"
+        return f"{sentence}, {difference}, because {self.why}"
 
 
 class BudgetPlanner(Planner):
@@ -235,10 +239,10 @@ class BudgetPlanner(Planner):
 
     def change(self, budget: Budget) -> None:
         """Plan for another share of the same cost from now on; keep the measurements and log no warnings."""
-        known = self.budget
-        if (budget.kind, budget.allocation) != (known.kind, known.allocation):
+        present = self.budget
+        if (budget.kind, budget.allocation) != (present.kind, present.allocation):
             raise ConfigError(
-                f"a budget must be of {known.kind} with allocation {known.allocation!r}, as the pruner's own, got "
+                f"a budget must be of {present.kind} with allocation {present.allocation!r}, as the pruner's own, got "
                 f"{budget.kind} with {budget.allocation!r} (budget)"
             )
         self.budget, self.outcome, self._aim, self._warns = budget, None, None, False
@@ -260,12 +264,13 @@ class BudgetPlanner(Planner):
         analysis = Analysis.on(model, self.example_inputs, self.facts)
         if self._cost is None:
             self._cost = network_cost(budget.kind, analysis, self.latency_table)
-        cost = share_left(units, self._cost, self.rounded)
+        cost = share_left(units, self._cost, self.round_rows)
 
-        def solve(share: float, held: Mapping[int, int] = MappingProxyType({})) -> list[int]:
-            """Return the rows to remove; ``held``: by the index of a unit, the rows that it has to lose."""
+        def solve(share: float, fixed_rows: Mapping[int, int] = MappingProxyType({})) -> list[int]:
+            """Return the rows to remove; ``fixed_rows``: by the index of a unit, the rows that it has to lose."""
             bounds = self._bounds(share, units, cost)
-            bounds = [(held.get(place, low), held.get(place, high)) for place, (low, high) in enumerate(bounds)]
+            for place, rows_to_lose in fixed_rows.items():
+                bounds[place] = rows_to_lose, rows_to_lose
             if budget.allocation == "uniform":
                 rows, steps = [unit.rows for unit in units], [self.step(unit) for unit in units]
                 return solve_uniform(rows, cost, share, bounds, alike=bool(budget.equal_blocks), steps=steps)
@@ -275,44 +280,48 @@ class BudgetPlanner(Planner):
             return solve_error(worth, bounds, cost, share, Agreement(units).together)
 
         if is_timed:
-            kept = kept_if(units, self.rounded)
+            kept_channels = kept_if(units, self.round_rows)
             time = network_time(analysis, self.example_inputs, share, budget.runtime)
 
-            def timed(solutions: Sequence[Sequence[int]]) -> list[float]:
-                return time([kept(removed) for removed in solutions])
+            def measure_shares(solutions: Sequence[Sequence[int]]) -> list[float]:
+                return time([kept_channels(removed) for removed in solutions])
 
             if self._aim is None:
-                self._multiples = self._preferred(units, _LEAST_STEPS_IN_TIME) if self.prefers_multiples else None
-                removed, left, self._aim = solve_timed(solve, cost, timed, share)
+                self._multiples = None
+                if self.prefers_multiples:
+                    self._multiples = self._preferred(units, _LEAST_STEPS_IN_TIME)
+                removed, kept_share, self._aim = solve_timed(solve, cost, measure_shares, share)
                 # If networks with these multiples aren't fast enough, smaller multiples are tried.
                 while self._multiples and max(self._multiples.values()) > 1:
-                    if budget_outcome(budget.kind, share, left, "").is_met:
+                    if budget_outcome(budget.kind, share, kept_share, "").is_met:
                         break
                     self._multiples = {name: max(1, step // 2) for name, step in self._multiples.items()}
-                    removed, left, self._aim = solve_timed(solve, cost, timed, share)
+                    removed, kept_share, self._aim = solve_timed(solve, cost, measure_shares, share)
             else:
                 removed = solve(self._aim)
-                (left,) = timed([removed])
+                (kept_share,) = measure_shares([removed])
         else:
             self._multiples = None
-            removed = self._nearest(units, solve(share), lambda held: solve(share, held), cost)
+            removed = self._nearest(units, solve(share), lambda fixed_rows: solve(share, fixed_rows), cost)
             if self.prefers_multiples:
                 removed = self._in_multiples(units, removed, lambda: solve(share), cost)
-            left = cost(removed)
+            kept_share = cost(removed)
 
-        is_over, bounds = left > share, self._bounds(share, units, cost)
+        is_over, bounds = kept_share > share, self._bounds(share, units, cost)
         if all(count == bound[is_over] for count, bound in zip(removed, bounds, strict=True)):
             why = "all layers to prune are at their min_sparse_ratio"
             if is_over:
                 why = (
                     "all layers to prune are at their max_sparse_ratio, or keep the fewest channels that a budget "
-                    f"leaves them; a budget of {left:.4g} can be met"
+                    f"leaves them; a budget of {kept_share:.4g} can be met"
                 )
         elif is_timed:
             why = "no widths that were timed come nearer; larger batches, or shrink(..., depth=True), may"
+        elif self.round_to:
+            why = f"layers keep multiples of {self.round_to}"
         else:
-            why = f"layers keep multiples of {self.round_to}" if self.round_to else NO_NEARER
-        self.outcome = budget_outcome(budget.kind, share, left, why)
+            why = NO_NEARER
+        self.outcome = budget_outcome(budget.kind, share, kept_share, why)
         if self._warns:
             warn_if_missed(self.outcome)
         return {unit.name: unit.kept_rows(count) for unit, count in zip(units, removed, strict=True)}
@@ -350,18 +359,19 @@ class BudgetPlanner(Planner):
         for places in self._joint(units):
             fewest, choices = min(units[place].rows for place in places), list[dict[int, int]]()
             for sign in (-1, 0, 1):
-                held = dict[int, int]()
+                fixed_rows = dict[int, int]()
                 for place in places:
                     unit = units[place]
                     times = 1 if unit.name in self._in_proportion else unit.rows // fewest
                     step = times * self.step(unit)
-                    held[place] = min(max(removed[place] + sign * step, bounds[place][0]), bounds[place][1])
-                choices.append(held)
-            alone = [cost([held.get(place, count) for place, count in enumerate(removed)]) for held in choices]
+                    fixed_rows[place] = min(max(removed[place] + sign * step, bounds[place][0]), bounds[place][1])
+                choices.append(fixed_rows)
+            changed = [[choice.get(place, count) for place, count in enumerate(removed)] for choice in choices]
+            alone = [cost(rows) for rows in changed]
             if max(alone) - min(alone) > tolerance:
-                for other in map(solve, choices):
-                    if abs(cost(other) - share) < gap:
-                        nearest, gap = other, abs(cost(other) - share)
+                for solution in map(solve, choices):
+                    if abs(cost(solution) - share) < gap:
+                        nearest, gap = solution, abs(cost(solution) - share)
         return nearest
 
     def _in_multiples(
@@ -383,23 +393,23 @@ class BudgetPlanner(Planner):
         joint = self._joint(units)
         for _ in range(_FINER):
             rounded = solve()
-            left = cost(rounded)
-            if abs(left - share) <= tolerance:
+            kept_share = cost(rounded)
+            if abs(kept_share - share) <= tolerance:
                 return rounded
             # One multiple more or less in one layer may meet the budget.
             bounds = self._bounds(share, units, cost)
             coarsest, most = list[int](), 0.0
             for places in joint:
                 for sign in (-1, 1):
-                    other = list(rounded)
+                    neighbour = list(rounded)
                     for place in places:
                         low, high = bounds[place]
-                        other[place] = min(max(rounded[place] + sign * self.step(units[place]), low), high)
-                    then = cost(other)
+                        neighbour[place] = min(max(rounded[place] + sign * self.step(units[place]), low), high)
+                    then = cost(neighbour)
                     if abs(then - share) <= tolerance:
-                        return other
-                    if self._multiple(units[places[0]]) > 1 and abs(then - left) > most:
-                        coarsest, most = places, abs(then - left)
+                        return neighbour
+                    if self._multiple(units[places[0]]) > 1 and abs(then - kept_share) > most:
+                        coarsest, most = places, abs(then - kept_share)
             if not coarsest:
                 break
             for place in coarsest:
@@ -413,13 +423,16 @@ class BudgetPlanner(Planner):
 
     def _multiple(self, unit: PruningUnit) -> int:
         """Return the step without the proportions."""
-        return super().step(unit) if self._multiples is None else self._multiples[unit.name]
+        if self._multiples is None:
+            return super().step(unit)
+        return self._multiples[unit.name]
 
     def _preferred(self, units: Sequence[PruningUnit], least: int) -> dict[str, int]:
         """Return what `preferred_steps` does, with one number for units that lose rows in proportion."""
         steps = preferred_steps(units, least)
         for name, (setting, _) in self._in_proportion.items():
-            steps[name] = min(steps[other] for other, (shared, _) in self._in_proportion.items() if shared == setting)
+            sharing = [member for member, (shared, _) in self._in_proportion.items() if shared == setting]
+            steps[name] = min(steps[member] for member in sharing)
         return steps
 
     def _bounds(
@@ -439,12 +452,12 @@ class BudgetPlanner(Planner):
                 bounds[place] = low * rows, high * rows
         return bounds
 
-    def rounded(self, unit: PruningUnit, rows: int) -> int:
+    def round_rows(self, unit: PruningUnit, rows: int) -> int:
         """Return the least number of rows, at least ``rows``, that ``round_to`` and the model's config allow."""
         accepted = [set(self._accepted[layer]) for layer in unit.layers if layer in self._accepted]
         for count in range(rows, unit.rows):
-            rounded = super().rounded(unit, count)
-            if all(rounded in each for each in accepted):
+            rounded = super().round_rows(unit, count)
+            if all(rounded in counts for counts in accepted):
                 return rounded
         return unit.rows
 
@@ -470,17 +483,22 @@ def preferred_steps(units: Sequence[PruningUnit], least: int) -> dict[str, int]:
 
     The multiple is at most the unit's channels divided by ``least``.
     """
-    found = {}
+    steps = {}
     for unit in units:
+        if unit.channels > 1:
+            steps[unit.name] = 1
+            continue
         multiple = min(_FASTEST, 1 << (max(1, unit.blocks // least).bit_length() - 1))
-        found[unit.name] = 1 if unit.channels > 1 else multiple // math.gcd(multiple, unit.parts)
-    return found
+        steps[unit.name] = multiple // math.gcd(multiple, unit.parts)
+    return steps
 
 
-def budget_outcome(kind: str, asked: float, left: float, why: str) -> BudgetOutcome:
+def budget_outcome(kind: str, share: float, kept_share: float, why: str) -> BudgetOutcome:
     """Return the outcome of a budget; ``why`` is the reason if the cost isn't within its tolerance."""
-    outcome = BudgetOutcome(kind, asked, left, is_met=True)
-    return outcome if outcome.is_near else replace(outcome, is_met=left < asked, why=why)
+    outcome = BudgetOutcome(kind, share, kept_share, is_met=True)
+    if outcome.is_near:
+        return outcome
+    return replace(outcome, is_met=kept_share < share, why=why)
 
 
 def warn_if_missed(outcome: BudgetOutcome) -> None:
@@ -499,31 +517,31 @@ def share_left(
     if not unpruned > 0.0:
         raise DataError(f"the unpruned network must have a positive cost, got {unpruned} (budget)")
 
-    kept = kept_if(units, rounded)
-    return lambda removed: float(cost(kept(removed)) / unpruned)
+    kept_channels = kept_if(units, rounded)
+    return lambda removed: float(cost(kept_channels(removed)) / unpruned)
 
 
 def bounds_under(
-    budget: Budget, share: float, units: Sequence[PruningUnit], left: Callable[[Sequence[int]], float]
+    budget: Budget, share: float, units: Sequence[PruningUnit], cost: Callable[[Sequence[int]], float]
 ) -> list[tuple[int, int]]:
     """Return the fewest and the most rows that each unit may lose under a budget of this ``share``.
 
-    ``left`` maps lost rows to the remaining share. If the share can't be met, the least possible share is used.
+    ``cost`` maps lost rows to the remaining share. If the share can't be met, the least possible share is used.
     """
 
     def bounds(fewest: float) -> list[tuple[int, int]]:
         """Return the bounds that leave each unit at least this share of its rows."""
-        found = []
+        row_bounds = []
         for unit in units:
             low, high = unit.removable_rows
             if unit.max_sparse_ratio == 1.0:
                 least = 2 if unit.blocks >= _NEVER_ONE and unit.parts == 1 else 1
                 high = max(low, unit.rows - max(math.ceil(unit.rows * fewest), least))
-            found.append((low, high))
-        return found
+            row_bounds.append((low, high))
+        return row_bounds
 
     def left_at(fewest: float) -> float:
-        return left([most for _, most in bounds(fewest)])
+        return cost([most for _, most in bounds(fewest)])
 
     fixed = left_at(0.0)
 
@@ -535,7 +553,10 @@ def bounds_under(
     if is_enough(high):
         for _ in range(_HALVINGS):
             middle = (low + high) / 2.0
-            low, high = (low, middle) if is_enough(middle) else (middle, high)
+            if is_enough(middle):
+                high = middle
+            else:
+                low = middle
     if budget.allocation != "uniform" and left_at(high) <= share:
         return [unit.removable_rows for unit in units]  # the losses decide how few channels a layer keeps
     return bounds(high)
@@ -547,7 +568,7 @@ def kept_if(
     """Return a function from the numbers of rows that units lose to kept channels; the first rows are kept."""
     agree = Agreement(units)
 
-    def kept(removed: Sequence[int]) -> Kept:
+    def kept_channels(removed: Sequence[int]) -> Kept:
         # Costs depend only on widths, so scores don't matter.
         first = {
             unit.name: np.tile(np.arange(unit.rows) < rounded(unit, unit.rows - count), unit.parts)
@@ -556,35 +577,40 @@ def kept_if(
         agreed = agree(first, first)
         return {layer: agreed[unit.name] for unit in units for layer in unit.layers}
 
-    return kept
+    return kept_channels
 
 
 def network_cost(kind: str, analysis: Analysis, table: LatencyTable | None = None) -> Callable[[Kept], float]:
     """Return a function from kept channels to the cost; with a table, to the time by that table."""
     cost = NetworkCost(analysis)
     if table is not None:
-        return lambda kept: table(cost.widths(kept))
+        return lambda channels: table(cost.widths(channels))
     counted = attrgetter({"flops": "macs"}.get(kind, kind))
-    return lambda kept: float(counted(cost(kept)))
+    return lambda channels: float(counted(cost(channels)))
 
 
 def network_time(
-    analysis: Analysis, example_inputs: Any, wanted: float, runtime: Runtime = "pytorch"
+    analysis: Analysis, example_inputs: Any, target_share: float, runtime: Runtime = "pytorch"
 ) -> Callable[[Sequence[Kept]], list[float]]:
-    """Return a function that times dense networks, as shares of the unpruned time; roughly if not near ``wanted``."""
+    """Return a function that times dense networks, as shares of the unpruned time, roughly far from the target."""
     unpruned, cost = unwrapped_copy(analysis.model), NetworkCost(analysis)
-    (whole,) = as_run_by(runtime, [unpruned], example_inputs)
+    (unpruned_net,) = as_run_by(runtime, [unpruned], example_inputs)
 
     def shares(choices: Sequence[Kept]) -> list[float]:
         nets = []
-        for kept in choices:
-            masks = cost.masks(kept)
+        for channels in choices:
+            masks = cost.masks(channels)
             nets.append(dense_of(unpruned, example_inputs, masks, check=False, facts=analysis.facts))
         ready = as_run_by(runtime, nets, example_inputs)
-        timed = time_shares(ready, whole, example_inputs, wanted, seconds=_SECONDS * len(nets))
-        for found, off in timed:
-            level = logging.WARNING if off > max(_MISSED_TIME, abs(found - wanted) / found) else logging.INFO
-            _logger.log(level, "the timed widths take %.4g of the unpruned time, to within %.1f %%", found, 100.0 * off)
-        return [found for found, _ in timed]
+        timings = time_shares(ready, unpruned_net, example_inputs, target_share, seconds=_SECONDS * len(nets))
+        for share, deviation in timings:
+            is_rough = deviation > max(_MISSED_TIME, abs(share - target_share) / share)
+            _logger.log(
+                logging.WARNING if is_rough else logging.INFO,
+                "the timed widths take %.4g of the unpruned time, to within %.1f %%",
+                share,
+                100.0 * deviation,
+            )
+        return [share for share, _ in timings]
 
     return shares

@@ -51,8 +51,8 @@ KNOBS = {
 """Rules for the knobs that mean the same for every pruner."""
 
 
-def pruner_arguments(**own: Rule) -> Callable[[Callable[_Given, _Returned]], Callable[_Given, _Returned]]:
-    """Check a constructor's arguments: shared ones by the tables above, ``own`` ones by these rules, others by type.
+def pruner_arguments(**further_rules: Rule) -> Callable[[Callable[_Given, _Returned]], Callable[_Given, _Returned]]:
+    """Check a constructor's arguments: shared ones by the tables above, ``further_rules`` for others, the rest by type.
 
     Afterwards the model's modes and buffers and the global generators are as before.
     The pruner keeps each knob as an attribute of the same name, set before the constructor's own code runs.
@@ -60,8 +60,9 @@ def pruner_arguments(**own: Rule) -> Callable[[Callable[_Given, _Returned]], Cal
 
     def decorate(function: Callable[_Given, _Returned]) -> Callable[_Given, _Returned]:
         parameters = inspect.signature(function).parameters
-        rules = {name: rule for name, rule in {**REQUEST, **KNOBS, **own}.items() if name in parameters}
-        knobs = {name: each.default for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY}
+        rules = {name: rule for name, rule in {**REQUEST, **KNOBS, **further_rules}.items() if name in parameters}
+        keyword_only = [parameter for parameter in parameters.values() if parameter.kind is parameter.KEYWORD_ONLY]
+        knobs = {parameter.name: parameter.default for parameter in keyword_only}
 
         @quiet_if_asked
         @checked(**rules)
@@ -103,13 +104,15 @@ def check_request(
     # With inherited wrappers the config_list may be empty, as in NNI's LinearPruner.
     if not config_list and existed_wrappers is None:
         skipped = config_list.skipped if isinstance(config_list, DependencyGroups) else {}
-        why = "".join(f"; {', '.join(names)}: {reason}" for reason, names in by_reason(skipped).items())
-        told = f": all layers that were asked for stay unpruned{why}" if skipped else ""
-        raise ConfigError(f"a config_list must have at least one entry, got none (config_list){told}")
-    own = {id(wrapper) for wrapper in (existed_wrappers or {}).values()}
+        hint = ""
+        if skipped:
+            why = "".join(f"; {', '.join(names)}: {reason}" for reason, names in by_reason(skipped).items())
+            hint = f": all layers that were asked for stay unpruned{why}"
+        raise ConfigError(f"a config_list must have at least one entry, got none (config_list){hint}")
+    inherited = {id(wrapper) for wrapper in (existed_wrappers or {}).values()}
     for name, module in model.named_modules():
         wrapper = getattr(module, "_nni_wrapper", None)
-        if wrapper is not None and id(wrapper) not in own:
+        if wrapper is not None and id(wrapper) not in inherited:
             raise ConfigError(
                 "a model must not be wrapped by another compressor; call its unwrap_model() or use from_compressor, "
                 f"got a wrapped module ({name})"
@@ -177,37 +180,38 @@ def matched_modules(model: nn.Module, config_list: list[dict[str, Any]]) -> dict
 
 
 def _matched(listed: Any, config_list: list[dict[str, Any]]) -> dict[str, nn.Module]:
-    found: dict[str, nn.Module] = {}
+    modules: dict[str, nn.Module] = {}
     for config in config_list:
-        found.update(select_modules_by_config(listed, config)[0])
-    return {name: found[name] for name, _ in listed.named_modules() if name in found}
+        modules.update(select_modules_by_config(listed, config)[0])
+    return {name: modules[name] for name, _ in listed.named_modules() if name in modules}
 
 
 def _targets(name: str, module: nn.Module, config: dict[str, Any], place: str) -> list[str]:
     """Return the names of a module's targets in an entry; ConfigError for a target that the module doesn't have."""
-    known = {**PruningSetting.get(module, {}), **config.get("target_settings", {})}
-    found = list(config.get("target_names") or known)
-    for target in found:
+    settings = {**PruningSetting.get(module, {}), **config.get("target_settings", {})}
+    targets = list(config.get("target_names") or settings)
+    for target in targets:
         is_own = not target.startswith((INPUT_PREFIX, OUTPUT_PREFIX))
-        usual = target if is_own or target in known else re.sub(r"[^_]*$", "", target)
-        if usual not in known:
-            raise unknown_name(f"target of {name}", target, known, place)
+        usual = target if is_own or target in settings else re.sub(r"[^_]*$", "", target)
+        if usual not in settings:
+            raise unknown_name(f"target of {name}", target, settings, place)
         value = getattr(module, target, None) if is_own else None
         if not isinstance(value, (Tensor, type(None))) or (is_own and not hasattr(module, target)):
             got = f"a {type(value).__name__}" if hasattr(module, target) else "none of that name"
             raise ConfigError(f"a target must be a tensor of its layer, got {got} ({name}.{target})")
         granularity = config.get("target_settings", {}).get(target, config).get("granularity")
-        if granularity in (("per_channel",) if is_own else ("in_channel", "out_channel")):
+        refused = ["per_channel"] if is_own else ["in_channel", "out_channel"]
+        if granularity in refused:
             kind = "parameters" if is_own else "inputs and outputs"
             raise ConfigError(f"granularity of {kind} must be another one, got {granularity!r} ({name}.{target})")
-    return found
+    return targets
 
 
 def _followed(name: str, module: nn.Module, target: str, config: dict[str, Any]) -> tuple[str, str] | None:
     """Return module and name of the target that another one follows, as a bias its weight; None if it has a rule."""
-    own = config.get("target_settings", {}).get(target, {})
-    setting = {**PruningSetting.get(module, {}).get(target, {}), **own}
-    if getattr(module, target, None) is None or any(key in own for key in (*_RULES, "dependency_group_id")):
+    target_settings = config.get("target_settings", {}).get(target, {})
+    setting = {**PruningSetting.get(module, {}).get(target, {}), **target_settings}
+    if getattr(module, target, None) is None or any(key in target_settings for key in (*_RULES, "dependency_group_id")):
         return None
     align = setting.get("align")
     if not align or "target_name" not in align:
@@ -235,10 +239,10 @@ def _groups(config: dict[str, Any]) -> set[int | str]:
 def _check_module(name: str, module: nn.Module) -> None:
     derived_types(module, PruningSetting.registry)  # registers classes derived from PyTorch's with NNI
     if type(module).__name__ not in PruningSetting.registry:
-        known = ", ".join(sorted(PruningSetting.registry))
+        types = ", ".join(sorted(PruningSetting.registry))
         raise ConfigError(
             f"a pruned module's type must be registered with NNI's PruningSetting, got {type(module).__name__}; "
-            f"known: {known} ({name})"
+            f"known: {types} ({name})"
         )
     if isinstance(module, nn.RNNBase) and not is_recurrent(module):
         raise ConfigError(
@@ -260,16 +264,16 @@ def _check_module(name: str, module: nn.Module) -> None:
 
 
 def check_single_weights(
-    name: str, target: str, space: PruningTargetSpace, what: str, refused: Sequence[str] = ()
+    name: str, target: str, space: PruningTargetSpace, subject: str, refused: Sequence[str] = ()
 ) -> None:
     """Raise unless a target is the weight of a linear layer or convolution, and pruned weight by weight.
 
-    ``what`` begins the message; ``refused``: further NNI keys that must be left out.
+    ``subject`` begins the message; ``refused``: further NNI keys that must be left out.
     """
     module = space._wrapper.module
     if target != "weight" or not isinstance(module, (nn.Linear, *CONVOLUTIONS)):
         raise ConfigError(
-            f"{what} of a Linear, Conv1d, Conv2d or Conv3d, got the {target} of a {type(module).__name__} ({name})"
+            f"{subject} of a Linear, Conv1d, Conv2d or Conv3d, got the {target} of a {type(module).__name__} ({name})"
         )
     for key in ("granularity", "dependency_group_id", "internal_metric_block", *refused):
         value = getattr(space, key)

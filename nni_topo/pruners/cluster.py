@@ -63,8 +63,8 @@ class FeatureCloud:
 
     def living(self) -> FeatureCloud:
         """Return the cloud without the neurons whose outputs are all zero."""
-        kept = (self.points != 0).any(1)
-        return FeatureCloud(self.points[kept], self.deviations[kept], self.names[kept])
+        is_alive = (self.points != 0).any(1)
+        return FeatureCloud(self.points[is_alive], self.deviations[is_alive], self.names[is_alive])
 
 
 @dataclass(frozen=True)
@@ -93,24 +93,25 @@ class SurvivorMetric(MetricCalculator):
         """Cluster every unit and choose the neurons to keep."""
         network = self.collector.network
         clouds = {unit.name: _clouds(unit, data, network.flow.layers) for unit in context.units}
-        found = self.cluster(clouds, context)
+        clusters = self.cluster(clouds, context)
         generator = np.random.default_rng(self.seed)
         rules = (self.survivor,) if isinstance(self.survivor, str) else tuple(self.survivor)
         self.pairs, all_kept = {}, {}
         for unit in context.units:
-            points, labels = np.concatenate([cloud.points for cloud in clouds[unit.name]]), found[unit.name].labels
+            points = np.concatenate([cloud.points for cloud in clouds[unit.name]])
+            labels = clusters[unit.name].labels
             best = best_of(labels, survivor_scores(rules, unit, context, network, points, labels, generator))
             distances = np.where(labels < 0, -1.0, np.linalg.norm(points - points[best], axis=1))
-            kept = np.zeros(unit.blocks, dtype=np.bool_)
-            kept[best[best >= 0]] = True
+            is_kept = np.zeros(unit.blocks, dtype=np.bool_)
+            is_kept[best[best >= 0]] = True
             for part in np.arange(unit.blocks).reshape(unit.parts, unit.rows):
-                others = part[~kept[part]]
+                candidates = part[~is_kept[part]]
                 # If a cap or another part requires more neurons than clusters, also keep those farthest from the
                 # survivor of their cluster; dead neurons come last.
-                lacking = found[unit.name].rows - (len(part) - len(others))
-                kept[others[descending(distances[others])[: max(lacking, 0)]]] = True
-            all_kept[unit.name] = kept
-            pruned = np.flatnonzero(~kept & (best >= 0))
+                lacking = clusters[unit.name].rows - (len(part) - len(candidates))
+                is_kept[candidates[descending(distances[candidates])[: max(lacking, 0)]]] = True
+            all_kept[unit.name] = is_kept
+            pruned = np.flatnonzero(~is_kept & (best >= 0))
             lead, target = unit.members[0]
             outputs = output_blocks(context.target_spaces[lead][target], "clusters")
             both = zip(outputs[pruned].ravel().tolist(), outputs[best[pruned]].ravel().tolist(), strict=True)
@@ -130,7 +131,8 @@ def survivor_scores(
     """Score the neurons of a unit, ``(blocks,)`` float64, by a rule or the mean rank of several; highest = kept."""
     biases = offsets(unit, context, network)
     if rules == ("auto",):
-        rules = ("bias_norm",) if is_convolution(unit, context) and biases is not None else ("weight",)
+        has_bias = is_convolution(unit, context) and biases is not None
+        rules = ("bias_norm",) if has_bias else ("weight",)
     scores = []
     for rule in rules:
         if rule == "random":
@@ -140,8 +142,9 @@ def survivor_scores(
             closeness = np.zeros(len(points))
             scale = _MEASURED * float(np.linalg.norm(points, axis=1).max(initial=0.0))
             for label in np.unique(labels[labels >= 0]):
-                own = points[labels == label]
-                closeness[labels == label] = leveled(-np.linalg.norm(own - own.mean(0), axis=1), scale)
+                cluster_points = points[labels == label]
+                distances = np.linalg.norm(cluster_points - cluster_points.mean(0), axis=1)
+                closeness[labels == label] = leveled(-distances, scale)
             scores.append(closeness)
         elif rule == "weight":
             # The sum of the absolute weights into and out of each neuron, equation (4.12).
@@ -156,10 +159,16 @@ def survivor_scores(
             scores.append(total)
         elif biases is None:
             raise ConfigError(f"survivor {rule!r} needs a bias or a batch norm, got neither ({unit.name})")
+        elif rule == "bias":
+            scores.append(biases)
         else:
-            scores.append(biases if rule == "bias" else np.abs(biases))
+            scores.append(np.abs(biases))
+    if len(scores) == 1:
+        return scores[0]
     # Rules have different units (distances, sums of weights, biases), so several are combined by ranks.
-    return scores[0] if len(scores) == 1 else np.mean([rankdata(leveled(each)) for each in scores], axis=0)
+    ranks = [rankdata(leveled(scores_of_rule)) for scores_of_rule in scores]
+    mean_ranks: FloatArray = np.mean(ranks, axis=0)
+    return mean_ranks
 
 
 def is_convolution(unit: PruningUnit, context: PruningContext) -> bool:
@@ -169,16 +178,20 @@ def is_convolution(unit: PruningUnit, context: PruningContext) -> bool:
 
 def offsets(unit: PruningUnit, context: PruningContext, network: TracedNetwork) -> FloatArray | None:
     """Return a unit's constants ``(blocks,)``, from biases and batch norms, summed over members; None without any."""
-    found: list[FloatArray] = []
+    constants: list[FloatArray] = []
     modules = dict(context.model.named_modules())
     for name in dict.fromkeys(module_name for module_name, _ in unit.members):
         norms = [modules[norm] for norm in network.taps[name].norms]
         bias = getattr(modules[name], "bias", None)
         if bias is not None or norms:
-            constant = torch.zeros(network.flow.layers[name].channels) if bias is None else bias
+            if bias is None:
+                bias = torch.zeros(network.flow.layers[name].channels)
             # The constant that reaches the activation: the bias after the batch norms in between.
-            found.append(through_norms(norms, constant)[1].cpu().numpy().reshape(unit.blocks, -1).sum(1))
-    return np.sum(found, axis=0) if found else None
+            constants.append(through_norms(norms, bias)[1].cpu().numpy().reshape(unit.blocks, -1).sum(1))
+    if not constants:
+        return None
+    total: FloatArray = np.sum(constants, axis=0)
+    return total
 
 
 def best_of(labels: IntArray, scores: FloatArray) -> IntArray:
@@ -202,29 +215,32 @@ class ClusterMetric(SurvivorMetric):
         cure = f"{leaving_out()}, or take algorithm='kmeans'"
         context.check_memory(_MATRICES.get(self.algorithm, 2.0), cure)
         planned = context.rows(lambda unit: merging_losses(clouds[unit.name]))
-        found = {}
+        clusters = {}
         for unit in context.units:
             rows, parts = planned[unit.name], [part.living() for part in clouds[unit.name]]
             # If any neuron is pruned, all dead ones are, even beyond the ratio, but not beyond the maximum ratio.
             if rows < unit.rows:
                 alive = max(len(part.names) for part in parts)
-                rows = context.planner.rounded(unit, max(1, min(rows, alive), unit.rows - unit.removable_rows[1]))
+                rows = context.planner.round_rows(unit, max(1, min(rows, alive), unit.rows - unit.removable_rows[1]))
             labels = np.full(unit.blocks, -1, dtype=np.intp)
             for part in parts:
                 if count := min(rows, len(part.names)):
-                    own = partition(part.points, count, self.algorithm, seed=self.seed, graph=self.graph)
-                    labels[part.names] = own + labels.max() + 1
-            found[unit.name] = Clusters(labels, rows)
-        return found
+                    part_labels = partition(part.points, count, self.algorithm, seed=self.seed, graph=self.graph)
+                    labels[part.names] = part_labels + labels.max() + 1
+            clusters[unit.name] = Clusters(labels, rows)
+        return clusters
 
 
 def _clouds(unit: PruningUnit, data: Data, layers: Mapping[str, Layer]) -> list[FeatureCloud]:
     """Join the members' features, all channels of a neuron side by side, and split them into the unit's parts."""
     members = [data[m][t].unflatten(1, (layers[m].channels // unit.blocks, -1)).numpy() for m, t in unit.members]
-    points, deviations = (
-        np.concatenate([each.reshape(unit.blocks, -1) for each in some], axis=1) / np.sqrt(len(members))
-        for some in (members, [each[..., 1:] for each in members])
-    )
+
+    def side_by_side(features: list[FloatArray]) -> FloatArray:
+        flat = [member.reshape(unit.blocks, -1) for member in features]
+        joined: FloatArray = np.concatenate(flat, axis=1) / np.sqrt(len(members))
+        return joined
+
+    points, deviations = side_by_side(members), side_by_side([member[..., 1:] for member in members])
     scale = np.square(points).sum()
     if scale > 0 and np.square(deviations).sum() <= _CONSTANT * scale:
         raise DataError(f"features must vary over the calibration samples, got constants for all neurons ({unit.name})")
@@ -237,12 +253,16 @@ def merging_losses(parts: list[FeatureCloud]) -> FloatArray:
     from scipy.cluster.hierarchy import linkage
 
     heights = np.zeros((len(parts), len(parts[0].points)))
-    for part, cloud in enumerate(parts if heights.shape[1] > 1 else ()):
-        # The j-th cluster is worth the distance of Ward's merge from j to j - 1 clusters, the first as much as the 2nd.
-        merges = linkage(cloud.points, "ward")[::-1, 2]
-        heights[part] = np.concatenate([merges[:1], merges])
+    if heights.shape[1] > 1:
+        for part, cloud in enumerate(parts):
+            # The j-th cluster is worth the distance of Ward's merge from j to j - 1 clusters, the first as much as the
+            # 2nd.
+            merges = linkage(cloud.points, "ward")[::-1, 2]
+            heights[part] = np.concatenate([merges[:1], merges])
     mean = heights.mean()
-    return (heights / mean if mean > 0 else heights).reshape(-1)
+    if mean > 0:
+        heights /= mean
+    return heights.reshape(-1)
 
 
 class FeaturePruner(StructuredPruner):

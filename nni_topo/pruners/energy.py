@@ -45,7 +45,9 @@ def input_sizes(
             "a layer's input size must be known, from example_inputs or an evaluator that has a dummy_input or "
             f"evaluates, got neither ({names[0]})"
         )
-    planes = Analysis.on(model, example_inputs, facts).planes if names else {}
+    if not names:
+        return {}
+    planes = Analysis.on(model, example_inputs, facts).planes
     for name in names:
         if name not in planes:
             raise ConfigError(f"the input size of a layer must be known, got example_inputs that miss it ({name})")
@@ -66,7 +68,9 @@ def chirp_response_energy(
         every = every.unflatten(0, (int(module.groups), -1)).transpose(1, 2).flatten(0, 1)
     # With x in every input channel, sum_c(w_c * x) is sum_c(w_c) * x, which costs one channel only.
     kernels = every.sum(1)[:, None]
-    offset = every.new_zeros(len(every)) if bias is None else bias.double()
+    if bias is None:
+        bias = every.new_zeros(len(every))
+    offset = bias.double()
     energies = []
     for plane in planes:
         entering = plane.to(kernels.device)[None, None]
@@ -126,7 +130,9 @@ class ChirpEnergyCollector(DataCollector):
                 bias = None
             if isinstance(module, nn.Linear):
                 # A plane can't enter: the expected energy of the output for uncorrelated inputs of energy 1 each.
-                energies[name] = weight.double().pow(2).sum(1) + (0.0 if bias is None else bias.double().pow(2))
+                energies[name] = weight.double().pow(2).sum(1)
+                if bias is not None:
+                    energies[name] += bias.double().pow(2)
             else:
                 planes = torch.from_numpy(self.chirp.planes(sizes[name]))
                 energies[name] = chirp_response_energy(module, weight, bias, planes)
@@ -148,17 +154,24 @@ def _convolutions(layers: Mapping[str, nn.Module]) -> list[str]:
 
 def masked_parameters(context: PruningContext, name: str) -> tuple[Tensor, Tensor | None]:
     """Return a layer's weight and bias (None: it has none), on the CPU, with masked elements at zero."""
-    module, found = context.model.get_submodule(name), list[Any]()
+    module = context.model.get_submodule(name)
     inner = inner_of(module)
+    parameters: list[Any] = []
     for target in ("weight", "bias"):
         space = context.target_spaces[name].get(target)
-        value = getattr(module, target) if space is None else space.target
         if inner is not None and not inner.is_own:
             value = getattr(inner, target)  # as its forward computes it
-        value = None if value is None else value.detach().cpu()
-        mask = None if space is None else space.mask
-        found.append(value if value is None or mask is None else value * mask.to(value))
-    return found[0], found[1]
+        elif space is None:
+            value = getattr(module, target)
+        else:
+            value = space.target
+        if value is not None:
+            value = value.detach().cpu()
+            if space is not None and space.mask is not None:
+                value = value * space.mask.to(value)
+        parameters.append(value)
+    weight, bias = parameters
+    return weight, bias
 
 
 class CumulativeEnergyMetric(MetricCalculator):
@@ -167,7 +180,8 @@ class CumulativeEnergyMetric(MetricCalculator):
     def calculate(self, data: Data, context: PruningContext) -> Metrics:
         """Return shares in [0, 1], equal for all members of a dependency group, whose energies add up."""
         energies = {u.name: torch.stack([data[m][t][:, 0] for m, t in u.members]).sum(0) for u in context.units}
-        return context.spread({name: cumulative_shares(each) for name, each in energies.items()})
+        shares = {name: cumulative_shares(unit_energies) for name, unit_energies in energies.items()}
+        return context.spread(shares)
 
 
 def cumulative_shares(energies: Tensor) -> Tensor:

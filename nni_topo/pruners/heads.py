@@ -31,12 +31,12 @@ _GATE = {"align": {"module_name": None, "target_name": "weight_ih_l0", "dims": [
 class HeadScaling(Scaling):
     """Each block is the rows of one head, which lie in several segments: ``rows`` is ``(heads, rows)``.
 
-    ``others``: the number of rows that all heads share and that are in no block; they are never masked.
+    ``free_rows``: the number of rows that all heads share and that are in no block; they are never masked.
     """
 
-    def __init__(self, rows: IntArray, others: int = 0) -> None:
+    def __init__(self, rows: IntArray, free_rows: int = 0) -> None:
         super().__init__([rows.shape[1], -1], kernel_padding_mode="back", kernel_padding_val=-1)
-        self.rows, self._others = rows, others
+        self.rows, self._free_rows = rows, free_rows
         self._order = torch.from_numpy(rows.ravel())
         self._back = torch.from_numpy(np.argsort(rows.ravel()))
 
@@ -44,18 +44,18 @@ class HeadScaling(Scaling):
         self, target: Tensor, reduce_func: Callable[[Tensor], Tensor] | None = None, keepdim: bool = False
     ) -> Tensor:
         """Reduce each head of ``(rows, ...)`` to one value, by default the mean."""
-        found: Tensor = super().shrink(target[self._order.to(target.device)], reduce_func, keepdim)
-        return found
+        values: Tensor = super().shrink(target[self._order.to(target.device)], reduce_func, keepdim)
+        return values
 
     def expand(self, target: Tensor, expand_size: list[int], keepdim: bool = False, full_expand: bool = True) -> Tensor:
         """Give each row the value of its head."""
         of_heads = [self.rows.size, *expand_size[1:]]
         by_row: Tensor = super().expand(target, of_heads, keepdim, full_expand)
-        if not self._others:
+        if not self._free_rows:
             return by_row[self._back.to(by_row.device)]
-        found = by_row.new_ones(len(by_row) + self._others, *by_row.shape[1:])
-        found[self._order.to(by_row.device)] = by_row
-        return found
+        values = by_row.new_ones(len(by_row) + self._free_rows, *by_row.shape[1:])
+        values[self._order.to(by_row.device)] = by_row
+        return values
 
 
 class ColumnScaling(Scaling):
@@ -65,16 +65,18 @@ class ColumnScaling(Scaling):
         self, target: Tensor, reduce_func: Callable[[Tensor], Tensor] | None = None, keepdim: bool = False
     ) -> Tensor:
         """Reduce each block to one value, by default the mean."""
-        found: Tensor = super().shrink(target, reduce_func, keepdim)
+        values: Tensor = super().shrink(target, reduce_func, keepdim)
         # A function that reduces nothing keeps each block's values in a trailing dimension.
-        return found.reshape(-1, 1, *found.shape[target.dim() :]) if keepdim else found
+        if keepdim:
+            return values.reshape(-1, 1, *values.shape[target.dim() :])
+        return values
 
     def expand(self, target: Tensor, expand_size: list[int], keepdim: bool = False, full_expand: bool = True) -> Tensor:
         """Give each element the value of its block."""
         if keepdim:
             target = target.reshape([1 if size == -1 else -1 for size in self.kernel_size])
-        found: Tensor = super().expand(target, expand_size, keepdim, full_expand)
-        return found
+        values: Tensor = super().expand(target, expand_size, keepdim, full_expand)
+        return values
 
 
 def scale_by_heads(model: Any, target_spaces: TargetSpaces) -> None:
@@ -88,15 +90,18 @@ def scale_by_heads(model: Any, target_spaces: TargetSpaces) -> None:
         for target in weights:
             space = target_spaces.get(layer, {}).get(target)
             # Single rows of nn.MultiheadAttention or a recurrent layer can't be pruned alone.
-            known = (by_head, "out_channel") if layer == attention.name else (by_head,)
-            if attention.is_fused and space is not None and space.granularity in known:
+            granularities = (by_head, "out_channel") if layer == attention.name else (by_head,)
+            if attention.is_fused and space is not None and space.granularity in granularities:
                 space.granularity = by_head
-                space._scaler = HeadScaling(rows, sum(each.size for each in attention.shared.get(layer, ())))
+                shared_rows = sum(segment.size for segment in attention.shared.get(layer, ()))
+                space._scaler = HeadScaling(rows, shared_rows)
                 if attention.recurrent and space.dependency_group_id is None:
                     space.dependency_group_id = f"units of {layer}"
     groups: dict[Any, list[PruningTargetSpace]] = defaultdict(list)
-    for space in (each for targets in target_spaces.values() for each in targets.values() if each.target is not None):
-        groups[space.dependency_group_id].append(space)
+    for targets in target_spaces.values():
+        for space in targets.values():
+            if space.target is not None:
+                groups[space.dependency_group_id].append(space)
     for group, spaces in groups.items():
         is_mixed = group is not None and len({space.target.dim() for space in spaces}) > 1
         for space in spaces:

@@ -74,17 +74,18 @@ class PruningContext:
         for unit in self.units:
             counts = kept[unit.name].reshape(unit.parts, unit.rows).sum(1)
             if not 0 < counts.min() == counts.max():
-                found = ", ".join(map(str, counts))
-                raise DataError(f"all parts must keep equally many blocks, at least 1, got {found} ({unit.name})")
-        return KeptSet(self.spread({name: torch.from_numpy(each).double() for name, each in kept.items()}))
+                numbers = ", ".join(map(str, counts))
+                raise DataError(f"all parts must keep equally many blocks, at least 1, got {numbers} ({unit.name})")
+        scores = {name: torch.from_numpy(is_kept).double() for name, is_kept in kept.items()}
+        return KeptSet(self.spread(scores))
 
     def spread(self, values: Mapping[str, Tensor]) -> Metrics:
         """Return for each member of a unit a copy of the unit's values ``(blocks,)``, in the blocked shape."""
         metrics: Metrics = {}
         for unit in self.units:
             for module, target in unit.members:
-                own = values[unit.name].reshape(self.metric_shape(module, target)).clone()
-                metrics.setdefault(module, {})[target] = own
+                metric = values[unit.name].reshape(self.metric_shape(module, target)).clone()
+                metrics.setdefault(module, {})[target] = metric
         return metrics
 
     def collected(self, points: Callable[[PruningUnit, str, str], Tensor]) -> Data:
@@ -111,8 +112,8 @@ class PruningContext:
     def check_memory(self, matrices: float, cure: str, width: float = 0.0) -> None:
         """Raise DataError unless `matrices` float64 values per pair of blocks and `width` per block fit in memory."""
         for unit in self.units:
-            what = f"what compares {unit.rows} blocks with each other"
-            check_memory(8 * unit.rows * (matrices * unit.rows + width), what, cure, unit.name)
+            purpose = f"what compares {unit.rows} blocks with each other"
+            check_memory(8 * unit.rows * (matrices * unit.rows + width), purpose, cure, unit.name)
 
     def metric_shape(self, module_name: str, target_name: str) -> tuple[int, ...]:
         """Return the blocked shape of a target's metric, e.g. ``(out_channels, 1, 1, 1)``."""

@@ -48,7 +48,8 @@ class RowColumnCollector(DataCollector):
             with suppress(ConfigError):  # no layer reads the channels
                 readers = readers_of(unit, flow, context, order=float(self.norm))
                 module, target = unit.members[0]
-                data[module][target] = torch.cat([data[module][target], *(each.strength for each in readers)], dim=1)
+                strengths = [reader.strength for reader in readers]
+                data[module][target] = torch.cat([data[module][target], *strengths], dim=1)
         return data
 
 

@@ -76,9 +76,9 @@ class Planner:
             return worth
 
         counts = self.counts(units, row_losses, model)
-        return {unit.name: self.rounded(unit, counts[unit.name]) for unit in units}
+        return {unit.name: self.round_rows(unit, counts[unit.name]) for unit in units}
 
-    def rounded(self, unit: PruningUnit, rows: int) -> int:
+    def round_rows(self, unit: PruningUnit, rows: int) -> int:
         """Return the least number of rows, at least ``rows``, that makes a multiple of ``round_to`` channels."""
         step = self.step(unit)
         return min(-(-rows // step) * step, unit.rows)
@@ -89,25 +89,28 @@ class Planner:
 
     def counts(self, units: Sequence[PruningUnit], losses: Losses, model: nn.Module) -> dict[str, int]:
         """Return what :meth:`rows` does, before ``round_to``; ``losses`` are of rows, ``(rows,)``, descending."""
-        kept = {}
+        counts = {}
         ranked: dict[int | str, list[PruningUnit]] = defaultdict(list)
         for unit in units:
             if unit.sparse_threshold is not None:
-                kept[unit.name] = self._by_threshold(unit, unit.sparse_threshold + self.tolerance, losses(unit))
+                counts[unit.name] = self._by_threshold(unit, unit.sparse_threshold + self.tolerance, losses(unit))
             elif unit.global_group_id is not None:
                 ranked[unit.global_group_id].append(unit)
             else:
-                kept[unit.name] = unit.kept_rows(int(unit.rows * (unit.sparse_ratio or 0.0)))
+                counts[unit.name] = unit.kept_rows(int(unit.rows * (unit.sparse_ratio or 0.0)))
         for group_id, group in ranked.items():
-            kept.update(self._by_rank(group_id, group, losses))
-        return kept
+            counts.update(self._by_rank(group_id, group, losses))
+        return counts
 
     def _by_threshold(self, unit: PruningUnit, threshold: float, losses: FloatArray) -> int:
         passing = losses > threshold if self.strict else losses >= threshold
         if unit.is_summed:
             # Within 1e-10, not the 1e-6 of ties: a user may set a threshold just above or below one loss.
             equal = within(losses, threshold)
-            passing = passing & ~equal if self.strict else passing | equal
+            if self.strict:
+                passing &= ~equal
+            else:
+                passing |= equal
         # If a maximum ratio keeps more than one block, the threshold can't empty the layer.
         if not passing.any() and unit.removable_rows[1] == unit.rows - 1:
             _logger.warning(
@@ -122,20 +125,24 @@ class Planner:
     def _by_rank(self, group_id: int | str, group: list[PruningUnit], losses: Losses) -> dict[str, int]:
         ratios = {unit.sparse_ratio for unit in group}
         if len(ratios) > 1:
-            found = ", ".join(sorted(map(str, ratios)))
-            raise ConfigError(f"a global group must have one sparse_ratio, got {found} (global_group_id {group_id!r})")
+            listing = ", ".join(sorted(map(str, ratios)))
+            raise ConfigError(
+                f"a global group must have one sparse_ratio, got {listing} (global_group_id {group_id!r})"
+            )
         fewest, most = zip(*(unit.removable_rows for unit in group), strict=True)
         cost = [unit.elements * unit.parts for unit in group]
         budget = int(sum(unit.elements * unit.blocks for unit in group) * (group[0].sparse_ratio or 0.0))
         # The minimum ratios are pruned in any case; only the rest of the budget is spent by rank.
-        budget -= sum(low * each for low, each in zip(fewest, cost, strict=True))
+        budget -= sum(low * unit_cost for low, unit_cost in zip(fewest, cost, strict=True))
         ascending = []
         for unit, low, high in zip(group, fewest, most, strict=True):
             ascending.append(losses(unit)[::-1][low:high])
-        owners = np.repeat(np.arange(len(group)), [len(each) for each in ascending])
+        owners = np.repeat(np.arange(len(group)), [len(unit_losses) for unit_losses in ascending])
         joined = np.concatenate(ascending)
         # Rounding mustn't decide between layers either; of equal losses the rows of the earlier layer go first.
-        order = np.argsort(leveled(joined) if any(unit.is_summed for unit in group) else joined, kind="stable")
+        if any(unit.is_summed for unit in group):
+            joined = leveled(joined)
+        order = np.argsort(joined, kind="stable")
         # Losses are sorted, so each unit loses its lowest rows; its count is enough.
         spent = np.asarray(cost)[owners][order].cumsum()
         removed = np.bincount(owners[order][spent <= budget], minlength=len(group)).tolist()

@@ -57,8 +57,10 @@ class PrunerInfo(ClassInfo[Pruner]):
     def allocations(self) -> tuple[str, ...]:
         """Return the budget allocations that it supports; empty if it takes no budget."""
         kind = self.load()
+        if "budget" not in self.knobs():
+            return ()
         owner = getattr(kind, "__self__", kind)  # of a class method
-        return getattr(owner, "allocations", ("uniform",)) if "budget" in self.knobs() else ()
+        return getattr(owner, "allocations", ("uniform",))
 
 
 PRUNERS = Registry(PrunerInfo, "nni_topo.pruners")
@@ -141,8 +143,8 @@ def create_pruner(
     """
     check_pruner_knobs(name, knobs, "create_pruner")
     info = pruner_info(name)
-    given = {**knobs, "evaluator": evaluator}
-    missing = [need for need in info.needs if all(given.get(knob) is None for knob in need.split(" or "))]
+    arguments = {**knobs, "evaluator": evaluator}
+    missing = [need for need in info.needs if all(arguments.get(knob) is None for knob in need.split(" or "))]
     if missing:
         raise ConfigError(f"pruner {name!r} needs {', '.join(missing)}, got none (create_pruner)")
     check_request(model, config_list, needs_rule=needs_rule(name, knobs))
@@ -160,8 +162,9 @@ def expose_in_nni() -> None:
     then prune attention heads, prune transposed convolutions by output channels, and remove the same channels where
     layers share some of them.
     """
-    own = [cls for info in PRUNERS.table.values() if info.origin == "nni_topo" and isinstance(cls := info.load(), type)]
-    for cls in own:
+    pruners = [info.load() for info in PRUNERS.table.values() if info.origin == "nni_topo"]
+    classes = [pruner for pruner in pruners if isinstance(pruner, type)]
+    for cls in classes:
         setattr(nni.compression.pruning, cls.__name__, cls)
     hooks = importlib.import_module(_OWN)
     for name in hooks.__all__:
@@ -171,7 +174,7 @@ def expose_in_nni() -> None:
     show_heads_to_nni()
     if with_ties not in agreeing:
         agreeing.append(with_ties)
-    untested = {f"Compatibility not tested with pruner type {cls.__name__}." for cls in own}
+    untested = {f"Compatibility not tested with pruner type {cls.__name__}." for cls in classes}
     logger = logging.getLogger(f"{_NNI}.scheduled_pruner")
     logger.addFilter(lambda record: record.getMessage() not in untested)
 

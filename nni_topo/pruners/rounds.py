@@ -91,12 +91,12 @@ def prune_in_rounds(
             if rewind is not None:
                 restore(pruner.bound_model, rewind)
             _silence(pruner.bound_model, list(active.values()))
-            kept = {}
+            kept_shares = {}
             for name, space in active.items():
                 is_masked = space.mask is not None and space.target is not None
-                kept[name] = float(space.mask.ne(0).double().mean()) if is_masked else 1.0
+                kept_shares[name] = float(space.mask.ne(0).double().mean()) if is_masked else 1.0
             train()
-            rounds.append(Round(index, kept))
+            rounds.append(Round(index, kept_shares))
             if on_round is not None:
                 on_round(rounds[-1])
     finally:
@@ -107,27 +107,28 @@ def prune_in_rounds(
 
 def matched_state(model: nn.Module, state: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Return the tensors of a model, wrapped or not, with their values in the unwrapped model's state; all must fit."""
-    own = dict(model.named_buffers(remove_duplicate=False)) | dict(model.named_parameters(remove_duplicate=False))
+    tensors = dict(model.named_buffers(remove_duplicate=False)) | dict(model.named_parameters(remove_duplicate=False))
     matched = []
     for name, value in state.items():
         module, _, tensor = str(name).rpartition(".")
         names = (".".join(filter(None, (module, "_nni_wrapper", tensor))), name)
-        found = next((own[each] for each in names if each in own), None)
-        if found is None or not isinstance(value, Tensor) or found.shape != value.shape:
+        current = next((tensors[candidate] for candidate in names if candidate in tensors), None)
+        if current is None or not isinstance(value, Tensor) or current.shape != value.shape:
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            wanted = "none" if found is None else f"shape {tuple(found.shape)}"
+            expected = "none" if current is None else f"shape {tuple(current.shape)}"
             raise ConfigError(
-                f"rewind must hold tensors of the model's names and shapes, got {got}, the model's is {wanted} ({name})"
+                f"rewind must hold tensors of the model's names and shapes, got {got}, the model's is {expected} "
+                f"({name})"
             )
-        matched.append((found, value))
+        matched.append((current, value))
     return matched
 
 
 @torch.no_grad()
 def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy an unwrapped model's state into the wrapped one, under every name that a shared tensor has."""
-    for own, value in matched_state(model, state):
-        own.copy_(value)
+    for tensor, value in matched_state(model, state):
+        tensor.copy_(value)
 
 
 @torch.no_grad()
@@ -140,5 +141,5 @@ def _silence(model: nn.Module, spaces: list[PruningTargetSpace]) -> None:
             masked.setdefault(id(space.target), []).append(space)
     for key, sharing in masked.items():
         if len(sharing) >= holders[key]:
-            kept = torch.stack([space.mask.ne(0) for space in sharing]).any(0)
-            sharing[0].target.mul_(kept)
+            is_kept = torch.stack([space.mask.ne(0) for space in sharing]).any(0)
+            sharing[0].target.mul_(is_kept)

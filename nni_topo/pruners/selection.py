@@ -52,7 +52,12 @@ class SelectionMetric(MetricCalculator):
         members = [preprocess_points(data[module][target], self.preprocess).numpy() for module, target in unit.members]
         joined = np.concatenate(members, axis=1) if len(members) > 1 else members[0]
         parts = joined.reshape(unit.parts, unit.rows, -1)
-        return [Cloud(topology.with_origin(points) if self.origin else points, unit.rows) for points in parts]
+        clouds = []
+        for points in parts:
+            if self.origin:
+                points = topology.with_origin(points)
+            clouds.append(Cloud(points, unit.rows))
+        return clouds
 
     @abstractmethod
     def choose(self, context: PruningContext, clouds: Clouds, rows: dict[str, int]) -> KeptBlocks:
@@ -85,9 +90,12 @@ class Cloud:
         if len(deaths) < self.size:
             # Without the origin there is one death time fewer than blocks: the infinite bar counts as much as the
             # longest finite one.
-            deaths = np.concatenate([deaths[:1] if len(deaths) else np.zeros(1), deaths])
+            longest = deaths[:1] if len(deaths) else np.zeros(1)
+            deaths = np.concatenate([longest, deaths])
         mean = deaths.mean()
-        return deaths / (2.0 * mean) if mean > 0 else deaths
+        if mean > 0:
+            deaths = deaths / (2.0 * mean)
+        return deaths
 
     def cover(self, keep: int) -> BoolArray:
         """Mark ``keep`` blocks by farthest-point sampling from the origin or, without it, the most remote point."""

@@ -39,27 +39,32 @@ def solve_uniform(
     many. ``steps``: each unit loses a multiple of its step, or reaches a bound. ``proportions``, at least 1: a unit
     of proportion p keeps p times the share of its rows that a unit of proportion 1 keeps.
     """
-    steps = [1] * len(rows) if steps is None else steps
-    proportions = [1.0] * len(rows) if proportions is None else proportions
+    if steps is None:
+        steps = [1] * len(rows)
+    if proportions is None:
+        proportions = [1.0] * len(rows)
     # Layers of equal width would all round at the same ratio. A phase for each, spread evenly by the golden ratio,
     # makes them round one after the other, so that the cost gets nearer to the budget.
-    phases = [0.5 if alike else (index * _GOLDEN) % 1.0 for index in range(len(rows))]
+    phases = [0.5] * len(rows) if alike else [index * _GOLDEN % 1.0 for index in range(len(rows))]
 
     def removed(ratio: float) -> list[int]:
-        found = []
+        lost_rows = []
         for count, step, times, phase, (low, high) in zip(rows, steps, proportions, phases, bounds, strict=True):
             lost = count * (ratio - (times - 1.0) * (1.0 - ratio))
-            found.append(min(max(int(lost / step + phase) * step, low), high))
-        return found
+            lost_rows.append(min(max(int(lost / step + phase) * step, low), high))
+        return lost_rows
 
     low, high = 0.0, 1.0
     # Widths are integers, so bisection ends at a step of the cost: take the nearest of all tried ratios.
     tried = [(abs(remaining(removed(ratio)) - share), ratio) for ratio in (low, high)]
     for _ in range(_STEPS):
         middle = (low + high) / 2.0
-        found = remaining(removed(middle))
-        tried.append((abs(found - share), middle))
-        low, high = (middle, high) if found > share else (low, middle)
+        kept_share = remaining(removed(middle))
+        tried.append((abs(kept_share - share), middle))
+        if kept_share > share:
+            low = middle
+        else:
+            high = middle
     return removed(_nearest(tried))
 
 
@@ -79,17 +84,19 @@ def solve_error(
     """
     removed = [low for low, _ in bounds]
     lost_by_count = [np.append(0.0, worth[::-1].cumsum()) for worth in losses]  # sum of the n least rows, by n
-    now, scale = remaining(removed), max(each[-1] for each in lost_by_count)
+    now, scale = remaining(removed), max(sums[-1] for sums in lost_by_count)
     groups = [[unit] for unit in range(len(losses))] + [list(units) for units in together]
 
     def strides(most_steps: int) -> list[dict[int, int]]:
         """Return, by group, the rows that each unit loses per step, in ``most_steps`` steps; 0: as few as possible."""
         sizes = [{unit: len(losses[unit]) for unit in units} for units in groups]
-        times = [min(most_steps, *size.values()) if most_steps else min(size.values()) for size in sizes]
-        return [
-            {unit: max(1, count // most) for unit, count in size.items()}
-            for size, most in zip(sizes, times, strict=True)
-        ]
+        times = [min(size.values()) for size in sizes]
+        if most_steps:
+            times = [min(most_steps, count) for count in times]
+        steps_by_group = []
+        for size, most in zip(sizes, times, strict=True):
+            steps_by_group.append({unit: max(1, count // most) for unit, count in size.items()})
+        return steps_by_group
 
     def removed_after(step: dict[int, int]) -> list[int]:
         return [min(count + step.get(unit, 0), bounds[unit][1]) for unit, count in enumerate(removed)]
@@ -105,8 +112,8 @@ def solve_error(
     prices = [price(step) for step in steps]
     while now > share and min(prices) < math.inf:
         group = first_smallest(prices, scale)
-        known, prices[group] = prices[group], price(steps[group])
-        if prices[group] > known * (1.0 + RELATIVE) + FLOOR * scale:
+        old_price, prices[group] = prices[group], price(steps[group])
+        if prices[group] > old_price * (1.0 + RELATIVE) + FLOOR * scale:
             continue
         then = remaining(removed_after(steps[group]))
         if then < share and not is_near:
@@ -124,7 +131,7 @@ def solve_error(
 def _nearest(tried: list[tuple[float, Position]]) -> Position:
     """Return the position with the least gap to the budget, the lowest of those that count as equal."""
     # Shares have rounding errors relative to 1, however small the gap; the lowest position removes the least.
-    ordered = sorted(tried, key=lambda each: each[1])
+    ordered = sorted(tried, key=lambda attempt: attempt[1])
     return ordered[first_smallest([gap for gap, _ in ordered], 1.0)][1]
 
 
@@ -133,25 +140,29 @@ def solve_tolerance(
 ) -> list[int]:
     """Return the rows that units lose: those with a loss below one tolerance, chosen so that a budget is met."""
     settled = leveled(np.concatenate(losses))
-    profiles = np.split(settled, np.cumsum([len(each) for each in losses])[:-1])
+    profiles = np.split(settled, np.cumsum([len(worth) for worth in losses])[:-1])
     # Between two losses nothing changes, so these tolerances are enough; the ends remove as little and as much as the
     # bounds allow. Losses that are equal up to rounding are one step, in whichever layer.
     tolerances = np.unique([-np.inf, *settled, np.inf])
 
     def removed(index: int) -> list[int]:
         tolerance = tolerances[index]
-        return [
-            min(max(int((profile < tolerance).sum()), low), high)
-            for profile, (low, high) in zip(profiles, bounds, strict=True)
-        ]
+        lost_rows = []
+        for profile, (low, high) in zip(profiles, bounds, strict=True):
+            below = int((profile < tolerance).sum())
+            lost_rows.append(min(max(below, low), high))
+        return lost_rows
 
     low, high = 0, len(tolerances) - 1
     tried = [(abs(remaining(removed(index)) - share), index) for index in (low, high)]
     while high - low > 1:
         middle = (low + high) // 2
-        found = remaining(removed(middle))
-        tried.append((abs(found - share), middle))
-        low, high = (middle, high) if found > share else (low, middle)
+        kept_share = remaining(removed(middle))
+        tried.append((abs(kept_share - share), middle))
+        if kept_share > share:
+            low = middle
+        else:
+            high = middle
     return removed(_nearest(tried))
 
 
@@ -162,13 +173,14 @@ _AS_FAST = 1.05  # networks of up to this multiple of the least time count as eq
 
 def solve_timed(
     solve: Callable[[float], list[int]],
-    said: Callable[[Sequence[int]], float],
-    timed: Callable[[Sequence[Sequence[int]]], list[float]],
+    table_share: Callable[[Sequence[int]], float],
+    measure_shares: Callable[[Sequence[Sequence[int]]], list[float]],
     share: float,
 ) -> tuple[list[int], float, float]:
     """Return rows to remove such that the dense network takes a ``share`` of the time, its measured share, and the aim.
 
-    ``said`` returns a solution's share of the time by the table of layers, ``timed`` the measured shares of several.
+    ``table_share`` returns a solution's share of the time by the table of layers, ``measure_shares`` the measured
+    shares of several.
     The aim is the share by the table that was passed to ``solve``.
 
     A table of layers misses the time that a network spends between them. So each solution is timed, and the next aim is
@@ -182,43 +194,47 @@ def solve_timed(
     If no network is fast enough, the widest that is about as fast as any is returned: narrower ones would lose accuracy
     for nothing.
     """
-    points, aim, found, near = [(1.0, 1.0)], share, dict[tuple[int, ...], tuple[float, float]](), _NEAR_TIME * share
+    points, aim, near = [(1.0, 1.0)], share, _NEAR_TIME * share
+    timings: dict[tuple[int, ...], tuple[float, float]] = {}  # by solution: the measured share and the aim
 
     def gap(removed: tuple[int, ...]) -> float:
-        return abs(found[removed][0] - share)
+        return abs(timings[removed][0] - share)
 
     def look_again() -> tuple[int, ...]:
-        nearest = sorted(found, key=gap)[:_TOGETHER]
-        found.update(
-            {each: (remaining, found[each][1]) for each, remaining in zip(nearest, timed(nearest), strict=True)}
-        )
+        nearest = sorted(timings, key=gap)[:_TOGETHER]
+        for solution, remaining in zip(nearest, measure_shares(nearest), strict=True):
+            timings[solution] = remaining, timings[solution][1]
         return min(nearest, key=gap)
 
     for _ in bar("timing widths", None, range(_TIMINGS)):
         removed = tuple(solve(aim))
-        if removed in found:
+        if removed in timings:
             # These widths were timed before: aim between the nearest aims whose networks take less and more.
-            below = max((aim for remaining, aim in found.values() if remaining < share), default=0.0)
-            aim = (below + min((aim for remaining, aim in found.values() if remaining >= share), default=1.0)) / 2.0
-            if (removed := tuple(solve(aim))) in found:
+            below = max((aim for remaining, aim in timings.values() if remaining < share), default=0.0)
+            aim = (below + min((aim for remaining, aim in timings.values() if remaining >= share), default=1.0)) / 2.0
+            if (removed := tuple(solve(aim))) in timings:
                 break
-        found[removed] = timed([removed])[0], aim
+        timings[removed] = measure_shares([removed])[0], aim
         if gap(removed) <= near and gap(best := look_again()) <= near:
-            return list(best), *found[best]
-        points = sorted([*points, (said(removed), found[removed][0])])
-        table, taken = np.log(np.array(points)).T
-        taken, wanted = np.maximum.accumulate(taken), math.log(share)
+            return list(best), *timings[best]
+        points = sorted([*points, (table_share(removed), timings[removed][0])])
+        by_table, measured = np.log(np.array(points)).T
+        measured, target = np.maximum.accumulate(measured), math.log(share)
         # Below all measured shares, take the table's share as a power of the measured one.
-        power = table[0] / min(taken[0], _LEAST_GAIN) if wanted < taken[0] else None
-        aim = math.exp(np.interp(wanted, taken, table) if power is None else wanted * power)
+        if target < measured[0]:
+            power = by_table[0] / min(measured[0], _LEAST_GAIN)
+            aim = math.exp(target * power)
+        else:
+            aim = math.exp(np.interp(target, measured, by_table))
     best = look_again()
-    fast_enough = [removed for removed, (remaining, _) in found.items() if remaining <= share + near]
+    fast_enough = [removed for removed, (remaining, _) in timings.items() if remaining <= share + near]
     if fast_enough:
-        best = best if best in fast_enough else max(fast_enough, key=lambda removed: found[removed][0])
-        return list(best), *found[best]
+        if best not in fast_enough:
+            best = max(fast_enough, key=lambda removed: timings[removed][0])
+        return list(best), *timings[best]
     # Widths don't change the time to call operations, so take the widest network that is about as fast as any.
-    wider = {tuple(solve(aim)): aim for aim in _WIDER} | {best: found[best][1]}
-    times = dict(zip(wider, timed(list(wider)), strict=True))
+    wider = {tuple(solve(aim)): aim for aim in _WIDER} | {best: timings[best][1]}
+    times = dict(zip(wider, measure_shares(list(wider)), strict=True))
     least = min(times.values())
     chosen = next(removed for removed in wider if times[removed] <= max(share + near, _AS_FAST * least))
     return list(chosen), times[chosen], wider[chosen]

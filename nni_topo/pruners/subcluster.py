@@ -52,44 +52,46 @@ class SubclusterMetric(SurvivorMetric):
         """Return the clusters of every unit."""
         context.check_memory(3.0, f"{leaving_out()}, or take ClusterPruner")
         self.trees = {}
-        found = {}
+        clusters = {}
         for unit in context.units:
             # A unit loses at most its own ratio, if it has one, and its maximum ratio; a minimum ratio above its own
             # ratio replaces it, as in NNI.
             fewest, cap = unit.removable_rows
             if unit.sparse_ratio is not None and unit.global_group_id is None:
                 cap = min(cap, max(fewest, int(unit.rows * unit.sparse_ratio)))
-            found[unit.name] = self._clusters(unit, clouds[unit.name], context, cap)
+            clusters[unit.name] = self._clusters(unit, clouds[unit.name], context, cap)
         # The ratio of a global group caps what the group loses.
         grouped = [unit for unit in context.units if unit.global_group_id is not None and unit.sparse_threshold is None]
         bounded = []
         for unit in grouped:
             # Half a row more keeps int(rows * ratio) from falling short by rounding.
-            largest = (unit.rows - found[unit.name].rows + 0.5) / unit.rows
+            largest = (unit.rows - clusters[unit.name].rows + 0.5) / unit.rows
             bounded.append(replace(unit, max_sparse_ratio=min(largest, 1.0)))
         # Without `round_to`, which is applied to the number of clusters.
         exact = replace(context.planner, round_to=None)
         shared = exact.rows(bounded, lambda unit: merging_losses(clouds[unit.name]), context.model)
         for unit in grouped:
             rows = shared[unit.name]
-            if rows > found[unit.name].rows:
-                found[unit.name] = self._clusters(unit, clouds[unit.name], context, unit.rows - rows)
-        return found
+            if rows > clusters[unit.name].rows:
+                clusters[unit.name] = self._clusters(unit, clouds[unit.name], context, unit.rows - rows)
+        return clusters
 
     def _clusters(self, unit: PruningUnit, parts: list[FeatureCloud], context: PruningContext, cap: int) -> Clusters:
         """Cluster each part and prune at most ``cap`` neurons of it; all keep as many as the part that needs most."""
         clouds = [cloud.living() for cloud in parts]
         fewest, most = unit.rows - cap, unit.rows - unit.removable_rows[0]
         labels = [self._labels(unit, part, cloud, context, fewest, most) for part, cloud in enumerate(clouds)]
-        rows = context.planner.rounded(unit, max(fewest, 1, *(_count(each) for each in labels)))
+        most_clusters = max(_count(part_labels) for part_labels in labels)
+        rows = context.planner.round_rows(unit, max(fewest, 1, most_clusters))
         for part, cloud in enumerate(clouds):
             if _count(labels[part]) < min(rows, len(cloud.names)):
                 labels[part] = self._labels(unit, part, cloud, context, rows, rows)
-        shifts = np.cumsum([0, *(each.max(initial=-1) + 1 for each in labels)])
-        joined = np.concatenate(
-            [np.where(each < 0, -1, each + shift) for each, shift in zip(labels, shifts, strict=False)]
-        )
-        return Clusters(joined, rows)
+        joined = []
+        shift = 0
+        for part_labels in labels:
+            joined.append(np.where(part_labels < 0, -1, part_labels + shift))
+            shift += part_labels.max(initial=-1) + 1
+        return Clusters(np.concatenate(joined), rows)
 
     def _labels(
         self, unit: PruningUnit, part: int, cloud: FeatureCloud, context: PruningContext, at_least: int, at_most: int
@@ -119,7 +121,9 @@ def of_layer(knob: float | Mapping[str, float] | None, unit: PruningUnit, defaul
     """Return a knob's value for a unit: the value of its first member that is named."""
     if isinstance(knob, Mapping):
         return next((knob[module_name] for module_name, _ in unit.members if module_name in knob), default)
-    return default if knob is None else knob
+    if knob is None:
+        return default
+    return knob
 
 
 def _count(labels: IntArray) -> int:
@@ -208,8 +212,10 @@ class SubclusterPruner(FeaturePruner):
 
 
 def _check_names(model: nn.Module, knob: Any, name: str) -> None:
+    if not isinstance(knob, Mapping):
+        return
     modules = dict(model.named_modules())
-    unknown = [key for key in knob if key not in modules] if isinstance(knob, Mapping) else []
+    unknown = [key for key in knob if key not in modules]
     if unknown:
         raise ConfigError(
             f"{name} must name modules of the model, got {', '.join(map(str, unknown))} (SubclusterPruner)"

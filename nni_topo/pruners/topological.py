@@ -82,11 +82,11 @@ class TopologicalMetric(SelectionMetric):
         # One by one, for the bar, if the backend supports it: Ray's doesn't.
         one_by_one = get_active_backend()[0].supports_return_generator
         results = Parallel(n_jobs=self.n_jobs, return_as="generator" if one_by_one else "list")(work)
-        found: dict[str, list[BoolArray]] = {}
+        kept_parts: dict[str, list[BoolArray]] = {}
         flat: list[str] = []
         with bar("choosing filters", self.progress, total=len(tasks)) as shown:
-            for (_, unit, part), (kept, trace, is_flat) in zip(tasks, results, strict=True):
-                found.setdefault(unit.name, []).append(kept)
+            for (_, unit, part), (is_kept, trace, is_flat) in zip(tasks, results, strict=True):
+                kept_parts.setdefault(unit.name, []).append(is_kept)
                 if trace:
                     self.trace[unit.part_name(part)] = trace
                 if is_flat:
@@ -99,7 +99,7 @@ class TopologicalMetric(SelectionMetric):
                 self.criterion,
                 ", ".join(flat),
             )
-        return {name: np.concatenate(parts) for name, parts in found.items()}
+        return {name: np.concatenate(parts) for name, parts in kept_parts.items()}
 
 
 def _chosen(
@@ -218,7 +218,8 @@ class TopologicalPruner(StructuredPruner):
                 "channels are selected by the weights alone, because there are no calibration data: "
                 "calibration=evaluator uses the evaluator's data; cloud='weight' uses the weights without this warning"
             )
-        criterion = "hausdorff" if criterion == "auto" else criterion
+        if criterion == "auto":
+            criterion = "hausdorff"
         if not isinstance(solver, str):
             search = as_settings(GeneticSearch, solver, "solver")
         elif solver == "greedy" or (solver == "auto" and criterion in ("hausdorff", "cover")):
@@ -280,7 +281,8 @@ class TopologicalPruner(StructuredPruner):
         search : GeneticSearch, mapping or None, default=None
             None: ``GeneticSearch(greedy_start=False)``; a mapping has ``greedy_start=False`` unless it sets it.
         """
-        random_start = {"greedy_start": False, **(search if isinstance(search, Mapping) else {})}
+        if not isinstance(search, GeneticSearch):
+            search = {"greedy_start": False, **(search or {})}
         return cls(
             model,
             config_list,
@@ -290,7 +292,7 @@ class TopologicalPruner(StructuredPruner):
             calibration=calibration,
             criterion="bottleneck" if combine == "max" else "bottleneck_sum",
             homology_dimensions=homology_dimensions,
-            solver=search if isinstance(search, GeneticSearch) else random_start,
+            solver=search,
             budget=budget,
             example_inputs=example_inputs,
             round_to=round_to,

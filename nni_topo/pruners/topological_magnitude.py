@@ -53,7 +53,9 @@ class MagnitudeCollector(DataCollector):
         def points(_: PruningUnit, module: str, target: str) -> Tensor:
             space = context.target_spaces[module][target]
             size: Tensor = space.target.detach().to("cpu", torch.float64).abs().clamp(min=_LEAST)
-            return (size if space.mask is None else size * space.mask.to("cpu", torch.float64)).reshape(-1, 1)
+            if space.mask is not None:
+                size = size * space.mask.to("cpu", torch.float64)
+            return size.reshape(-1, 1)
 
         return context.collected(points)
 
@@ -85,7 +87,7 @@ class TreeMetric(MetricCalculator):
 
     def trees(self, data: Data, context: PruningContext) -> dict[str, BoolArray]:
         """Return the weights of each unit's tree, ``(weights,)``."""
-        found = {}
+        trees = {}
         for unit in context.units:
             ((module, target),) = unit.members
             space = context.target_spaces[module][target]
@@ -96,8 +98,8 @@ class TreeMetric(MetricCalculator):
                 mask = channel_tree(sizes, groups=getattr(layer, "groups", 1))
             else:
                 mask = plane_trees(sizes, self.graphs[module])
-            found[unit.name] = mask.reshape(-1)
-        return found
+            trees[unit.name] = mask.reshape(-1)
+        return trees
 
 
 def _check_critical(units: list[PruningUnit], rows: dict[str, int], sizes: dict[str, int]) -> None:
@@ -105,17 +107,19 @@ def _check_critical(units: list[PruningUnit], rows: dict[str, int], sizes: dict[
     groups: dict[object, list[PruningUnit]] = defaultdict(list)
     for unit in units:
         if unit.sparse_ratio is not None:
-            groups[unit.name if unit.global_group_id is None else (unit.global_group_id,)].append(unit)
+            key: object = unit.name if unit.global_group_id is None else (unit.global_group_id,)
+            groups[key].append(unit)
     for group in groups.values():
         # Blame the layer whose own minimum ratio cuts into its tree, else all layers that share the ratio.
         alone = [unit for unit in group if unit.kept_rows(0) < sizes[unit.name]]
         if alone or any(rows[unit.name] < sizes[unit.name] for unit in group):
             blamed = alone[:1] or group
-            kept, total = sum(rows[unit.name] for unit in blamed), sum(unit.blocks for unit in blamed)
+            n_kept = sum(rows[unit.name] for unit in blamed)
+            total = sum(unit.blocks for unit in blamed)
             tree = sum(max(sizes[unit.name], unit.blocks - unit.removable_rows[1]) for unit in blamed)
             raise ConfigError(
                 f"sparse_ratio must leave a layer its spanning tree of {tree} of {total} weights, so be at most "
-                f"{1 - tree / total:.6g} (compression {total / tree:.5f}), got {kept} left; on_subcritical='clip' "
+                f"{1 - tree / total:.6g} (compression {total / tree:.5f}), got {n_kept} left; on_subcritical='clip' "
                 f"keeps the tree ({'+'.join(unit.name for unit in blamed)})"
             )
 

@@ -36,11 +36,11 @@ class OutputScaling(Scaling):
         self, target: Tensor, reduce_func: Callable[[Tensor], Tensor] | None = None, keepdim: bool = False
     ) -> Tensor:
         """Reduce each output channel of ``(in, out / groups, ...)`` to one value, by default the mean."""
-        found: Tensor = super().shrink(channels_swapped(target, self._groups), reduce_func, keepdim)
+        values: Tensor = super().shrink(channels_swapped(target, self._groups), reduce_func, keepdim)
         if keepdim and self._is_column:
             # A function that reduces nothing keeps each block's values in a trailing dimension.
-            return found.reshape(-1, 1, *found.shape[target.dim() :])
-        return found
+            return values.reshape(-1, 1, *values.shape[target.dim() :])
+        return values
 
     def expand(self, target: Tensor, expand_size: list[int], keepdim: bool = False, full_expand: bool = True) -> Tensor:
         """Give each weight of an output channel the value of the channel."""

@@ -119,7 +119,7 @@ def holds_columns(space: PruningTargetSpace) -> bool:
     return isinstance(space.granularity, list) and space.granularity[0] == -1 and space.dependency_group_id is not None
 
 
-def output_blocks(space: PruningTargetSpace, what: str, *, takes_norms: bool = False) -> NDArray[np.int64]:
+def output_blocks(space: PruningTargetSpace, subject: str, *, takes_norms: bool = False) -> NDArray[np.int64]:
     """Return the output channels of each block of a target, ``(blocks, channels)``; ``takes_norms``: of norms, too."""
     module, blocks = space._wrapper.module, math.prod(block_shape(space))
     channels = (masked_channels(module) if takes_norms else output_channels(module)) or 0
@@ -131,8 +131,8 @@ def output_blocks(space: PruningTargetSpace, what: str, *, takes_norms: bool = F
         )
     if weight_of(module).shape != space.target.shape:
         raise ConfigError(
-            f"{what} need the weight of a layer, got another target with a rule of its own ({place}); without one it "
-            "loses what the weight loses"
+            f"{subject} need the weight of a layer, got another target with a rule of its own ({place}); without one "
+            "it loses what the weight loses"
         )
     if space.granularity == "out_channel" and blocks == channels and channel_dimension(module) == 0:
         return np.arange(channels)[:, None]
@@ -140,13 +140,13 @@ def output_blocks(space: PruningTargetSpace, what: str, *, takes_norms: bool = F
         owners = spread(module, torch.arange(channels), torch.int32)
         rows = space._scaler.shrink(owners, lambda block: block, keepdim=True).reshape(blocks, -1).sort(1)[0]
         # Some channels may be in no block, such as keys that all heads share.
-        size, rest = divmod(rows.shape[1] * channels, owners.numel())
-        rows = rows.unflatten(1, (size, -1)) if size and not rest else rows[:, None]
+        size, remainder = divmod(rows.shape[1] * channels, owners.numel())
+        rows = rows.unflatten(1, (size, -1)) if size and not remainder else rows[:, None]
         if torch.equal(rows, rows[..., :1].expand_as(rows)) and len(rows[..., 0].unique()) == blocks * rows.shape[1]:
-            found: NDArray[np.int64] = rows[..., 0].long().cpu().numpy()
-            return found
+            channels_by_block: NDArray[np.int64] = rows[..., 0].long().cpu().numpy()
+            return channels_by_block
     raise ConfigError(
-        f"{what} need layers pruned by output channel, got a {type(module).__name__} of {channels} channels in "
+        f"{subject} need layers pruned by output channel, got a {type(module).__name__} of {channels} channels in "
         f"{blocks} blocks of granularity {space.granularity!r} ({place})"
     )
 
@@ -223,20 +223,23 @@ def channels_of_block(module: nn.Module, blocks: int) -> int:
 
 def _tied(group: list[tuple[str, str, PruningTargetSpace]], ties: ChannelCoupling) -> tuple[int, ...]:
     """Return the group id of each block of a unit; empty if it has none, or if its members disagree."""
-    found = set()
+    id_lists = set()
     for module, _, space in group:
         if module in ties:
             with suppress(ConfigError):  # blocks that aren't whole output channels
                 numbers = np.asarray(ties[module])[output_blocks(space, "ties", takes_norms=True)]
                 is_whole = bool((numbers == numbers[:, :1]).all())
-                found.add(tuple(numbers[:, 0].tolist()) if is_whole else ())
-    return found.pop() if len(found) == 1 else ()
+                block_ids = tuple(numbers[:, 0].tolist()) if is_whole else ()
+                id_lists.add(block_ids)
+    if len(id_lists) != 1:
+        return ()
+    return id_lists.pop()
 
 
 def _common(name: str, key: str, values: Iterable[Any]) -> Any:
     # A member without the key follows those that have it, as in NNI.
     distinct = {value for value in values if value is not None}
     if len(distinct) > 1:
-        found = ", ".join(sorted(map(str, distinct)))
-        raise ConfigError(f"the members of a dependency group must share one {key}, got {found} ({name})")
+        listing = ", ".join(sorted(map(str, distinct)))
+        raise ConfigError(f"the members of a dependency group must share one {key}, got {listing} ({name})")
     return distinct.pop() if distinct else None

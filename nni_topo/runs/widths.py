@@ -86,7 +86,7 @@ def layer_ratios(model: nn.Module, example_inputs: Any, target: Target) -> dict[
 def fewest_channels(analysis: Analysis, entries: Sequence[Mapping[str, Any]], round_to: int | None = None) -> Kept:
     """Return the kept channels if each layer keeps its first ones, as few as the bounds of the entries allow."""
     units = _units(analysis, _grouped(analysis, entries))
-    return kept_if(units, Planner(round_to=round_to).rounded)([unit.removable_rows[1] for unit in units])
+    return kept_if(units, Planner(round_to=round_to).round_rows)([unit.removable_rows[1] for unit in units])
 
 
 def proposed_ratios(

@@ -79,7 +79,7 @@ class FeatureCollector(DataCollector):
 
     def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
         """Raise ConfigError for layers that aren't linear layers or convolutions, or that belong to attention."""
-        heads = {name for each in find_heads(model).values() for name in each.channels}
+        heads = {name for attention in find_heads(model).values() for name in attention.channels}
         for name, module in modules.items():
             if not isinstance(module, WEIGHTED) or name in heads:
                 within = " within attention" if isinstance(module, WEIGHTED) else ""
@@ -124,9 +124,9 @@ class _Rows:
         # A copy: in-place operations after the layer would change the rows.
         self._few.append(rows.clone())
         # Up to as many samples as neurons, the features take less memory than their products.
-        if self._moments.samples or sum(each.shape[1] for each in self._few) > len(rows):
-            for each in self._few:
-                self._moments.add(each)
+        if self._moments.samples or sum(batch.shape[1] for batch in self._few) > len(rows):
+            for batch in self._few:
+                self._moments.add(batch)
             self._few = []
 
     def points(self) -> Tensor:
@@ -167,11 +167,11 @@ def tapped_network(model: nn.Module, call: Call, layers: Iterable[str]) -> Trace
     graph = recording.graph_module
     flow = ChannelFlow(graph, recording.args)
     names = set(layers)
-    found: dict[str, list[tuple[Node, tuple[str, ...]]]] = {}
+    occurrences: dict[str, list[tuple[Node, tuple[str, ...]]]] = {}
     for node in graph.graph.nodes:
         if node.op == "call_module" and node.target in names:
-            found.setdefault(str(node.target), []).append(_followed(graph, node))
-    taps = {name: Tap(name, tuple(node for node, _ in each), each[0][1]) for name, each in found.items()}
+            occurrences.setdefault(str(node.target), []).append(_followed(graph, node))
+    taps = {name: Tap(name, tuple(node for node, _ in places), places[0][1]) for name, places in occurrences.items()}
     missing = sorted(names - taps.keys())
     if missing:
         raise ConfigError(f"features need layers that the model calls, got none of {', '.join(missing)} (features)")

@@ -68,19 +68,24 @@ class FunctionalCollector(DataCollector):
         call = structure_of(context.model, next(calls(context.model, self.calibration)))
         flow = Analysis(context.model, call, context.facts).flow
         readers = {unit.name: self.readers(unit, flow, context) for unit in context.units}
-        moments = {name: [ChannelMoments(name) for _ in found] for name, found in readers.items()}
-        each = [pair for name in readers for pair in zip(readers[name], moments[name], strict=True)]
-        looks = [(reader.module, partial(reader.record, moment)) for reader, moment in each]
+        moments = {name: [ChannelMoments(name) for _ in unit_readers] for name, unit_readers in readers.items()}
+        pairs = [pair for name in readers for pair in zip(readers[name], moments[name], strict=True)]
+        looks = [(reader.module, partial(reader.record, moment)) for reader, moment in pairs]
         with mixing_called(context.model), watched(looks):
             run(context.model, self.calibration)
         joint = {}
         for unit in context.units:
-            found = zip(readers[unit.name], moments[unit.name], strict=True)
-            grams = [reader.gram(moment.gram()) for reader, moment in found]
+            unit_pairs = zip(readers[unit.name], moments[unit.name], strict=True)
+            grams = [reader.gram(moment.gram()) for reader, moment in unit_pairs]
             # Coordinates from several readers stand side by side, so their inner products add up.
             joint[unit.name] = points_of_gram(torch.stack(grams).sum(0))
+
         # The members make the same channels, so a cloud for each member would count them several times.
-        return context.collected(lambda unit, *member: joint[unit.name][:, : None if member == unit.members[0] else 0])
+        def points(unit: PruningUnit, module: str, target: str) -> Tensor:
+            cloud = joint[unit.name]
+            return cloud if (module, target) == unit.members[0] else cloud[:, :0]
+
+        return context.collected(points)
 
     def readers(self, unit: PruningUnit, flow: ChannelFlow, context: PruningContext) -> list[ChannelReader]:
         """Return the layers that read a unit, with how strongly they read each channel."""
@@ -141,11 +146,11 @@ def readers_of(
             f"coupled channels must be in one dependency group, as dependency_groups makes them ({unit.name})",
             [lead],
         )
-    places = _reading(lead, flow, dict(context.model.named_modules()))
-    if not places:
+    reading = _reading(lead, flow, dict(context.model.named_modules()))
+    if not reading:
         raise unread_error([unit.name], flow)
     mixes = lead in flow.heads and not flow.heads[lead].recurrent
-    return [ChannelReader(module, found, read_strength(module, found, order), mixes) for module, found in places]
+    return [ChannelReader(module, places, read_strength(module, places, order), mixes) for module, places in reading]
 
 
 def check_read(
@@ -195,7 +200,10 @@ def _other_readers(name: str, flow: ChannelFlow) -> Iterator[str]:
             yield f"{type(flow.traced.get_submodule(str(node.target))).__name__} ({node.target})"
         else:
             parameters = [str(parent.target) for parent in node.all_input_nodes if parent.op == "get_attr"]
-            yield operation_name(node) + (f" with the parameter {listed(parameters)}" if parameters else "")
+            name_of_node = operation_name(node)
+            if parameters:
+                name_of_node += f" with the parameter {listed(parameters)}"
+            yield name_of_node
 
 
 def _reading(
@@ -207,18 +215,24 @@ def _reading(
     channels, as after a split, if together they read all channels that can be removed.
     """
     channels = flow.group_ids(flow.unit_channel_ids(name))
-    alike, others = list[tuple[nn.Module, IntArray]](), list[tuple[nn.Module, IntArray]]()
-    for other in flow.layers:
-        module = modules[other]
+    alike, partial_readers = list[tuple[nn.Module, IntArray]](), list[tuple[nn.Module, IntArray]]()
+    for layer in flow.layers:
+        module = modules[layer]
         # A depthwise convolution passes each channel on separately: the layer after it reads the channels.
         if isinstance(module, kinds) and not is_depthwise(module):
-            places = _places(channels, flow.entering_group_ids(other))
-            if places.size:
-                (others if (places < 0).any() else alike).append((module, places))
-    if alike or name in flow.heads or not others:
+            places = _places(channels, flow.entering_group_ids(layer))
+            if not places.size:
+                continue
+            if (places < 0).any():
+                partial_readers.append((module, places))
+            else:
+                alike.append((module, places))
+    if alike or name in flow.heads or not partial_readers:
         return alike
-    is_read = np.any([(places >= 0).any(1) for _, places in others], axis=0)
-    return others if is_read[channels != FIXED].all() else []
+    is_read = np.any([(places >= 0).any(1) for _, places in partial_readers], axis=0)
+    if not is_read[channels != FIXED].all():
+        return []
+    return partial_readers
 
 
 def _places(channels: IntArray, entering: IntArray) -> IntArray:
@@ -233,7 +247,8 @@ def _places(channels: IntArray, entering: IntArray) -> IntArray:
 
 def read_strength(module: nn.Module, places: IntArray, order: float = 2.0) -> Tensor:
     """Return norms, float64 on the CPU, shape of ``places``, of the weights that read these input channels."""
-    weight = (weight_used(module) if isinstance(module, WEIGHTED) else weight_of(module)).detach().double()
+    weight = weight_used(module) if isinstance(module, WEIGHTED) else weight_of(module)
+    weight = weight.detach().double()
     groups = getattr(module, "groups", 1)
     if getattr(module, "transposed", False):
         # Its weight has the input channels first, whatever the groups.

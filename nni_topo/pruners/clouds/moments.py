@@ -30,15 +30,18 @@ class ChannelMoments:
 
     def add(self, rows: Tensor, scale: Tensor | None = None) -> None:
         """Add a batch of rows, ``(n, samples)`` or ``(n, places, samples)``, times a scale ``(n, places)``."""
-        rows = rows[:, None] if rows.dim() == 2 else rows
+        if rows.dim() == 2:
+            rows = rows[:, None]
         if not self.samples:
-            what = f"inner products of {len(rows)} channels"
+            purpose = f"inner products of {len(rows)} channels"
             cure = f"{leaving_out()}, or choose by its weights (cloud='weight') or by their norms"
-            check_memory(8 * _MATRICES * len(rows) ** 2, what, cure, self.name)
+            check_memory(8 * _MATRICES * len(rows) ** 2, purpose, cure, self.name)
         self.samples += rows.shape[2]
         # Chunks of 128 MiB of float64, whatever the batch.
         for few in rows.split(max(1, _TURN // max(1, rows.shape[0] * rows.shape[1])), dim=2):
-            part = few.double() if scale is None else few.double() * scale[..., None]
+            part = few.double()
+            if scale is not None:
+                part = part * scale[..., None]
             flat = part.flatten(1)
             self._total = self._total + part.sum(2)
             self._products = self._products + flat @ flat.T
@@ -57,10 +60,10 @@ class ChannelMoments:
         return gram
 
 
-def check_reached(samples: int, name: str, what: str = "activation") -> None:
+def check_reached(samples: int, name: str, subject: str = "activation") -> None:
     """Raise DataError for a layer that no sample reached."""
     if not samples:
-        raise DataError(f"calibration must reach every pruned layer, got no {what} ({name})")
+        raise DataError(f"calibration must reach every pruned layer, got no {subject} ({name})")
 
 
 def check_finite(values: Tensor, name: str) -> None:

@@ -32,11 +32,13 @@ class WeightCollector(DataCollector):
             weight = space.target.detach()
             if not bool(torch.isfinite(weight).all()):
                 raise DataError(f"weights must be finite, got NaN or infinity ({module}.{target})")
-            shrink = None if space._scaler is None else space._scaler.shrink
-            blocks = weight[..., None] if shrink is None else shrink(weight, lambda block: block, keepdim=True)
+            if space._scaler is None:
+                blocks = weight[..., None]
+            else:
+                blocks = space._scaler.shrink(weight, lambda block: block, keepdim=True)
             cloud: Tensor = blocks.reshape(-1, blocks.shape[-1])
-            what = f"a cloud of {len(cloud)} points of {cloud.shape[1]} features"
-            check_memory(16 * cloud.numel(), what, f"{leaving_out()}, or choose by norms", f"{module}.{target}")
+            purpose = f"a cloud of {len(cloud)} points of {cloud.shape[1]} features"
+            check_memory(16 * cloud.numel(), purpose, f"{leaving_out()}, or choose by norms", f"{module}.{target}")
             return cloud.to("cpu", torch.float64)
 
         return context.collected(points)

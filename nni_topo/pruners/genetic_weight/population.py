@@ -45,13 +45,13 @@ class MaskedScores:
 
     def __call__(self, population: Iterable[BoolArray]) -> FloatArray:
         """Return the scores, shape ``(individuals,)``; DataError if one isn't a finite number."""
-        changed = [each for each in (*self.weights, *self.biases) if each is not None]
-        before = [each.detach().clone() for each in changed]
+        changed = [parameter for parameter in (*self.weights, *self.biases) if parameter is not None]
+        before = [parameter.detach().clone() for parameter in changed]
         scores = []
         try:
             for genes in population:
-                for each, value in zip(changed, before, strict=True):
-                    each.data.copy_(value)
+                for parameter, value in zip(changed, before, strict=True):
+                    parameter.data.copy_(value)
                 for weight, bias, mask in zip(self.weights, self.biases, split_genes(genes, self.weights), strict=True):
                     weight.data.mul_(mask)
                     if bias is not None:
@@ -60,8 +60,8 @@ class MaskedScores:
                 if not np.isfinite(scores[-1]):
                     raise DataError(f"an evaluation must return a finite number, got {scores[-1]} (genetic search)")
         finally:
-            for each, value in zip(changed, before, strict=True):
-                each.data.copy_(value)
+            for parameter, value in zip(changed, before, strict=True):
+                parameter.data.copy_(value)
         return np.array(scores)
 
 
@@ -100,20 +100,22 @@ class PopulationAccuracy:
 
     def __call__(self, population: Iterable[BoolArray]) -> FloatArray:
         """Return the accuracies, shape ``(individuals,)``, in [0, 1]."""
-        whole = [layer.weight for layer in self._layers]
+        layer_weights = [layer.weight for layer in self._layers]
         if not self._tails:
-            return MaskedScores(whole, [layer.bias for layer in self._layers], self._accuracy)(population)
+            return MaskedScores(layer_weights, [layer.bias for layer in self._layers], self._accuracy)(population)
         # Bytes per individual, roughly, in float32: three times the largest activation; masks and masked weights.
-        genes = sum(int(weight.numel()) for weight in whole)
-        each = 4 * (3 * max(tail.elements for tail in self._tails) + 2 * genes)
+        genes = sum(int(weight.numel()) for weight in layer_weights)
+        individual_bytes = 4 * (3 * max(tail.elements for tail in self._tails) + 2 * genes)
         # The population may be a generator: taking it in chunks bounds memory.
-        size = max(1, min(_LARGEST_CHUNK, self._max_bytes // each))
+        size = max(1, min(_LARGEST_CHUNK, self._max_bytes // individual_bytes))
         source, hits = iter(population), []
         while chunk := list(islice(source, size)):
-            masks_by_layer = zip(*(split_genes(genes, whole) for genes in chunk), strict=True)
-            total = torch.zeros(len(chunk), dtype=torch.int64, device=whole[0].device)
+            masks_by_layer = zip(*(split_genes(genes, layer_weights) for genes in chunk), strict=True)
+            total = torch.zeros(len(chunk), dtype=torch.int64, device=layer_weights[0].device)
             with torch.no_grad():
-                weights = [torch.stack(masks) * weight for weight, masks in zip(whole, masks_by_layer, strict=True)]
+                weights = []
+                for weight, masks in zip(layer_weights, masks_by_layer, strict=True):
+                    weights.append(torch.stack(masks) * weight)
                 for tail in self._tails:
                     total += (tail.logits(weights).argmax(2) == tail.labels).sum(1)
             hits.append(total.cpu().numpy())
@@ -136,9 +138,9 @@ class PopulationAccuracy:
         try:
             graph = without_side_effects(trace(self._model, arguments_of(inputs[:2])).graph_module)
             tails = [_Tail(graph, self._names, *batch) for batch in self._batches]
-            found = tails[0].logits([layer.weight[None] for layer in self._layers])[0]
+            logits = tails[0].logits([layer.weight[None] for layer in self._layers])[0]
             # The graph has only the branches that the traced batch took, and batched products are rounded differently.
-            if agree([expected], [found], SAME_CHANNELS):
+            if agree([expected], [logits], SAME_CHANNELS):
                 return tails
         # A model's own code may raise any of these when run in pieces; running masks one by one always works.
         except (SpeedupError, RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError):
@@ -160,18 +162,18 @@ class _Tail:
         if missing:
             raise KeyError(f"layers that the graph doesn't call: {missing}")
         dependent: set[Node] = set()
-        known: dict[Node, Any] = {}
+        constants: dict[Node, Any] = {}
         for node in nodes:
-            if self._is_masked(node) or any(other in dependent for other in node.all_input_nodes):
+            if self._is_masked(node) or any(operand in dependent for operand in node.all_input_nodes):
                 dependent.add(node)
             elif node.op == "placeholder":
-                known[node] = inputs
+                constants[node] = inputs
             else:
-                known[node] = self._compute(node, known)
+                constants[node] = self._compute(node, constants)
         self._nodes = [node for node in nodes if node in dependent]
         # Of the activations that no mask changes, keep only those that the masked part reads.
-        used = {other for node in self._nodes for other in node.all_input_nodes}
-        self._known = {node: value for node, value in known.items() if node in used}
+        used = {operand for node in self._nodes for operand in node.all_input_nodes}
+        self._known = {node: value for node, value in constants.items() if node in used}
         self.elements = 0  # of an individual's largest activation, once it has run
 
     def logits(self, weights: Sequence[Tensor]) -> Tensor:
@@ -210,14 +212,14 @@ class _Tail:
         return node.op == "call_module" and node.target in self._names
 
     def _compute(self, node: Node, values: Mapping[Node, Any]) -> Any:
-        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda other: values[other])
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda operand: values[operand])
         return getattr(self._run, node.op)(node.target, args, kwargs)
 
 
 def _logits(outputs: Any, labels: Tensor | None) -> Tensor:
     if not isinstance(outputs, Tensor) or outputs.dim() != 2:
-        found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise DataError(f"a classifier's output must be (samples, classes), got {found} (validation)")
+        got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise DataError(f"a classifier's output must be (samples, classes), got {got} (validation)")
     if labels is not None and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < outputs.shape[1]:
         raise DataError(f"labels must be below the {outputs.shape[1]} outputs, got {int(labels.max())} (validation)")
     return outputs

@@ -84,8 +84,9 @@ class GeneticMetric(MetricCalculator):
                 shown.update()
                 is_judged = is_judged or self._tell_if_constant(search)
         genes = search.genes(search.best())
-        kept = np.split(genes, np.cumsum([unit.blocks for unit in context.units])[:-1])
-        return context.keep({unit.name: own for unit, own in zip(context.units, kept, strict=True)})
+        genes_by_unit = np.split(genes, np.cumsum([unit.blocks for unit in context.units])[:-1])
+        unit_names = [unit.name for unit in context.units]
+        return context.keep(dict(zip(unit_names, genes_by_unit, strict=True)))
 
     def _tell_if_constant(self, search: WeightGeneticAlgorithm) -> bool:
         """Warn if all individuals of a generation are equally accurate; say whether any of them lost a weight."""
@@ -117,8 +118,10 @@ class GeneticMetric(MetricCalculator):
                     metric = metric[0]
                 return check_result("an evaluator's evaluating function", metric, "evaluator")
 
-        spaces = [context.target_spaces[name] for name in names]
-        biases = [each["bias"].target if "bias" in each else None for each in spaces]
+        biases = []
+        for name in names:
+            bias = context.target_spaces[name].get("bias")
+            biases.append(None if bias is None else bias.target)
         return MaskedScores(weights, biases, score)
 
 
@@ -219,7 +222,8 @@ class GeneticWeightPruner(StructuredPruner):
         import pandas
 
         evolution = self.calculator.evolution
-        return pandas.DataFrame([] if evolution is None else evolution.history, columns=HistoryRow._fields)
+        rows = [] if evolution is None else evolution.history
+        return pandas.DataFrame(rows, columns=HistoryRow._fields)
 
     def wrap_model(self) -> None:
         """Check the targets and make them active, then wrap the model."""

@@ -37,10 +37,10 @@ def check_ratio(create: Create) -> None:
     """Half of the filters and neurons are pruned, with their biases."""
     masks = _masks(create, _HALF)
     _require_masks(masks)
-    for name, kept in _KEPT.items():
+    for name, n_kept in _KEPT.items():
         rows = masks[name]["weight"].flatten(1)
         require(bool((rows == rows[:, :1]).all()), f"{name}: whole filters")
-        require(int(rows[:, 0].sum()) == kept, f"{name}: {kept} kept, got {int(rows[:, 0].sum())}")
+        require(int(rows[:, 0].sum()) == n_kept, f"{name}: {n_kept} kept, got {int(rows[:, 0].sum())}")
         require(torch.equal(masks[name]["bias"].flatten(), rows[:, 0]), f"{name}: bias mask follows the weight's")
 
 
@@ -54,7 +54,7 @@ def check_half_precision(create: Create) -> None:
     """A network in half precision gets the same masks as its copy in single precision."""
     for dtype in (torch.float16, torch.bfloat16):
         model = _AnyPrecision(toy_model()).to(dtype)
-        half, single = (_masks(create, _HALF, each) for each in (model, copy.deepcopy(model).float()))
+        half, single = (_masks(create, _HALF, net) for net in (model, copy.deepcopy(model).float()))
         require(_same(half, single), f"{dtype} is ranked as float32 is")
 
 
@@ -92,8 +92,8 @@ def check_global_group(create: Create) -> None:
     masks = _masks(create, [{**_HALF[0], "global_group_id": 1}])
     model: Any = toy_model()
     weights = [targets["weight"].expand_as(model.get_submodule(name).weight) for name, targets in masks.items()]
-    left = sum(float(mask.sum()) for mask in weights) / sum(mask.numel() for mask in weights)
-    require(0.5 <= left <= 0.7, f"a share in [0.3, 0.5] lost, got {1.0 - left:.3f}")
+    kept_share = sum(float(mask.sum()) for mask in weights) / sum(mask.numel() for mask in weights)
+    require(0.5 <= kept_share <= 0.7, f"a share in [0.3, 0.5] lost, got {1.0 - kept_share:.3f}")
     require(all(bool(mask.any()) for mask in weights), "every layer keeps something")
 
 
@@ -141,8 +141,8 @@ def check_scheduled(create: Create) -> None:
         scheduled = scheduler(create(model, _HALF, evaluator), interval_steps=2, total_times=3)
         _, masks = scheduled.compress(max_steps=8, max_epochs=None)
         scheduled.unwrap_model()
-        kept = {name: int(masks[name]["weight"].flatten(1)[:, 0].sum()) for name in masks}
-        require(kept == _KEPT, f"{scheduler.__name__}: half kept, got {kept}")
+        counts = {name: int(masks[name]["weight"].flatten(1)[:, 0].sum()) for name in masks}
+        require(counts == _KEPT, f"{scheduler.__name__}: half kept, got {counts}")
 
 
 def check_bad_requests(create: Create) -> None:
@@ -212,8 +212,8 @@ def _masks(create: Create, config_list: list[dict[str, Any]], model: ToyModel | 
     return masks
 
 
-def _same(one: Any, other: Any) -> bool:
-    return all(torch.equal(one[m][t].float(), other[m][t].float()) for m in other for t in other[m])
+def _same(masks: Any, expected: Any) -> bool:
+    return all(torch.equal(masks[m][t].float(), expected[m][t].float()) for m in expected for t in expected[m])
 
 
 def require(condition: bool, promise: str) -> None:

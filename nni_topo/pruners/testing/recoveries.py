@@ -32,19 +32,21 @@ Method = str | RecoveryMethod
 def check_same_shapes(method: Method) -> None:
     """The network keeps its shapes and has finite weights."""
     model = _model()
-    found = _recovered(model, method).model.state_dict()
+    state = _recovered(model, method).model.state_dict()
     shapes = {name: value.shape for name, value in model.state_dict().items()}
-    require({name: value.shape for name, value in found.items()} == shapes, "weights have the shapes that they had")
-    require(all(bool(torch.isfinite(value).all()) for value in found.values()), "weights are finite")
+    require({name: value.shape for name, value in state.items()} == shapes, "weights have the shapes that they had")
+    require(all(bool(torch.isfinite(value).all()) for value in state.values()), "weights are finite")
 
 
 def check_nothing_else_changes(method: Method) -> None:
     """The model, the masks and the global generators stay as they were."""
     model, masks = _model(), _masks()
-    before, asked = snapshot(model), copy.deepcopy(masks)
+    before, masks_before = snapshot(model), copy.deepcopy(masks)
     _recovered(model, method, masks)
     require_unchanged(before, model)
-    same = all(torch.equal(masks[name][target], mask) for name in asked for target, mask in asked[name].items())
+    same = all(
+        torch.equal(masks[name][target], mask) for name in masks_before for target, mask in masks_before[name].items()
+    )
     require(same, "masks stay as they were")
 
 
@@ -57,8 +59,8 @@ def check_repeatable(method: Method) -> None:
 def check_dense(method: Method) -> None:
     """The masked and the dense network compute the same."""
     masks, images = _masks(), toy_images(8)
-    found = _recovered(_model(), method, masks).model
-    dense, masked = dense_of(found, images, masks), masked_model(found, images, masks)
+    recovered = _recovered(_model(), method, masks).model
+    dense, masked = dense_of(recovered, images, masks), masked_model(recovered, images, masks)
     with torch.no_grad():
         same = agree([masked(images)], [dense(images)], SAME_CHANNELS)
     require(same, "the dense network computes what the masked one does")
@@ -73,8 +75,8 @@ def check_report(method: Method) -> None:
 
 def check_few_images(method: Method) -> None:
     """Fewer images than unknowns, none of them held out, give finite weights."""
-    found = _recovered(_model(), method, count=2).model.state_dict()
-    require(all(bool(torch.isfinite(value).all()) for value in found.values()), "finite weights from two images")
+    state = _recovered(_model(), method, count=2).model.state_dict()
+    require(all(bool(torch.isfinite(value).all()) for value in state.values()), "finite weights from two images")
 
 
 def check_no_constant(method: Method) -> None:
@@ -107,9 +109,9 @@ def _masks() -> dict[str, dict[str, Tensor]]:
     model, masks = toy_model(), {}
     for name in ("stem", "inner", "hidden"):
         layer: Any = model.get_submodule(name)
-        kept = (torch.arange(len(layer.weight)) % 2).to(layer.weight.dtype)
+        is_kept = (torch.arange(len(layer.weight)) % 2).to(layer.weight.dtype)
         view = [-1] + [1] * (layer.weight.dim() - 1)
-        masks[name] = {"weight": kept.view(view).expand_as(layer.weight).clone(), "bias": kept.clone()}
+        masks[name] = {"weight": is_kept.view(view).expand_as(layer.weight).clone(), "bias": is_kept.clone()}
     return masks
 
 

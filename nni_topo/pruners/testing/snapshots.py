@@ -83,9 +83,9 @@ def _content(value: Any, depth: int = 3) -> Any:
     if isinstance(value, np.ndarray):
         return value.dtype, value.shape, value.tobytes()
     if isinstance(value, dict):
-        return [(repr(key), _content(each, depth)) for key, each in value.items()]
+        return [(repr(key), _content(element, depth)) for key, element in value.items()]
     if isinstance(value, (list, tuple)):
-        return [_content(each, depth) for each in value]
+        return [_content(element, depth) for element in value]
     if callable(value) or not hasattr(value, "__dict__") or not depth:
         return repr(value)
     return _content(vars(value), depth - 1)
