@@ -26,5 +26,7 @@ def knee(costs: ArrayLike, losses: ArrayLike) -> int | None:
     x, y = (x - x.min()) / np.ptp(x), (y - y.min()) / np.ptp(y)
     start, end = int(x.argmin()), int(x.argmax())
     below = y[start] + (y[end] - y[start]) * x - y
-    found = first_largest(below, 1.0)
-    return found if below[found] > 1e-9 else None
+    index = first_largest(below, 1.0)
+    if below[index] <= 1e-9:
+        return None
+    return index

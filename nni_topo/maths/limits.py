@@ -47,7 +47,9 @@ def limit_of_bounded(mean: float, count: int, risk: float = RISK) -> float:
     if mean == 0.0:
         return -math.expm1(math.log(risk) / count)
     highest = math.nextafter(1.0, 0.0)
-    return highest if excess(highest) <= 0.0 else float(brentq(excess, mean, highest, xtol=1e-15))
+    if excess(highest) <= 0.0:
+        return highest
+    return float(brentq(excess, mean, highest, xtol=1e-15))
 
 
 def limit_of_mean(mean: float, deviation: float, count: int, risk: float = RISK) -> float:

@@ -129,14 +129,16 @@ class Chirp:
         if self.direction != "mean":
             return chirp(sizes, sweep=self.sweep, direction=self.direction)[None]
         along = chirp(sizes, sweep=self.sweep, direction="diagonal")
-        found = []
+        planes = []
         for signs in itertools.product((False, True), repeat=len(sizes)):
             mirrored = tuple(axis for axis, sign in enumerate(signs) if sign)
-            found.append(np.flip(along, mirrored))
-        for axis, size in enumerate(sizes if len(sizes) > 1 else ()):
+            planes.append(np.flip(along, mirrored))
+        if len(sizes) == 1:
+            return np.stack(planes)
+        for axis, size in enumerate(sizes):
             line = chirp((size,), sweep=self.sweep, direction="diagonal")
             varying = [1] * len(sizes)
             varying[axis] = size
             plane = np.broadcast_to(line.reshape(varying), sizes)
-            found += [plane, np.flip(plane, axis)]
-        return np.stack(found)
+            planes += [plane, np.flip(plane, axis)]
+        return np.stack(planes)

@@ -52,7 +52,9 @@ def leveled(values: ArrayLike, scale: float = 0.0) -> FloatArray:
     # From the largest on, each value replaces those that lie below it by at most 1e-6 of it, or by 1e-12 of `scale` or
     # of the largest absolute value. Values without near ties are returned unchanged.
     numbers = np.array(values, dtype=np.float64)
-    for row in numbers.reshape(-1, numbers.shape[-1]) if numbers.size else ():
+    if not numbers.size:
+        return numbers
+    for row in numbers.reshape(-1, numbers.shape[-1]):
         order = np.argsort(-row, kind="stable")
         falling = row[order]
         largest = max(scale, abs(float(falling[0])), abs(float(falling[-1])))
@@ -81,16 +83,18 @@ class Levels:
     """Levels values of successive calls: each becomes the earlier value that it counts as equal to."""
 
     def __init__(self) -> None:
-        self._known: list[float] = []
+        self._levels: list[float] = []
 
     def __call__(self, values: Iterable[float]) -> list[float]:
         """Return finite values, leveled among themselves and with all earlier ones."""
         settled = []
         for value in map(float, values):
-            place = bisect_left(self._known, value)
-            neighbours = self._known[max(place - 1, 0) : place + 1]
-            equal = [known for known in neighbours if abs(known - value) <= RELATIVE * max(abs(known), abs(value))]
-            if not equal:
-                self._known.insert(place, value)
-            settled.append(equal[0] if equal else value)
+            place = bisect_left(self._levels, value)
+            neighbours = self._levels[max(place - 1, 0) : place + 1]
+            equal = [level for level in neighbours if abs(level - value) <= RELATIVE * max(abs(level), abs(value))]
+            if equal:
+                settled.append(equal[0])
+            else:
+                self._levels.insert(place, value)
+                settled.append(value)
         return settled

@@ -109,15 +109,15 @@ def partition(
         warnings.simplefilter("ignore", ConvergenceWarning)
         warnings.filterwarnings("ignore", message="Graph is not fully connected", category=UserWarning)
         if algorithm == "kmeans":
-            found = cluster.KMeans(count, n_init=_STARTS, random_state=seed).fit(points.astype(np.float32)).labels_
+            labels = cluster.KMeans(count, n_init=_STARTS, random_state=seed).fit(points.astype(np.float32)).labels_
         elif algorithm == "ward":
-            found = cluster.AgglomerativeClustering(count, linkage="ward").fit(points).labels_
+            labels = cluster.AgglomerativeClustering(count, linkage="ward").fit(points).labels_
         elif algorithm == "spectral":
-            found = _spectral_labels(points, count, seed, graph)
+            labels = _spectral_labels(points, count, seed, graph)
         elif algorithm == "dbscan":
-            found = _density_labels(points, count)
+            labels = _density_labels(points, count)
         elif (points == points[0]).all():  # their variance is zero but for rounding, and is divided by below
-            found = np.zeros(len(points), dtype=np.intp)
+            labels = np.zeros(len(points), dtype=np.intp)
         else:
             scaled = points / np.sqrt(points.var(0).sum() / points.shape[1])
             kind = "spherical"
@@ -127,8 +127,8 @@ def partition(
             model = mixture.GaussianMixture(
                 count, covariance_type=kind, n_init=_STARTS, random_state=seed, reg_covar=_LEAST_VARIANCE
             )
-            found = model.fit_predict(scaled)
-    return renumbered(found)
+            labels = model.fit_predict(scaled)
+    return renumbered(labels)
 
 
 def renumbered(labels: IntArray) -> IntArray:

@@ -77,7 +77,9 @@ class Growth:
         block = self._block(covariance, members)
         offset = 0 if self.diagonal or len(members) == 1 else 1
         values: FloatArray = block[np.triu_indices(len(members), offset)]
-        return np.abs(values) if self.absolute else values
+        if self.absolute:
+            values = np.abs(values)
+        return values
 
     def variance(self, covariance: FloatArray, members: IntArray) -> float:
         """Return the statistic of a cluster that is compared with the threshold."""
@@ -201,8 +203,8 @@ def hoh_threshold(
     if not all(np.isfinite(v).all() for v in values):
         raise DataError("covariances must be finite, got NaN or infinity (HoH)")
     edges = np.empty(len(values))
-    for place, given in enumerate(values):
-        inner = np.asarray(given, dtype=np.float64)
+    for place, covariances in enumerate(values):
+        inner = np.asarray(covariances, dtype=np.float64)
         edges[place] = inner.max()
         if _spreads(inner.min(), inner.max()):
             counts, borders = _histogram(inner, bins)
@@ -268,10 +270,13 @@ def grow(
             f"points and covariance must have the same nodes, got {points.shape} and {covariance.shape} (grow)"
         )
     most = len(points) if at_most is None else at_most
-    labels = partition(points, min(initial, most) if initial <= len(points) else initial, seed=seed)
-    found = [np.flatnonzero(labels == label) for label in range(labels.max() + 1)]
+    # More clusters than points are an error of partition.
+    if initial <= len(points):
+        initial = min(initial, most)
+    labels = partition(points, initial, seed=seed)
+    first_clusters = [np.flatnonzero(labels == label) for label in range(labels.max() + 1)]
     if threshold is None:
-        threshold = growth.threshold(covariance, found, energy)
+        threshold = growth.threshold(covariance, first_clusters, energy)
     clusters: list[Cluster] = []
 
     def add(members: IntArray, parent: int | None) -> None:
@@ -279,7 +284,7 @@ def grow(
         waiting.append(len(clusters) - 1)
 
     waiting: list[int] = []  # numbers of the clusters that may be split
-    for members in found:
+    for members in first_clusters:
         add(members, None)
     leaves = len(clusters)
     while leaves < most:

@@ -27,26 +27,29 @@ class NormalEquations:
     # Memory is ``groups * unknowns * (unknowns + outputs)`` float64 and as much again while solving, whatever the
     # number of samples. While there are fewer samples than unknowns, the samples are kept instead.
 
-    def __init__(self, known: NormalEquations | None = None) -> None:
-        # `known`: equations of the same inputs, whose products and factors are used here, too.
+    def __init__(self, source: NormalEquations | None = None) -> None:
+        # `source`: equations of the same inputs, whose products and factors are used here, too.
         self.samples = 0
         self._rows: list[tuple[Tensor, Tensor]] | None = []  # inputs and residuals; None once products are summed
         self._sums: dict[str, Tensor] = {}
         self._parts: tuple[NormalEquations, ...] = ()  # equations whose products of inputs add up to these
         # By number of samples: ridge, intercept and factor of the last solution.
-        self._factors: dict[int, tuple[float, bool, _Factor]] = {} if known is None else known._factors
+        self._factors: dict[int, tuple[float, bool, _Factor]] = {}
         # For few samples, by their number and whether they are centred: tensors that don't depend on the ridge.
-        self._few: dict[tuple[int, bool], tuple[Tensor, Tensor, Tensor]] = {} if known is None else known._few
-        self._known = known is not None and known._rows is None
-        if known is not None and self._known:
-            self._rows, self._sums["xx"] = None, known.sums["xx"]
+        self._few: dict[tuple[int, bool], tuple[Tensor, Tensor, Tensor]] = {}
+        self._shares_products = False
+        if source is not None:
+            self._factors, self._few = source._factors, source._few
+            if source._rows is None:
+                self._rows, self._sums["xx"] = None, source.sums["xx"]
+                self._shares_products = True
 
     @classmethod
     def of(cls, samples: int, sums: dict[str, Tensor]) -> NormalEquations:
         """Make equations from sums over so many samples."""
-        found = cls()
-        found.samples, found._sums, found._rows = samples, sums, None
-        return found
+        equations = cls()
+        equations.samples, equations._sums, equations._rows = samples, sums, None
+        return equations
 
     @property
     def sums(self) -> dict[str, Tensor]:
@@ -54,7 +57,7 @@ class NormalEquations:
         # x, y and r: of inputs, residuals and references; yy and rr: of squares; xx and xy: of products, (groups,
         # unknowns, unknowns) and (groups, unknowns, outputs).
         if self._rows:
-            inputs, residuals = self._joined()
+            inputs, residuals = self._join_samples()
             self._rows = None
             self._multiply(inputs, residuals)
         if self._parts:
@@ -76,7 +79,7 @@ class NormalEquations:
             _ = self.sums  # rows of earlier batches are multiplied
             self._rows = None
             self._accumulate("x", inputs.total())
-            if not self._known:
+            if not self._shares_products:
                 self._accumulate("xx", inputs.products())
             self._accumulate("xy", inputs.cross(residuals))
             return
@@ -89,24 +92,27 @@ class NormalEquations:
         if self.samples >= self.unknowns:
             _ = self.sums
 
-    def merged(self, other: NormalEquations) -> NormalEquations:
+    def combine(self, more: NormalEquations) -> NormalEquations:
         """Return the equations of all samples of both."""
-        if not (self.samples and other.samples):
-            return self if self.samples else other
-        whole = NormalEquations()
-        whole.samples, whole._factors, whole._few = self.samples + other.samples, self._factors, self._few
-        if self._rows and other._rows and whole.samples < self.unknowns:
-            whole._rows = [*self._rows, *other._rows]
+        if not self.samples:
+            return more
+        if not more.samples:
+            return self
+        total = NormalEquations()
+        total.samples = self.samples + more.samples
+        total._factors, total._few = self._factors, self._few
+        if self._rows and more._rows and total.samples < self.unknowns:
+            total._rows = [*self._rows, *more._rows]
         else:
-            whole._rows, whole._parts = None, (self, other)
-        for each in (self, other):
-            for name, total in each._sums.items():
-                if name != "xx" and (name != "xy" or whole._rows is None):
-                    whole._accumulate(name, total.clone())
-            if each._rows and whole._rows is None:
-                inputs, residuals = each._joined()
-                whole._accumulate("xy", inputs.mT @ residuals)
-        return whole
+            total._rows, total._parts = None, (self, more)
+        for equations in (self, more):
+            for name, summed in equations._sums.items():
+                if name != "xx" and (name != "xy" or total._rows is None):
+                    total._accumulate(name, summed.clone())
+            if equations._rows and total._rows is None:
+                inputs, residuals = equations._join_samples()
+                total._accumulate("xy", inputs.mT @ residuals)
+        return total
 
     @property
     def unknowns(self) -> int:
@@ -116,8 +122,8 @@ class NormalEquations:
     def is_finite(self) -> bool:
         """Tell whether no sample was NaN or infinite."""
         # NaN and infinity show in the plain sums; products can overflow even if these are finite.
-        own = [self._sums["xx"].diagonal(dim1=1, dim2=2)] if "xx" in self._sums else []
-        totals = [total for name, total in self._sums.items() if name != "xx"] + own
+        input_squares = [self._sums["xx"].diagonal(dim1=1, dim2=2)] if "xx" in self._sums else []
+        totals = [total for name, total in self._sums.items() if name != "xx"] + input_squares
         return all(bool(torch.isfinite(total).all()) for total in totals)
 
     def covariances(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,25 +133,27 @@ class NormalEquations:
         """
         sums = self.sums
         x, y = sums["x"] / self.samples, sums["y"] / self.samples
-        own = sums.pop("xx").div_(self.samples).baddbmm_(x.unsqueeze(2), x.unsqueeze(1), alpha=-1)
+        input_covariances = sums.pop("xx").div_(self.samples).baddbmm_(x.unsqueeze(2), x.unsqueeze(1), alpha=-1)
         across = sums.pop("xy").div_(self.samples).baddbmm_(x.unsqueeze(2), y.unsqueeze(1), alpha=-1)
-        return own, across, sums["yy"] / self.samples - y.square()
+        return input_covariances, across, sums["yy"] / self.samples - y.square()
 
     def centred(self) -> tuple[Tensor, Tensor]:
         """Return inputs and residuals minus their means; needs fewer samples than unknowns."""
-        inputs, residuals = self._joined()
+        inputs, residuals = self._join_samples()
         return inputs - inputs.mean(1, keepdim=True), residuals - residuals.mean(1, keepdim=True)
 
     def solve(self, ridge: float, *, intercept: bool) -> Solution | None:
         """Solve by Cholesky decomposition, with a ridge as a share of each input's variance; None if that fails."""
         # Never zero: collinear inputs are common, and have no Cholesky factor without a ridge.
         ridge = max(ridge, _LEAST_RIDGE)
-        found = self._solve_few(ridge, intercept) if self._rows else self._solve_many(ridge, intercept)
-        if found is None:
+        solution = self._solve_few(ridge, intercept) if self._rows else self._solve_many(ridge, intercept)
+        if solution is None:
             return None
-        weights, error = found
+        weights, error = solution
         shift = (self._sums["y"] - (self._sums["x"].unsqueeze(1) @ weights).squeeze(1)) / self.samples
-        return Solution(weights, shift if intercept else torch.zeros_like(shift), max(error, 0.0))
+        if not intercept:
+            shift = torch.zeros_like(shift)
+        return Solution(weights, shift, max(error, 0.0))
 
     def factors(self) -> dict[int, tuple[float, bool, _Factor]]:
         """Return a copy of the cached factors, for `take_factors` after other ridges were tried."""
@@ -167,23 +175,27 @@ class NormalEquations:
         if not (bool(weights.any()) or bool(shift.any())):
             return float(self._sums["yy"].sum())
         if self._rows:
-            inputs, residuals = self._joined()
+            inputs, residuals = self._join_samples()
             return float((residuals - inputs @ weights - shift.unsqueeze(1)).square().sum())
         sums = self.sums
         # The squared error, expanded into the sums; rounding can make it negative.
         predicted = (weights * (sums["xx"] @ weights)).sum(1) + self.samples * shift.square()
         predicted += 2.0 * shift * (sums["x"].unsqueeze(1) @ weights).squeeze(1)
-        met = (weights * sums["xy"]).sum(1) + shift * sums["y"]
-        return max(float((sums["yy"] - 2.0 * met + predicted).sum()), 0.0)
+        projection = (weights * sums["xy"]).sum(1) + shift * sums["y"]
+        return max(float((sums["yy"] - 2.0 * projection + predicted).sum()), 0.0)
 
     def relative_error(self, solution: Solution) -> float:
         """Return the error of a solution as a share of the references' variance; NaN without samples."""
-        return self.share(self.squared_error(solution)) if self.samples else math.nan
+        if not self.samples:
+            return math.nan
+        return self.share(self.squared_error(solution))
 
     def share(self, error: float) -> float:
         """Return a sum of squared errors as a share of the references' variance."""
         variance = float((self._sums["rr"] - self._sums["r"].square() / self.samples).sum())
-        return error / variance if variance > 0.0 else float(error > 0.0)
+        if variance > 0.0:
+            return error / variance
+        return float(error > 0.0)
 
     def _solve_many(self, ridge: float, intercept: bool) -> tuple[Tensor, float] | None:
         """Solve from products: weights and the sum of squared errors."""
@@ -192,9 +204,9 @@ class NormalEquations:
         if intercept:
             cross = cross.baddbmm(means.unsqueeze(2), sums["y"].unsqueeze(1), alpha=-1)
             squares = squares - sums["y"].square() / self.samples
-        known = self._factors.pop(self.samples, None)
-        if known and known[:2] == (ridge, intercept):
-            factor = known[2]
+        cached = self._factors.pop(self.samples, None)
+        if cached and cached[:2] == (ridge, intercept):
+            factor = cached[2]
         else:
             matrix = self._products()
             # A view: centring turns it from sums of squares into sums about the means; `floor` is computed before.
@@ -219,12 +231,12 @@ class NormalEquations:
         scales = factor.scale.unsqueeze(2)
         weights = _solved(factor.lower, cross * scales).mul_(scales)
         # By the equations, `xx` times the weights is `cross` minus the penalty times the weights.
-        met = torch.linalg.vecdot(weights.flatten(), (cross + factor.penalty.unsqueeze(2) * weights).flatten())
-        return weights, float(squares.sum() - met)
+        projection = torch.linalg.vecdot(weights.flatten(), (cross + factor.penalty.unsqueeze(2) * weights).flatten())
+        return weights, float(squares.sum() - projection)
 
     def _solve_few(self, ridge: float, intercept: bool) -> tuple[Tensor, float] | None:
         """Solve the dual problem, with one number per sample, for few samples; the solution is the same."""
-        inputs, residuals = self._joined()
+        inputs, residuals = self._join_samples()
         if intercept:
             residuals = residuals - residuals.mean(1, keepdim=True)
         if (self.samples, intercept) not in self._few:
@@ -242,24 +254,29 @@ class NormalEquations:
         if bool(info.any()):
             return None
         # ``(X'X + 1)^-1 X'Y = X'(XX' + 1)^-1 Y``, and ``(XX' + 1)^-1 Y`` is the error itself.
-        left = _solved(lower, residuals)
-        return (scaled.mT @ left).mul_(scale.mT / ridge), float(left.square().sum())
+        errors = _solved(lower, residuals)
+        return (scaled.mT @ errors).mul_(scale.mT / ridge), float(errors.square().sum())
 
     def _products(self) -> Tensor:
         """Return the sums of products of inputs, which may be changed in place."""
         if self._parts:
-            one, other = self._parts
-            return one._products().add_(other._read_products())
+            first, second = self._parts
+            return first._products().add_(second._read_products())
         products = self._read_products()
-        return products.clone() if products is self._sums.get("xx") else products
+        if products is self._sums.get("xx"):
+            products = products.clone()
+        return products
 
     def _read_products(self) -> Tensor:
         """Return the sums of products of inputs, which mustn't be changed."""
         if self._parts:
             return self._products()
-        return symmetric(self._joined()[0]) if self._rows else self._sums["xx"]
+        if self._rows:
+            inputs, _ = self._join_samples()
+            return symmetric(inputs)
+        return self._sums["xx"]
 
-    def _joined(self) -> tuple[Tensor, Tensor]:
+    def _join_samples(self) -> tuple[Tensor, Tensor]:
         """Return all samples that are kept: inputs and residuals, (groups, samples, ...)."""
         if self._rows and len(self._rows) > 1:
             inputs, residuals = zip(*self._rows, strict=True)
@@ -268,12 +285,15 @@ class NormalEquations:
         return self._rows[0]
 
     def _multiply(self, inputs: Tensor, residuals: Tensor) -> None:
-        if not self._known:
+        if not self._shares_products:
             self._accumulate("xx", symmetric(inputs))
         self._accumulate("xy", inputs.mT @ residuals)
 
     def _accumulate(self, name: str, total: Tensor) -> None:
-        self._sums[name] = self._sums[name].add_(total) if name in self._sums else total
+        if name in self._sums:
+            self._sums[name].add_(total)
+        else:
+            self._sums[name] = total
 
 
 def symmetric(rows: Tensor) -> Tensor:
@@ -282,8 +302,9 @@ def symmetric(rows: Tensor) -> Tensor:
         return rows.mT @ rows
     # NumPy sees that both factors are one matrix and computes half of the symmetric product; PyTorch computes it all.
     with np.errstate(invalid="ignore", over="ignore"):
-        products = [each.T @ each for each in rows.numpy()]
-    return torch.from_numpy(np.stack(products) if len(products) > 1 else products[0][None])
+        products = [matrix.T @ matrix for matrix in rows.numpy()]
+    stacked = np.stack(products) if len(products) > 1 else products[0][None]
+    return torch.from_numpy(stacked)
 
 
 @dataclass(frozen=True)
@@ -299,8 +320,8 @@ def _solved(lower: Tensor, values: Tensor) -> Tensor:
     """Solve equations by their Cholesky factor."""
     # As `torch.cholesky_solve`, which copies the factor first.
     half = torch.linalg.solve_triangular(lower, values, upper=False)
-    found: Tensor = torch.linalg.solve_triangular(lower.mT, half, upper=True)
-    return found
+    solution: Tensor = torch.linalg.solve_triangular(lower.mT, half, upper=True)
+    return solution
 
 
 def _penalty(squares: Tensor, ridge: float) -> Tensor:
@@ -327,35 +348,38 @@ class Fit:
     held_out: float  # error on the held-out samples of the solution from the others; NaN if none are held out
 
 
-def fit(learned: NormalEquations, held: NormalEquations, ridge: float | None, *, intercept: bool) -> Fit:
+def fit(learned: NormalEquations, validation: NormalEquations, ridge: float | None, *, intercept: bool) -> Fit:
     """Choose a ridge, if None is given, on the held-out samples, and solve on all."""
-    chosen, held_out = _choose(learned, held, ridge, intercept=intercept)
-    whole = learned.merged(held)
-    found = whole.solve(chosen, intercept=intercept) if chosen < math.inf else None
-    before = whole.relative_error(whole.unchanged())
-    if found is None:
-        return Fit(whole.unchanged(), chosen, before, before, held_out)
-    return Fit(found, chosen, before, whole.share(found.error), held_out)
+    chosen, held_out = _choose(learned, validation, ridge, intercept=intercept)
+    equations = learned.combine(validation)
+    solution = equations.solve(chosen, intercept=intercept) if chosen < math.inf else None
+    before = equations.relative_error(equations.unchanged())
+    if solution is None:
+        return Fit(equations.unchanged(), chosen, before, before, held_out)
+    return Fit(solution, chosen, before, equations.share(solution.error), held_out)
 
 
-def fit_by(solve: Callable[[NormalEquations], Solution], learned: NormalEquations, held: NormalEquations) -> Fit:
-    """Solve by a rule without a ridge: from ``learned``, to measure the error on ``held``, then from all samples."""
-    held_out = held.relative_error(solve(learned)) if held.samples else math.nan
-    whole = learned.merged(held)
-    found = solve(whole)
-    return Fit(found, 0.0, whole.relative_error(whole.unchanged()), whole.relative_error(found), held_out)
+def fit_by(solve: Callable[[NormalEquations], Solution], learned: NormalEquations, validation: NormalEquations) -> Fit:
+    """Solve by a rule without a ridge: from ``learned``, for the error on ``validation``, then from all samples."""
+    held_out = validation.relative_error(solve(learned)) if validation.samples else math.nan
+    equations = learned.combine(validation)
+    solution = solve(equations)
+    before = equations.relative_error(equations.unchanged())
+    return Fit(solution, 0.0, before, equations.relative_error(solution), held_out)
 
 
 def _choose(
-    learned: NormalEquations, held: NormalEquations, ridge: float | None, *, intercept: bool
+    learned: NormalEquations, validation: NormalEquations, ridge: float | None, *, intercept: bool
 ) -> tuple[float, float]:
     """Return the ridge with the smallest error on held-out samples, and the error."""
-    if not held.samples:
-        return (GRID[_FIRST_TRIED] if ridge is None else ridge), math.nan
-    nothing = held.relative_error(held.unchanged())
+    if not validation.samples:
+        return GRID[_FIRST_TRIED] if ridge is None else ridge, math.nan
+    nothing = validation.relative_error(validation.unchanged())
     if ridge is not None:
         solution = learned.solve(ridge, intercept=intercept)
-        return (math.inf, nothing) if solution is None else (ridge, held.relative_error(solution))
+        if solution is None:
+            return math.inf, nothing
+        return ridge, validation.relative_error(solution)
     # Downhill along the grid, to smaller ridges first; the factor of the best one is kept.
     best, least = _FIRST_TRIED, math.inf
 
@@ -363,7 +387,7 @@ def _choose(
         nonlocal best, least
         factors = learned.factors()
         solution = learned.solve(GRID[tried], intercept=intercept)
-        error = math.inf if solution is None else held.relative_error(solution)
+        error = math.inf if solution is None else validation.relative_error(solution)
         if error < least:
             best, least = tried, error
             return True
@@ -377,4 +401,6 @@ def _choose(
             pass
         if best != _FIRST_TRIED:
             break
-    return (GRID[best], least) if least < nothing else (math.inf, nothing)
+    if least < nothing:
+        return GRID[best], least
+    return math.inf, nothing

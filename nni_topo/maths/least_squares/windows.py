@@ -84,11 +84,11 @@ class Windows:
         if not weights.shape[2]:
             return weights.new_zeros(len(weights), self.sequences.shape[1] * self.positions, 0)
         kernels = weights.mT.unflatten(2, (-1, self.kernel))
-        found = [
-            functional.conv1d(own, kernel, dilation=self.dilation)
-            for own, kernel in zip(self.sequences, kernels, strict=True)
+        products = [
+            functional.conv1d(sequences, kernel, dilation=self.dilation)
+            for sequences, kernel in zip(self.sequences, kernels, strict=True)
         ]
-        return torch.stack(found).transpose(2, 3).flatten(1, 2)
+        return torch.stack(products).transpose(2, 3).flatten(1, 2)
 
     def cross(self, values: Tensor) -> Tensor:
         """Return ``rows.mT @ values`` for values (groups, rows, outputs): (groups, columns, outputs)."""
@@ -97,11 +97,11 @@ class Windows:
             return values.new_zeros(groups, self.columns, 0)
         # As a convolution of channels, in which entries are summed over: pixels, and the kernel is the values.
         by_output = values.unflatten(1, (entries, self.positions)).permute(0, 3, 1, 2)
-        found = [
-            functional.conv1d(own.transpose(0, 1), kernel, dilation=1)[..., :: self.dilation]
-            for own, kernel in zip(self.sequences, by_output, strict=True)
+        products = [
+            functional.conv1d(sequences.transpose(0, 1), kernel, dilation=1)[..., :: self.dilation]
+            for sequences, kernel in zip(self.sequences, by_output, strict=True)
         ]
-        return torch.stack(found).permute(0, 1, 3, 2).flatten(1, 2)
+        return torch.stack(products).permute(0, 1, 3, 2).flatten(1, 2)
 
 
 def windows_pay(kernel: int, channels: int, outputs: int, entries: int, positions: int, sampled: int) -> bool:

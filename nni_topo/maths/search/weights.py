@@ -90,8 +90,10 @@ class WeightSearch:
     @property
     def damage_range(self) -> tuple[float, float]:
         """Lowest and highest damage rate."""
-        low, high = self.damage_rate if isinstance(self.damage_rate, Sequence) else (self.damage_rate,) * 2
-        return low, high
+        if isinstance(self.damage_rate, Sequence):
+            low, high = self.damage_rate
+            return low, high
+        return self.damage_rate, self.damage_rate
 
 
 class HistoryRow(NamedTuple):
@@ -140,9 +142,9 @@ class GeneLayer:
 
     def drop_random(self, alive: BoolArray, rate: float, rng: np.random.Generator) -> None:
         """Remove a share of the remaining weights at random."""
-        kept = int(np.count_nonzero(alive))
-        count = min(max(1, int(rate * kept)), kept - self.least)
-        alive[random_subset(alive, kept, count, rng)] = False
+        remaining = int(np.count_nonzero(alive))
+        count = min(max(1, int(rate * remaining)), remaining - self.least)
+        alive[random_subset(alive, remaining, count, rng)] = False
 
     def revive(self, alive: BoolArray) -> None:
         """Restore the strongest removed weights until enough weights stay."""
@@ -152,19 +154,21 @@ class GeneLayer:
             alive[removed[self.magnitudes[removed].argsort(kind="stable")[-missing:]]] = True
 
 
-def random_subset(alive: BoolArray, kept: int, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Draw ``count`` of the ``kept`` set positions, all subsets equally likely; indices of shape (count,)."""
-    if 4 * count > kept:
+def random_subset(alive: BoolArray, remaining: int, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Draw ``count`` of the ``remaining`` set positions, all subsets equally likely; indices of shape (count,)."""
+    if 4 * count > remaining:
         return rng.choice(np.flatnonzero(alive), count, replace=False, shuffle=False)
     # Small shares are drawn by rejection, which doesn't look at every gene.
-    found = np.zeros(0, dtype=np.int64)
-    while len(found) < count:
-        draws = rng.integers(len(alive), size=16 + (count - len(found)) * len(alive) // kept)
-        found = np.concatenate((found, draws[alive[draws]]))
-        found.sort()
+    positions = np.zeros(0, dtype=np.int64)
+    while len(positions) < count:
+        draws = rng.integers(len(alive), size=16 + (count - len(positions)) * len(alive) // remaining)
+        positions = np.concatenate((positions, draws[alive[draws]]))
+        positions.sort()
         # NumPy's own ``unique``, which hashes, takes several times as long.
-        found = found[np.diff(found, prepend=-1) > 0]
-    return rng.permutation(found)[:count] if len(found) > count else found
+        positions = positions[np.diff(positions, prepend=-1) > 0]
+    if len(positions) > count:
+        positions = rng.permutation(positions)[:count]
+    return positions
 
 
 class WeightGeneticAlgorithm(GeneticAlgorithm):
@@ -230,9 +234,9 @@ class WeightGeneticAlgorithm(GeneticAlgorithm):
                 # fittest.
                 drawn = self.rng.choice(self.population_size - 1, self.tournament_size, replace=False)
                 nearest = int(drawn.min())
-                other = self.current_generation[nearest + (nearest >= place)]
-                partner = other.number
-                self._cross(alive, other)
+                mate = self.current_generation[nearest + (nearest >= place)]
+                partner = mate.number
+                self._cross(alive, mate)
             for layer, part in self._parts(alive):
                 layer.revive(part)
             if self.rng.random() < self.settings.weakest_probability:
@@ -276,11 +280,11 @@ class WeightGeneticAlgorithm(GeneticAlgorithm):
         child.compression = 1.0 - np.count_nonzero(alive) / self.size
         return child
 
-    def _cross(self, alive: BoolArray, other: Individual) -> None:
-        """Copy the other's genes between two random cuts into an individual's genes."""
+    def _cross(self, alive: BoolArray, mate: Individual) -> None:
+        """Copy the mate's genes between two random cuts into an individual's genes."""
         first, second = np.sort(self.rng.choice(self.size + 1, 2, replace=False)).tolist()
         start = first // 8
-        chunk = np.unpackbits(other.genes[start : -(-second // 8)]).view(np.bool_)
+        chunk = np.unpackbits(mate.genes[start : -(-second // 8)]).view(np.bool_)
         alive[first:second] = chunk[first - 8 * start : second - 8 * start]
 
     def _parts(self, alive: BoolArray) -> Iterator[tuple[GeneLayer, BoolArray]]:

@@ -20,34 +20,34 @@ DEGREE = whole(0)  # of homology
 ORDER = number(1.0)  # of Wasserstein distances
 
 
-def _as_floats(values: ArrayLike, what: str) -> FloatArray:
+def _as_floats(values: ArrayLike, subject: str) -> FloatArray:
     if isinstance(values, Tensor):
         values = values.detach().to("cpu", float64).numpy()
     try:
         return np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise DataError(f"{what} must be real numbers, got {type(values).__name__}: {error}") from error
+        raise DataError(f"{subject} must be real numbers, got {type(values).__name__}: {error}") from error
 
 
-def _require_finite(values: FloatArray, what: str) -> None:
+def _require_finite(values: FloatArray, subject: str) -> None:
     if not np.isfinite(values).all():
         place = tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])
-        raise DataError(f"{what} must be finite, got {values[place]} at index {place}")
+        raise DataError(f"{subject} must be finite, got {values[place]} at index {place}")
 
 
-def as_points(points: ArrayLike, what: str = "points") -> FloatArray:
+def as_points(points: ArrayLike, subject: str = "points") -> FloatArray:
     """Return a point cloud, or any matrix, as float64 of shape (n, features), finite and not empty."""
-    return as_tensor(points, what, 2, "be a matrix with at least one row and column")
+    return as_tensor(points, subject, 2, "be a matrix with at least one row and column")
 
 
 def as_tensor(
-    values: ArrayLike, what: str, most: float = np.inf, rule: str = "have two or more dimensions, none of them empty"
+    values: ArrayLike, subject: str, most: float = np.inf, rule: str = "have two or more dimensions, none of them empty"
 ) -> FloatArray:
     """Return a tensor of two to so many dimensions as float64, finite and not empty."""
-    tensor = _as_floats(values, what)
+    tensor = _as_floats(values, subject)
     if not 2 <= tensor.ndim <= most or 0 in tensor.shape:
-        raise DataError(f"{what} must {rule}, got shape {tensor.shape}")
-    _require_finite(tensor, what)
+        raise DataError(f"{subject} must {rule}, got shape {tensor.shape}")
+    _require_finite(tensor, subject)
     return tensor
 
 
@@ -68,10 +68,10 @@ def as_distances(distances: ArrayLike) -> FloatArray:
     return matrix
 
 
-def as_index(index: int, size: int, what: str) -> int:
+def as_index(index: int, size: int, subject: str) -> int:
     """Return a point's index in [0, size)."""
     if not 0 <= index < size:
-        raise DataError(f"{what} must be a point's index in [0, {size}), got {index}")
+        raise DataError(f"{subject} must be a point's index in [0, {size}), got {index}")
     return int(index)
 
 
@@ -93,15 +93,15 @@ def as_subsets(subsets: ArrayLike, size: int, base: int | None = None) -> BoolAr
     return np.ascontiguousarray(masks)
 
 
-def as_diagram(diagram: ArrayLike, what: str) -> FloatArray:
+def as_diagram(diagram: ArrayLike, subject: str) -> FloatArray:
     """Return a persistence diagram as float64 (n, 2): finite births, deaths >= births, inf allowed."""
-    bars = _as_floats(diagram, what)
+    bars = _as_floats(diagram, subject)
     if bars.size == 0:
         return np.empty((0, 2))
     if bars.ndim != 2 or bars.shape[1] != 2:
-        raise DataError(f"{what} must have shape (n, 2), got {bars.shape}")
+        raise DataError(f"{subject} must have shape (n, 2), got {bars.shape}")
     wrong = np.flatnonzero(~(np.isfinite(bars[:, 0]) & (bars[:, 1] >= bars[:, 0])))
     if wrong.size:
         row = int(wrong[0])
-        raise DataError(f"{what} must have finite births and deaths >= births, got {bars[row]} in row {row}")
+        raise DataError(f"{subject} must have finite births and deaths >= births, got {bars[row]} in row {row}")
     return bars

@@ -110,8 +110,8 @@ def _split(a: ArrayLike, b: ArrayLike) -> tuple[FloatArray, FloatArray, FloatArr
         endless = np.isinf(bars[:, 1])
         finite.append(bars[~endless & (bars[:, 1] > bars[:, 0])])
         births.append(np.sort(bars[endless, 0]))
-    same = len(births[0]) == len(births[1])
-    return finite[0], finite[1], np.abs(births[0] - births[1]) if same else None
+    gaps = np.abs(births[0] - births[1]) if len(births[0]) == len(births[1]) else None
+    return finite[0], finite[1], gaps
 
 
 def _least_threshold(gaps: FloatArray, halves: FloatArray, least: float) -> float:

@@ -67,12 +67,14 @@ def rips_diagram(
     else:
         raise DataError("rips_diagram needs either points or distances, got both or neither")
     bars = diagrams_of(matrix, (int(dimension),), engine)[0]
-    return bars if keep_infinite else bars[np.isfinite(bars[:, 1])]
+    if not keep_infinite:
+        bars = bars[np.isfinite(bars[:, 1])]
+    return bars
 
 
 def diagrams_of(distances: FloatArray, degrees: Sequence[int], engine: str = "exact") -> list[FloatArray]:
     """Return the `rips_diagram` (bars, 2) of each degree, from checked arguments."""
-    found: dict[int, FloatArray] = {}
+    bars_by_degree: dict[int, FloatArray] = {}
     if engine == "gudhi":
         import gudhi
 
@@ -83,18 +85,18 @@ def diagrams_of(distances: FloatArray, degrees: Sequence[int], engine: str = "ex
         tree.compute_persistence(homology_coeff_field=_FIELD, persistence_dim_max=top_counts)
         for degree in degrees:
             bars = tree.persistence_intervals_in_dimension(degree)
-            found[degree] = np.asarray(bars, dtype=np.float64).reshape(-1, 2)
+            bars_by_degree[degree] = np.asarray(bars, dtype=np.float64).reshape(-1, 2)
     else:
         higher = [degree for degree in degrees if degree > 0]
         if higher:
-            found.update(zip(higher, next(ripser_bars([distances], higher)), strict=True))
+            bars_by_degree.update(zip(higher, next(ripser_bars([distances], higher)), strict=True))
         if 0 in degrees:
             deaths = subset_deaths(distances, np.ones((1, len(distances)), dtype=np.bool_))[0]
-            found[0] = np.stack([np.zeros(len(distances)), np.append(deaths, np.inf)], axis=1)
+            bars_by_degree[0] = np.stack([np.zeros(len(distances)), np.append(deaths, np.inf)], axis=1)
     longest_first = []
     for degree in degrees:
-        births, deaths = found[degree][:, 0], found[degree][:, 1]
-        longest_first.append(found[degree][np.lexsort((births, births - deaths))])
+        births, deaths = bars_by_degree[degree][:, 0], bars_by_degree[degree][:, 1]
+        longest_first.append(bars_by_degree[degree][np.lexsort((births, births - deaths))])
     return longest_first
 
 
@@ -105,7 +107,7 @@ def ripser_bars(matrices: Iterable[FloatArray], degrees: Sequence[int]) -> Itera
         # Ripser takes 0.6 of the time (measured) if the central points come last; the bars are the same.
         order = np.argsort(-matrix.sum(axis=1), kind="stable")
         batch.append(matrix[np.ix_(order, order)])
-        if sum(held.size for held in batch) >= _BATCH_ELEMENTS:
+        if sum(distances.size for distances in batch) >= _BATCH_ELEMENTS:
             yield from _ripser(batch, degrees)
             batch = []
     yield from _ripser(batch, degrees)
@@ -123,5 +125,7 @@ def _ripser(matrices: list[FloatArray], degrees: Sequence[int]) -> Iterator[list
         homology_coeff_field=_FIELD,
         n_jobs=1,
     )
-    for diagrams in rips.fit_transform(matrices) if matrices else []:
+    if not matrices:
+        return
+    for diagrams in rips.fit_transform(matrices):
         yield [np.asarray(bars, dtype=np.float64).reshape(-1, 2) for bars in diagrams]

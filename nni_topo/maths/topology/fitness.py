@@ -111,20 +111,22 @@ class SubsetFitness:
             matrices = (self._distances[np.ix_(subset, subset)] for subset in subsets)
             by_degree = np.empty((len(higher), len(subsets)))
             for column, bars in enumerate(ripser_bars(matrices, higher)):
-                by_degree[:, column] = [distance(each, self._whole[d]) for d, each in zip(higher, bars, strict=True)]
+                for row, degree in enumerate(higher):
+                    by_degree[row, column] = distance(bars[row], self._whole[degree])
             losses += list(by_degree)
         if 0 in self.homology_dimensions:
             # By the closed forms, all subsets of a size together. The infinite bar, which comes first, is left out:
             # every subset has the same one.
-            whole = self._whole[0][1:, 1]
+            cloud_deaths = self._whole[0][1:, 1]
             sizes, by_deaths = subsets.sum(axis=1), np.empty(len(subsets))
             for size in np.unique(sizes):
                 deaths = subset_deaths(self._distances, subsets[sizes == size])
-                is_squared = self.criterion == "wasserstein"
-                by_deaths[sizes == size] = (
-                    closed_wasserstein(deaths, whole, 2.0) if is_squared else closed_bottleneck(deaths, whole)
-                )
+                if self.criterion == "wasserstein":
+                    by_deaths[sizes == size] = closed_wasserstein(deaths, cloud_deaths, 2.0)
+                else:
+                    by_deaths[sizes == size] = closed_bottleneck(deaths, cloud_deaths)
             losses.append(by_deaths)
         # The larger of the bottleneck distances of H0 and H1 is mostly that of H0, which hardly differs between subsets
         # of one size; a sum depends on every degree.
-        return np.asarray(np.max(losses, axis=0) if self.criterion == "bottleneck" else np.sum(losses, axis=0))
+        combine = np.max if self.criterion == "bottleneck" else np.sum
+        return np.asarray(combine(losses, axis=0))

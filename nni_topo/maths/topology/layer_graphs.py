@@ -72,8 +72,8 @@ class LayerGraph:
 
     def ends(self, elements: IntArray) -> tuple[IntArray, IntArray]:
         """Return the input and output nodes, each (n, positions), of the edges of elements (n,) of the flat weight."""
-        rest, offset = np.divmod(elements, self.shape[2])
-        output, entering = np.divmod(rest, self.shape[1])
+        pair, offset = np.divmod(elements, self.shape[2])
+        output, entering = np.divmod(pair, self.shape[1])
         channel = output // (self.shape[0] // self.groups) * self.shape[1] + entering
         sources = channel[:, None] * self.plane_inputs + self.plane[offset]
         targets = output[:, None] * self.plane_outputs + np.arange(self.plane_outputs)

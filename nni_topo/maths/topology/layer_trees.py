@@ -114,19 +114,19 @@ def plane_trees(weight: ArrayLike, graph: LayerGraph) -> BoolArray:
     sizes = np.abs(_fitting(weight, graph))
     kernels = sizes.reshape(-1, graph.shape[2])
     order = np.argsort(-kernels, axis=1, kind="stable")
-    known: dict[tuple[int, ...], int] = {(): graph.plane_inputs + graph.plane_outputs}
+    components: dict[tuple[int, ...], int] = {(): graph.plane_inputs + graph.plane_outputs}
     final = plane_components(graph)
     used = np.zeros(kernels.shape, dtype=np.bool_)
     for kernel, ranking in enumerate(order.tolist()):
         larger: tuple[int, ...] = ()
         for offset in ranking:
-            before = known[larger]
+            before = components[larger]
             if before == final:
                 break
             larger = tuple(sorted((*larger, offset)))
-            if larger not in known:
-                known[larger] = plane_components(graph, larger)
-            used[kernel, offset] = known[larger] < before
+            if larger not in components:
+                components[larger] = plane_components(graph, larger)
+            used[kernel, offset] = components[larger] < before
     return used.reshape(sizes.shape)
 
 
@@ -163,18 +163,20 @@ def spanning_forest(weight: ArrayLike, graph: LayerGraph) -> Forest:
     the weight and a few million edges.
     """
     flat = np.abs(_fitting(weight, graph)).ravel()
-    nodes, missing, each = graph.inputs + graph.outputs, graph.forest_edges, graph.plane_outputs
+    nodes, missing, edges_per_element = graph.inputs + graph.outputs, graph.forest_edges, graph.plane_outputs
     labels = np.arange(nodes)
-    taken: list[tuple[IntArray, IntArray, IntArray]] = []
+    tree_edges: list[tuple[IntArray, IntArray, IntArray]] = []
     sample = np.sort(flat[:: max(1, len(flat) // _SAMPLE)])
-    for batch in _falling(flat, max(1, _FIRST_PER_NODE * nodes // each), max(1, _MOST_EDGES // each), sample):
+    first_count = max(1, _FIRST_PER_NODE * nodes // edges_per_element)
+    most = max(1, _MOST_EDGES // edges_per_element)
+    for batch in _falling(flat, first_count, most, sample):
         sources, targets = (ends.ravel() for ends in graph.ends(batch))
-        chosen, labels = _joined(labels, sources, targets + graph.inputs)
-        taken.append((batch[chosen // each], sources[chosen], targets[chosen]))
+        chosen, labels = _join_components(labels, sources, targets + graph.inputs)
+        tree_edges.append((batch[chosen // edges_per_element], sources[chosen], targets[chosen]))
         missing -= len(chosen)
         if missing == 0:
             break
-    elements, sources, targets = (np.concatenate(parts) for parts in zip(*taken, strict=True))
+    elements, sources, targets = (np.concatenate(parts) for parts in zip(*tree_edges, strict=True))
     return Forest(elements, sources, targets, flat[elements])
 
 
@@ -193,7 +195,7 @@ def _falling(flat: FloatArray, count: int, most: int, sample: FloatArray) -> Ite
         bound, share = low, 4.0 * share
 
 
-def _joined(labels: IntArray, sources: IntArray, targets: IntArray) -> tuple[IntArray, IntArray]:
+def _join_components(labels: IntArray, sources: IntArray, targets: IntArray) -> tuple[IntArray, IntArray]:
     """Return which edges, given strongest first, join components, and the components' labels afterwards."""
     count = int(labels.max()) + 1
     low, high = labels[sources], labels[targets]

@@ -107,6 +107,6 @@ def subset_deaths(distances: FloatArray, subsets: BoolArray) -> FloatArray:
             newest = to_tree.argmin(axis=1)
             deaths[edge] = to_tree.ravel()[starts + newest]
         chunks.append(np.ascontiguousarray(deaths.T))
-    found = np.concatenate(chunks)
-    found.sort(axis=1)
-    return np.ascontiguousarray(found[:, ::-1])
+    deaths_of_subsets = np.concatenate(chunks)
+    deaths_of_subsets.sort(axis=1)
+    return np.ascontiguousarray(deaths_of_subsets[:, ::-1])

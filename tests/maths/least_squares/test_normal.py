@@ -129,7 +129,7 @@ def test_few_samples_are_solved_as_products_are(ridge, intercept):
 def test_a_solution_knows_its_error_and_a_merged_problem_is_that_of_all_samples(samples, unknowns):
     inputs, targets, _, _ = problem(samples=samples, unknowns=unknowns, noise=0.5)
     parts = [equations(inputs[:, chosen], targets[:, chosen], 2) for chosen in (slice(0, 30), slice(30, None))]
-    whole, merged = equations(inputs, targets), parts[0].merged(parts[1]) if samples > 30 else parts[0]
+    whole, merged = equations(inputs, targets), parts[0].combine(parts[1]) if samples > 30 else parts[0]
     found, again = (each.solve(0.1, intercept=True) for each in (whole, merged))
     torch.testing.assert_close(again.weights, found.weights, rtol=1e-8, atol=1e-11)
     assert found.error == pytest.approx(whole.squared_error(found), rel=1e-8)
