@@ -278,6 +278,29 @@ class StructuredPruner(Pruner):
     def _keep_measurements(self) -> None:
         """Keep what the calculator measures for later calls of :meth:`masks_for`; by default nothing."""
 
+    def collect_data(self) -> Data:
+        """Return what the collector reads from the model, without making masks: per target, a row per block."""
+        self._begin_facts()
+        with quiet(self.progress):
+            return self._collect_data()
+
+    def score_blocks(self, data: Data) -> Metrics:
+        """Return the scores of collected data, larger = keep."""
+        with quiet(self.progress):
+            return self._calculate_metrics(data)
+
+    def masks_from(self, metrics: Metrics, *, sparse_threshold: float | None = None) -> Masks:
+        """Return the masks of scores, without putting them into the model.
+
+        ``sparse_threshold`` replaces the threshold of all targets that have one, from now on.
+        """
+        if sparse_threshold is not None:
+            for targets in self._target_spaces.values():
+                for space in targets.values():
+                    if space.sparse_threshold is not None:
+                        space.sparse_threshold = sparse_threshold
+        return self._generate_sparsity(metrics)
+
     def _collect_data(self) -> Data:
         return self.collector.collect(self.context)
 

@@ -57,10 +57,10 @@ def baseline_masks(
         if layer in ratios and not attention.recurrent:  # the heads of a recurrent layer are its units
             heads[layer] = len(attention.channels[layer])
     began = time.perf_counter()
-    _, kept = cut(name, model, analysis.call[0], ratios, heads, importance_of)
+    _, kept_channels = cut(name, model, analysis.call[0], ratios, heads, importance_of)
     seconds = time.perf_counter() - began
     masks: Masks = {}
-    for layer, channels in kept.items():
+    for layer, channels in kept_channels.items():
         module: Any = model.get_submodule(layer)
         masks[layer] = {"weight": spread(module, channels)}
         if module.bias is not None:
@@ -83,14 +83,15 @@ def cut(
     layers = {n: m for n, m in dense.named_modules() if isinstance(m, KINDS)}
     kind, knobs = _IMPORTANCES[name]
     importance = getattr(package.importance, kind)(**knobs) if importance_of is None else importance_of(dense)
+    exact_ratios = {}
+    for layer, ratio in ratios.items():
+        exact_ratios[layers[layer]] = _exact(output_channels(layers[layer]) or 1, ratio)
     pruner = package.pruner.BasePruner(
         dense,
         example_inputs,
         importance=importance,
         pruning_ratio=0.0,
-        pruning_ratio_dict={
-            layers[layer]: _exact(output_channels(layers[layer]) or 1, ratio) for layer, ratio in ratios.items()
-        },
+        pruning_ratio_dict=exact_ratios,
         num_heads={layers[layer]: count for layer, count in heads.items()},
         prune_num_heads=bool(heads),
         prune_head_dims=not heads,
@@ -98,20 +99,22 @@ def cut(
         ignored_layers=[module for layer, module in layers.items() if layer not in ratios],
     )
     names = {module: layer for layer, module in layers.items() if layer in ratios}
-    kept = {layer: torch.ones(output_channels(layers[layer]) or 1) for layer in ratios}
+    kept_channels = {layer: torch.ones(output_channels(layers[layer]) or 1) for layer in ratios}
     for group in pruner.step(interactive=True):
         for dependency, channels in group:
-            layer = names.get(dependency.target.module)
-            if layer is not None and pruner.DG.is_out_channel_pruning_fn(dependency.handler):
-                kept[layer][channels] = 0.0
+            pruned_layer = names.get(dependency.target.module)
+            if pruned_layer is not None and pruner.DG.is_out_channel_pruning_fn(dependency.handler):
+                kept_channels[pruned_layer][channels] = 0.0
         group.prune()
-    return dense, kept
+    return dense, kept_channels
 
 
 def _exact(count: int, ratio: float) -> float:
     """Return the ratio at which Torch-Pruning, which rounds kept channels down, removes as many channels as NNI."""
     removed = int(count * ratio + _ROUNDING)
-    return (removed - 0.5) / count if removed else 0.0
+    if not removed:
+        return 0.0
+    return (removed - 0.5) / count
 
 
 def _package() -> Any:

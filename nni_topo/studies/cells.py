@@ -48,10 +48,10 @@ def run_cell(cell: Cell, out: Path) -> Record:
     start = start_of(cell, out)
     ratios = shared_ratios(cell, start, out)
     cpu: dict[str, float] = {}  # CPU seconds by step; other processes affect them less than wall time
-    with _counted(cpu, "prune"):
+    with _measure_cpu(cpu, "prune"):
         pruned = pruned_cell(cell, start, ratios)
     speedup_began = time.perf_counter()
-    with _counted(cpu, "speedup"):
+    with _measure_cpu(cpu, "speedup"):
         dense, _ = made_dense(start, pruned.masks)
     # Accuracies are in [0, 1] on the test images, times in seconds, latencies median milliseconds of a batch.
     record: Record = {
@@ -88,18 +88,18 @@ def run_cell(cell: Cell, out: Path) -> Record:
         measure(dense, "oneshot")
         measure(recalibrate_batch_norm(dense, start.images(_RECALIBRATION_IMAGES)), "recalibrated")
         if cell.compensate is not None:
-            with _counted(cpu, "compensate"):
+            with _measure_cpu(cpu, "compensate"):
                 dense, report = made_dense(start, pruned.masks, cell.compensate)
             measure(dense, "compensated")
             record["compensate_seconds"] = None if report is None else report.seconds
         if cell.distill is not None:
-            with _counted(cpu, "distill"):
-                found = distilled(start, dense, cell.distill)
-            dense = found.model
+            with _measure_cpu(cpu, "distill"):
+                distillation = distilled(start, dense, cell.distill)
+            dense = distillation.model
             measure(dense, "distilled")
-            record["distill_seconds"] = found.seconds
+            record["distill_seconds"] = distillation.seconds
     if recipe.epochs:
-        with _counted(cpu, "retrain"):
+        with _measure_cpu(cpu, "retrain"):
             curve = [start.validated(dense)] if len(start.data.validation) else []
             goal = None
             if until is not None:
@@ -119,7 +119,7 @@ def run_cell(cell: Cell, out: Path) -> Record:
 
 
 @contextmanager
-def _counted(cpu: dict[str, float], step: str) -> Iterator[None]:
+def _measure_cpu(cpu: dict[str, float], step: str) -> Iterator[None]:
     """Record the CPU seconds that this process spends in the block."""
     began = time.process_time()
     yield
@@ -156,12 +156,12 @@ def shared_ratios(cell: Cell, start: Start, out: Path) -> dict[str, float]:
     # Ratios depend on the architecture only, so all seeds and pruners share them.
     key = f"{cell.model.label}, {tuple(start.example.shape[1:])}, {cell.target.label}"
     with only_process(checkpoint(cell.training_key, out).parent):  # the lock of `out` is held by the comparison
-        known = read_json(path) or {}
-        if key not in known:
+        ratios_by_key = read_json(path) or {}
+        if key not in ratios_by_key:
             example = start.timed if cell.target.kind == "latency" else start.example
-            known[key] = layer_ratios(start.net, example, cell.target)
-            write_json(path, known, sort=False)
-    return dict(known[key])
+            ratios_by_key[key] = layer_ratios(start.net, example, cell.target)
+            write_json(path, ratios_by_key, sort=False)
+    return dict(ratios_by_key[key])
 
 
 def pruned_cell(cell: Cell, start: Start, ratios: dict[str, float]) -> Pipeline:

@@ -41,15 +41,15 @@ def compare(
         if cell.until is not None and not len(data.validation):
             raise ConfigError(f"until needs validation images, got none ({cell.data.name})")
     with only_process(out, wait=False):
-        known = read_records(out / "results.jsonl", {"key": instance(str), **COMPARED})
-        done = {record["key"]: record for record in known}
+        earlier = read_records(out / "results.jsonl", {"key": instance(str), **COMPARED})
+        done = {record["key"]: record for record in earlier}
         # a changed plan in an old folder would mix two comparisons in results.json and the tables
         foreign = [record for key, record in done.items() if key not in {cell.key for cell in cells}]
         if foreign:
-            one = foreign[0]
+            example = foreign[0]
             raise ConfigError(
                 f"an output folder must hold one comparison, got {len(foreign)} records of another one, e.g. "
-                f"{one['model']}, {one['data']}, {one['pruner']}, {one['target']} ({out})"
+                f"{example['model']}, {example['data']}, {example['pruner']}, {example['target']} ({out})"
             )
         write_json(out / "plan.json", asdict(plan), sort=False, default=repr)
         failed = run_missing(cells, done, out, run_cell, n_jobs=plan.n_jobs, announce=on_cell)

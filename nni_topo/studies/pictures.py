@@ -38,20 +38,20 @@ def finish(
 
 
 def panels(
-    items: Iterable[tuple[str, _Item]],
+    contents: Iterable[tuple[str, _Item]],
     draw: Callable[[Axes, _Item], None],
     *,
     size: tuple[float, float] = (4.2, 3.4),
     columns: int = 3,
 ) -> Figure:
-    """Draw each item in a panel of ``size`` inches under its name, ``columns`` panels in a row."""
-    named = list(items)
+    """Draw named contents, each in a panel of ``size`` inches under its name, ``columns`` panels in a row."""
+    named = list(contents)
     across = min(columns, len(named))
     down = -(-len(named) // across)
     figure = Figure(figsize=(size[0] * across, size[1] * down), layout="constrained")
     axes = figure.subplots(down, across, squeeze=False).ravel()
-    for axis, (name, item) in zip(axes, named, strict=False):
-        draw(axis, item)
+    for axis, (name, content) in zip(axes, named, strict=False):
+        draw(axis, content)
         axis.set_title(name, fontsize="small")
     for axis in axes[len(named) :]:
         axis.remove()
@@ -64,12 +64,12 @@ def comparison_figures(records: Sequence[Record]) -> dict[str, Figure]:
     ``accuracy`` shows test accuracy against MACs with 95 % intervals, a panel per model, data set and step of recovery;
     ``convergence`` shows mean validation accuracy by epoch, with bands from the lowest to the highest seed.
     """
-    found: dict[str, list[Record]] = defaultdict(list)
+    by_task: dict[str, list[Record]] = defaultdict(list)
     for record in records:
-        found[f"{record['model']} on {record['data']}"].append(record)
+        by_task[f"{record['model']} on {record['data']}"].append(record)
     steps = [step for step in STEPS if any(f"accuracy_{step}" in record for record in records)]
-    named = [(f"{name}, {STEPS[step]}", (runs, f"accuracy_{step}")) for name, runs in found.items() for step in steps]
-    is_many = len(found) > 2
+    named = [(f"{name}, {STEPS[step]}", (runs, f"accuracy_{step}")) for name, runs in by_task.items() for step in steps]
+    is_many = len(by_task) > 2
     pruners = list(dict.fromkeys(record["pruner"] for record in records))
     draw = partial(_draw_accuracy, pruners=pruners)
     size, columns = ((3.4, 3.0), 2 * len(steps)) if is_many else ((4.2, 4.2), len(steps))
@@ -122,8 +122,8 @@ def plot_distillation(verdict: Verdict) -> Figure:
     return figure
 
 
-def _draw_accuracy(axis: Axes, found: tuple[list[Record], str], pruners: list[str]) -> None:
-    records, column = found
+def _draw_accuracy(axis: Axes, panel: tuple[list[Record], str], pruners: list[str]) -> None:
+    records, column = panel
     groups = grouped(records)
     axis.axhline(100 * interval([run["accuracy_before"] for run in records]).mean, color="k", ls=":", label="unpruned")
     for index, name in enumerate(pruners):  # over all panels, so that a pruner keeps its color
@@ -144,19 +144,21 @@ def _draw_accuracy(axis: Axes, found: tuple[list[Record], str], pruners: list[st
 
 
 def _draw_convergence(axis: Axes, rows: dict[str, dict[int, Record]]) -> None:
-    runs = [run for each in rows.values() for run in each.values()]
+    runs = [run for runs_by_seed in rows.values() for run in runs_by_seed.values()]
     before = 100 * float(np.mean([run["validation_before"] for run in runs]))
     axis.axhline(before, color="k", linestyle=":", label="unpruned")
     for until in sorted({run["until"] for run in runs if run.get("until", 1.0) < 1.0}):
         axis.axhline(until * before, color="0.5", linestyle=":", label=f"{100 * until:g} % of it")
     seen: list[float] = []  # values that set the axis limits; without the first, which is often at chance level
-    for index, (name, each) in enumerate(rows.items()):
-        curves = [run["curve"] for run in each.values()]
+    for index, (name, runs_by_seed) in enumerate(rows.items()):
+        curves = [run["curve"] for run in runs_by_seed.values()]
         longest = max(map(len, curves))
         # seeds x epochs
-        percent = 100 * np.array([[*curve, *[curve[-1]] * (longest - len(curve))] for curve in curves])
+        extended = [[*curve, *[curve[-1]] * (longest - len(curve))] for curve in curves]
+        percent = 100 * np.array(extended)
         means = percent.mean(axis=0)
-        line = f"{_MARKERS[index % len(_MARKERS)]}{'-' if index < 10 else '--'}"
+        dashes = "-" if index < 10 else "--"
+        line = f"{_MARKERS[index % len(_MARKERS)]}{dashes}"
         color = f"C{index % 10}"
         axis.plot(means, line, markersize=4, color=color, label=name)
         axis.fill_between(range(longest), percent.min(axis=0), percent.max(axis=0), color=color, alpha=0.1, lw=0)

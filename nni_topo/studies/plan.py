@@ -108,25 +108,29 @@ def load_plan(path: str | Path, network: str = "") -> ComparisonPlan:
         if network not in networks:
             raise unknown_name("network", network, networks, f"networks of {Path(path).name}")
         content = with_recovery({**content, **networks[network]})
-    for name, made in {"models": ModelChoice, "data": DataChoice, "pruners": PrunerChoice, "targets": Target}.items():
+    for name, kind in {"models": ModelChoice, "data": DataChoice, "pruners": PrunerChoice, "targets": Target}.items():
         entries = content.get(name, [])
-        entries = entries if isinstance(entries, list) else [entries]
-        content[name] = tuple(_target(entry) if made is Target else _choice(made, entry, name) for entry in entries)
+        if not isinstance(entries, list):
+            entries = [entries]
+        if kind is Target:
+            content[name] = tuple(map(_target, entries))
+        else:
+            content[name] = tuple(_choice(kind, choice, name) for choice in entries)
     return as_settings(ComparisonPlan, content, Path(path).name)
 
 
-def _choice(kind: Any, entry: Any, place: str) -> Any:
-    values = {"name": entry} if isinstance(entry, str) else entry
+def _choice(kind: Any, choice: Any, place: str) -> Any:
+    values = {"name": choice} if isinstance(choice, str) else choice
     if not isinstance(values, dict) or "name" not in values:
-        raise ConfigError(f"an entry must be a name or a mapping with a name, got {entry!r} ({place})")
+        raise ConfigError(f"an entry must be a name or a mapping with a name, got {choice!r} ({place})")
     return as_settings(kind, with_recovery(values, (None, False)), place)
 
 
-def _target(entry: Any) -> Target:
-    if not isinstance(entry, dict) or len(entry) != 1:
-        raise ConfigError(f"a target must be a mapping with one key of {', '.join(TARGETS)}, got {entry!r} (targets)")
-    ((kind, value),) = entry.items()
+def _target(choice: Any) -> Target:
+    if not isinstance(choice, dict) or len(choice) != 1:
+        raise ConfigError(f"a target must be a mapping with one key of {', '.join(TARGETS)}, got {choice!r} (targets)")
+    ((kind, value),) = choice.items()
     try:
         return Target(kind, float(value))  # YAML reads 1e-3 as a string
     except (TypeError, ValueError, OverflowError) as error:
-        raise ConfigError(f"a target must be a number in its interval, got {entry!r} (targets): {error}") from error
+        raise ConfigError(f"a target must be a number in its interval, got {choice!r} (targets): {error}") from error

@@ -58,9 +58,10 @@ def prune_costs(record: Record) -> list[tuple[str, str, str]]:
         times = f"{record['latency_before_ms']:.2f}", f"{record['latency_ms']:.2f}"
         rows.append((f"latency ms (batch of {record['latency_batch']})", *times))
     if "budget" in record:
-        asked = BudgetOutcome(**record["budget"])
-        label = f"{asked.kind} kept % ({100 * asked.asked:.4g} asked, {'met' if asked.is_met else 'missed'})"
-        rows.append((label, "100.0", f"{100 * asked.left:.1f}"))
+        outcome = BudgetOutcome(**record["budget"])
+        verdict = "met" if outcome.is_met else "missed"
+        label = f"{outcome.kind} kept % ({100 * outcome.asked:.4g} asked, {verdict})"
+        rows.append((label, "100.0", f"{100 * outcome.left:.1f}"))
     for step, label in {**STEPS, "oneshot": "accuracy"}.items():
         if f"accuracy_{step}" in record:
             unpruned = f"{100 * record['accuracy_before']:.1f}" if step == "oneshot" else ""
@@ -133,12 +134,12 @@ def sentences_of(records: Sequence[Record]) -> list[str]:
 
 def _of_trial(trial: Mapping[str, Any]) -> dict[str, Any]:
     """Return a trial as a row: its results and its parameters."""
-    result = dict(trial.get("result") or {})
+    results = dict(trial.get("result") or {})
     row = {
         "trial": str(trial.get("number")),
         "status": str(trial.get("status")).lower(),
-        "score": result.pop("default", None),
-        **result,
+        "score": results.pop("default", None),
+        **results,
     }
     metrics = trial.get("metrics") or {}
     row |= {name: metrics[name] for name in ("test_accuracy", "test_accuracy_before") if name in metrics}
@@ -147,11 +148,12 @@ def _of_trial(trial: Mapping[str, Any]) -> dict[str, Any]:
 
 def _as_rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return named values as rows of a table; nested values as JSON, and none without a value."""
-    return [
-        (name_in_words(name), value_in_words(value) if is_single(value) else json.dumps(value))
-        for name, value in values.items()
-        if value is not None
-    ]
+    rows = []
+    for name, value in values.items():
+        if value is not None:
+            text = value_in_words(value) if is_single(value) else json.dumps(value)
+            rows.append((name_in_words(name), text))
+    return rows
 
 
 def _of_document(title: str, document: Any) -> Iterator[Part]:
@@ -166,7 +168,7 @@ def _of_document(title: str, document: Any) -> Iterator[Part]:
         if is_single(value) or key in _SOURCES:
             continue
         if isinstance(value, Mapping) and value and all(map(is_single, value.values())):
-            rows = [(name_in_words(name), value_in_words(item)) for name, item in value.items()]
+            rows = [(name_in_words(name), value_in_words(number)) for name, number in value.items()]
             yield Part(name_in_words(key), rows=rows, folded=len(rows) > LONG)
         elif entries_of(value):
             yield table_part(name_in_words(key), entries_of(value))
@@ -178,20 +180,23 @@ def _of_document(title: str, document: Any) -> Iterator[Part]:
 
 def entries_of(value: Any) -> list[Mapping[str, Any]]:
     """Return a list of mappings, or a mapping of names to mappings, as rows; an empty list for other values."""
-    if isinstance(value, Mapping) and all(isinstance(item, Mapping) for item in value.values()):
-        return [{"name": name, **item} for name, item in value.items()]
-    return value if isinstance(value, list) and all(isinstance(item, Mapping) for item in value) else []
+    if isinstance(value, Mapping) and all(isinstance(row, Mapping) for row in value.values()):
+        return [{"name": name, **row} for name, row in value.items()]
+    if isinstance(value, list) and all(isinstance(row, Mapping) for row in value):
+        return value
+    return []
 
 
 def _sources(records: Sequence[Record]) -> Iterator[Part]:
     """Yield a part with the versions and the hardware of all records, each value once."""
-    found: dict[str, dict[str, None]] = defaultdict(dict)
+    values_by_name: dict[str, dict[str, None]] = defaultdict(dict)
     for record in records:
         for name in _SOURCES:
             value = record.get(name)
-            for key, item in value.items() if isinstance(value, Mapping) else [(name, value)]:
-                if item is not None:
-                    found[key][str(item)] = None
-    if found:
-        rows = [(name, " / ".join(values)) for name, values in found.items()]
+            named_values = value if isinstance(value, Mapping) else {name: value}
+            for key, datum in named_values.items():
+                if datum is not None:
+                    values_by_name[key][str(datum)] = None
+    if values_by_name:
+        rows = [(name, " / ".join(values)) for name, values in values_by_name.items()]
         yield Part("versions", rows=rows, text_columns=2, folded=True)

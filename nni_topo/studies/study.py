@@ -145,10 +145,10 @@ class Findings:
         pictures = save_figures(folder, self.figures())
         document = Path(folder, f"{self.stem}.json")
         write_text(document, json.dumps(self.to_dict(), indent=1) + "\n")
-        others = {Path(folder, name): text for name, text in self.texts().items()}
-        for path, text in others.items():
+        texts = {Path(folder, name): text for name, text in self.texts().items()}
+        for path, text in texts.items():
             write_text(path, text)
-        return [document, *pictures, *others]
+        return [document, *pictures, *texts]
 
 
 def save_figures(folder: str | Path, figures: Mapping[str, Figure]) -> list[Path]:
@@ -184,7 +184,7 @@ class Study(Verb, Generic[Found]):
         """Compute the findings; ``tell`` prints a line about progress."""
         raise NotImplementedError
 
-    def show(self, found: Found) -> Iterator[RenderableType]:
+    def show(self, findings: Found) -> Iterator[RenderableType]:
         """Yield the findings as tables and lines."""
         raise NotImplementedError
 
@@ -193,10 +193,12 @@ class Study(Verb, Generic[Found]):
         if self.out is not None:
             check_free_disk(self.out)
         self.check()
-        found = self.find(lambda line: console.print(line, markup=False, highlight=False))
-        files = [] if self.out is None else [*found.save(self.out), write_report(self.out)]
-        written = [f"written: {', '.join(map(str, files))}"] if files else []
-        self.put_out(console, found.to_dict(), [*self.show(found), *written])
+        findings = self.find(lambda line: console.print(line, markup=False, highlight=False))
+        written = []
+        if self.out is not None:
+            files = [*findings.save(self.out), write_report(self.out)]
+            written.append(f"written: {', '.join(map(str, files))}")
+        self.put_out(console, findings.to_dict(), [*self.show(findings), *written])
         return 0
 
 

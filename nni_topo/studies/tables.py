@@ -54,8 +54,11 @@ class Interval:
 
     def show(self, scale: float = 1.0, digits: int = 1, *, sign: bool = False) -> str:
         """Return ``mean ± half``, or only the mean for a single value."""
-        mean = f"{scale * self.mean:{'+' if sign else ''}.{digits}f}"
-        return mean if np.isnan(self.half) else f"{mean} ± {scale * self.half:.{digits}f}"
+        plus = "+" if sign else ""
+        mean = f"{scale * self.mean:{plus}.{digits}f}"
+        if np.isnan(self.half):
+            return mean
+        return f"{mean} ± {scale * self.half:.{digits}f}"
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -79,7 +82,9 @@ def show_range(values: Sequence[float], scale: float = 1.0, digits: int = 1) -> 
     """
     numbers = [scale * float(value) for value in values]
     mean, low, high = (f"{number:.{digits}f}" for number in (float(np.mean(numbers)), min(numbers), max(numbers)))
-    return mean if low == high else f"{mean} [{low}, {high}]"
+    if low == high:
+        return mean
+    return f"{mean} [{low}, {high}]"
 
 
 def show_accuracies(values: Sequence[float]) -> str:
@@ -91,12 +96,15 @@ def show_accuracies(values: Sequence[float]) -> str:
     >>> show_accuracies([0.5, 0.6, 0.7]), show_accuracies([0.1, 0.2, 0.9])
     ('60.0 ± 24.8', '40.0 (0.2 to 99.5)')
     """
-    found = interval(values)
-    if np.isnan(found.half) or 0.0 <= found.mean - found.half <= found.mean + found.half <= 1.0:
-        return found.show(100)
+    accuracies = interval(values)
+    if (
+        np.isnan(accuracies.half)
+        or 0.0 <= accuracies.mean - accuracies.half <= accuracies.mean + accuracies.half <= 1.0
+    ):
+        return accuracies.show(100)
     odds = interval(special.logit(np.clip(values, _NEAREST, 1.0 - _NEAREST)).tolist())
     low, high = special.expit([odds.mean - odds.half, odds.mean + odds.half])
-    return f"{100 * found.mean:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+    return f"{100 * accuracies.mean:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
 @dataclass
@@ -211,7 +219,9 @@ def tables_of(records: Iterable[Record], *, widths: bool = False) -> Iterator[Nu
         convergence = convergence_of(rows)
         if convergence is not None:
             yield NumberTable(f"convergence: {title}", *convergence)
-    for group, rows in groups.items() if widths else ():
+    if not widths:
+        return
+    for group, rows in groups.items():
         yield NumberTable(f"widths: {title_of(group, rows)}", *widths_of(rows))
 
 
@@ -219,7 +229,8 @@ def title_of(group: Group, rows: Rows) -> str:
     """Return a group's model, data, target and number of seeds."""
     model, data, target = group
     seeds = max(len(runs) for runs in rows.values())
-    return f"{model} on {data}, {target} ({seeds} seed{'s' if seeds > 1 else ''})"
+    plural = "s" if seeds > 1 else ""
+    return f"{model} on {data}, {target} ({seeds} seed{plural})"
 
 
 def _is_baseline(runs: dict[int, Record]) -> bool:
@@ -234,13 +245,14 @@ def _best_of(rows: Rows, column: str) -> tuple[str | None, str]:
 
     The second result is ``"validation"`` or ``"test"``.
     """
-    held = {row: [run for run in runs.values() if column in run] for row, runs in rows.items()}
-    held = {row: runs for row, runs in held.items() if runs}
+    runs_by_row = {row: [run for run in runs.values() if column in run] for row, runs in rows.items()}
+    runs_by_row = {row: runs for row, runs in runs_by_row.items() if runs}
     validation = column.replace("accuracy_", "validation_")
-    is_validated = all(validation in run for runs in held.values() for run in runs)
+    is_validated = all(validation in run for runs in runs_by_row.values() for run in runs)
     chosen_by = validation if is_validated else column
-    means = {row: float(np.mean([run[chosen_by] for run in runs])) for row, runs in held.items()}
-    return max(means, key=means.__getitem__, default=None), "test" if chosen_by == column else "validation"
+    means = {row: float(np.mean([run[chosen_by] for run in runs])) for row, runs in runs_by_row.items()}
+    images = "validation" if is_validated else "test"
+    return max(means, key=means.__getitem__, default=None), images
 
 
 def _baselines(rows: Rows) -> Rows:
@@ -252,10 +264,12 @@ def best_baseline(rows: Rows, column: str) -> str | None:
     return _best_of(_baselines(rows), column)[0]
 
 
-def paired_difference(ours: dict[int, Record], theirs: dict[int, Record], column: str) -> Interval:
+def paired_difference(ours: dict[int, Record], baseline: dict[int, Record], column: str) -> Interval:
     """Return the mean difference of a column, paired by seed, over the seeds that both rows have."""
-    seeds = [seed for seed in sorted(ours.keys() & theirs.keys()) if column in ours[seed] and column in theirs[seed]]
-    return interval([ours[seed][column] - theirs[seed][column] for seed in seeds])
+    seeds = [
+        seed for seed in sorted(ours.keys() & baseline.keys()) if column in ours[seed] and column in baseline[seed]
+    ]
+    return interval([ours[seed][column] - baseline[seed][column] for seed in seeds])
 
 
 class BestMethod(NamedTuple):
@@ -288,7 +302,8 @@ def in_short(rows: Rows) -> tuple[list[str], list[list[str]]]:
         best = best_method(rows, steps)
         if best is None:
             continue
-        on = "test" if best.chosen_on == "test" else on
+        if best.chosen_on == "test":
+            on = "test"
         macs = float(np.mean([run["flops_before"] / run["flops"] for run in best.records]))
         params = float(np.mean([run["params_before"] / run["params"] for run in best.records]))
         lost = interval([run["accuracy_before"] - run[f"accuracy_{best.step}"] for run in best.records]).show(100)
@@ -325,18 +340,20 @@ def cells_of(rows: Rows) -> tuple[list[str], list[list[str]]]:
     """Return a table's head and lines: the unpruned network, then a line per row; empty columns are omitted."""
     timed = _with_equal_times(rows)
     lines = [{"method": "unpruned"}, *({"method": row} for row in timed)]
-    for name, (entry, before, scale, digits, spread) in _MEASURED.items():
+    for name, (key, before, scale, digits, spread) in _MEASURED.items():
         lines[0][name] = _shown(next(iter(timed.values())), before, scale, digits, spread)
-        baseline = best_baseline(rows, entry) if name.startswith("vs") else None
+        baseline = best_baseline(rows, key) if name.startswith("vs") else None
         for line, (row, runs) in zip(lines[1:], timed.items(), strict=True):
             # whether single weights were pruned, so that some weights are zero
             has_zeros = any(run.get("weights_left", run["params"]) < 0.999 * run["params"] for run in runs.values())
             if not name.startswith("vs"):
-                line[name] = _shown(runs, entry, scale, digits, spread) if has_zeros or entry != "weights_left" else ""
+                line[name] = ""
+                if has_zeros or key != "weights_left":
+                    line[name] = _shown(runs, key, scale, digits, spread)
             elif row == baseline:
                 line[name] = "best baseline"
-            elif baseline is not None and any(entry in run for run in runs.values()):
-                line[name] = paired_difference(runs, rows[baseline], entry).show(100, sign=True)
+            elif baseline is not None and any(key in run for run in runs.values()):
+                line[name] = paired_difference(runs, rows[baseline], key).show(100, sign=True)
     used = [name for name in ("method", *_MEASURED) if any(line.get(name) for line in lines)]
     return used, [[line.get(name, "") for name in used] for line in lines]
 
@@ -364,8 +381,10 @@ def _shown(runs: dict[int, Record], name: str, scale: float, digits: int, spread
         return ""
     if name.startswith("accuracy"):
         return show_accuracies(values)
-    found = interval(values)
-    return found.show(scale, digits) if spread else f"{scale * found.mean:.{digits}f}"
+    values_interval = interval(values)
+    if spread:
+        return values_interval.show(scale, digits)
+    return f"{scale * values_interval.mean:.{digits}f}"
 
 
 def foot_of(rows: Rows) -> str:
@@ -378,21 +397,29 @@ def foot_of(rows: Rows) -> str:
             "The best baseline has the highest mean accuracy on the validation images. All figures are of the test "
             "images, on which another baseline may be ahead."
         )
-    return (
-        "The best baseline has the highest mean on the test images, which are those of the figures." if images else ""
-    )
+    if images:
+        return "The best baseline has the highest mean on the test images, which are those of the figures."
+    return ""
 
 
 def widths_of(rows: Rows) -> tuple[list[str], list[list[str]]]:
     """Return the head and lines of a group's widths: for each layer the unpruned width and each row's mean width."""
     first = next(iter(next(iter(rows.values())).values()))
     before, reasons = first.get("widths_before"), first.get("whole")  # why a layer wasn't pruned, by layer
-    head = ["layer", *(["before"] if before else []), *rows, *(["not pruned, because"] if reasons else [])]
+    head = ["layer", *rows]
+    if before:
+        head.insert(1, "before")
+    if reasons:
+        head.append("not pruned, because")
     lines = []
     for layer in first["widths"]:
         means = [float(np.mean([record["widths"][layer] for record in runs.values()])) for runs in rows.values()]
-        line = [layer, *([str(before[layer])] if before else []), *(f"{mean:g}" for mean in means)]
-        lines.append([*line, *([reasons.get(layer, "")] if reasons else [])])
+        line = [layer, *(f"{mean:g}" for mean in means)]
+        if before:
+            line.insert(1, str(before[layer]))
+        if reasons:
+            line.append(reasons.get(layer, ""))
+        lines.append(line)
     return head, lines
 
 
@@ -425,41 +452,49 @@ def convergence_of(rows: Rows) -> tuple[list[str], list[list[str]]] | None:
     # Runs that end at 99 % don't show when 100 % would be reached.
     last = min(record.get("until", 1.0) for runs in long.values() for record in runs.values())
     shares = [*(share for share in SHARES if share < last), last]
-    taken = {
-        share: {row: {seed: epochs_taken(run, share) for seed, run in runs.items()} for row, runs in long.items()}
-        for share in shares
-    }
-    # A share that no run reaches can't be compared.
-    reached = [
-        share for share in shares if any(is_back for runs in taken[share].values() for _, is_back in runs.values())
-    ]
+    epochs_by_share: dict[float, dict[str, dict[int, tuple[float, bool]]]] = {}
+    reached = []  # a share that no run reaches can't be compared
+    for share in shares:
+        by_row: dict[str, dict[int, tuple[float, bool]]] = {}
+        for row, runs in long.items():
+            by_row[row] = {seed: epochs_taken(run, share) for seed, run in runs.items()}
+        if any(is_back for by_seed in by_row.values() for _, is_back in by_seed.values()):
+            reached.append(share)
+        epochs_by_share[share] = by_row
     compared = reached[-1] if reached else shares[0]
     # The best baseline has the fewest mean epochs to this share; ties are broken by the next lower share.
     fewer = [share for share in reversed(shares) if share <= compared]
-    means = {
-        row: [float(np.mean([epochs for epochs, _ in taken[share][row].values()])) for share in fewer]
-        for row in _baselines(long)
-    }
+    means: dict[str, list[float]] = {}
+    for row in _baselines(long):
+        means[row] = []
+        for share in fewer:
+            means[row].append(float(np.mean([epochs for epochs, _ in epochs_by_share[share][row].values()])))
     baseline = min(means, key=means.__getitem__, default=None)
     is_timed = all(seconds.values())
     head = ["method", "unpruned %", "before fine-tuning %"]
     for share in shares:
-        head += [f"epochs to {100 * share:g} %", *([f"seconds to {100 * share:g} %"] if is_timed else [])]
+        head.append(f"epochs to {100 * share:g} %")
+        if is_timed:
+            head.append(f"seconds to {100 * share:g} %")
     head.append(f"vs best baseline, epochs to {100 * compared:g} %")
     lines = []
     for row, runs in long.items():
         unpruned = show_accuracies([record["validation_before"] for record in runs.values()])
         line = [row, unpruned, show_accuracies([record["curve"][0] for record in runs.values()])]
         for share in shares:
-            found = taken[share][row]
-            line.append(_median_of(found.values()))
+            epochs_by_seed = epochs_by_share[share][row]
+            line.append(_median_of(epochs_by_seed.values()))
             if is_timed:
-                each = {seed: statistics.median(seconds[_widths(record)]) for seed, record in runs.items()}
-                line.append(_median_of((each[seed] * epochs, is_back) for seed, (epochs, is_back) in found.items()))
+                epoch_seconds = {seed: statistics.median(seconds[_widths(record)]) for seed, record in runs.items()}
+                line.append(
+                    _median_of(
+                        (epoch_seconds[seed] * epochs, is_back) for seed, (epochs, is_back) in epochs_by_seed.items()
+                    )
+                )
         versus = "best baseline" if row == baseline else ""
         if baseline is not None and row != baseline:
-            ours, theirs = taken[compared][row], taken[compared][baseline]
-            gains = [ours[seed][0] - theirs[seed][0] for seed in sorted(ours.keys() & theirs.keys())]
+            ours, baseline_epochs = epochs_by_share[compared][row], epochs_by_share[compared][baseline]
+            gains = [ours[seed][0] - baseline_epochs[seed][0] for seed in sorted(ours.keys() & baseline_epochs.keys())]
             versus = interval(gains).show(sign=True)
         lines.append([*line, versus])
     return head, lines
@@ -478,4 +513,6 @@ def _median_of(values: Iterable[tuple[float, bool]]) -> str:
     ranked = sorted(values, key=lambda value: (not value[1], value[0]))
     names = [f"{number:.0f}" if is_exact else f"> {number:.0f}" for number, is_exact in ranked]
     middle = names[(len(names) - 1) // 2]
-    return middle if names[0] == names[-1] else f"{middle} [{names[0]}, {names[-1]}]"
+    if names[0] == names[-1]:
+        return middle
+    return f"{middle} [{names[0]}, {names[-1]}]"

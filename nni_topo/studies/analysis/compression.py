@@ -103,8 +103,8 @@ class AnalyzeCompression(ModelVerb, Study[CriticalCompression]):
         net = create_model(self.model, width=self.width, seed=self.seed, **shape)
         return critical_compression_ratio(net, torch.zeros(1, *size), cast(Convention, self.convention))
 
-    def show(self, found: CriticalCompression) -> Iterator[RenderableType]:
-        counts = found.counts.values()
+    def show(self, findings: CriticalCompression) -> Iterator[RenderableType]:
+        counts = findings.counts.values()
         sums = [sum(getattr(c, name) for c in counts) for name in ("edges", "tree_edges", "weights", "channel_tree")]
         columns = {
             "layer": "{name}",
@@ -116,13 +116,13 @@ class AnalyzeCompression(ModelVerb, Study[CriticalCompression]):
             "channel tree": "{channel_tree}",
             "ratio of weights": "{weight_ratio:.5f}",
         }
-        rows = [{"name": name, **count.to_dict()} for name, count in found.counts.items()]
+        rows = [{"name": name, **count.to_dict()} for name, count in findings.counts.items()]
         total = {"name": "all", **LayerCount("", *sums).to_dict()}
         title = f"{self.model_choice.label}, {'x'.join(map(str, self.input_size))}, as in the {self.convention}"
         yield table_of(title, rows, columns, [total], text_columns=2)
-        yield "by kind: " + ", ".join(f"{kind} {ratio:.4f}" for kind, ratio in found.by_kind().items())
-        if found.skipped:
-            yield "skipped: " + ", ".join(f"{name} ({why})" for name, why in found.skipped.items())
+        yield "by kind: " + ", ".join(f"{kind} {ratio:.4f}" for kind, ratio in findings.by_kind().items())
+        if findings.skipped:
+            yield "skipped: " + ", ".join(f"{name} ({why})" for name, why in findings.skipped.items())
 
 
 @public(model=MODEL, example_inputs=INPUTS)
@@ -190,8 +190,8 @@ def critical_compression_ratio(
             edges, tree = math.prod(kernel) * positions, math.prod(padded) + positions - 1
         counts[layer.name] = LayerCount(layer.kind, edges, tree, layer.weight.size, layer.channel_tree)
     if not counts:
-        found = ", ".join(f"{name} ({why})" for name, why in skipped.items())
-        raise ConfigError(f"a model must have a layer that can be counted, got only {found} ({convention})")
+        listing = ", ".join(f"{name} ({why})" for name, why in skipped.items())
+        raise ConfigError(f"a model must have a layer that can be counted, got only {listing} ({convention})")
     return CriticalCompression(convention, counts, skipped)
 
 
@@ -226,8 +226,8 @@ def critical_config_list(model: nn.Module, sparse_ratio: float) -> list[dict[str
     """
     number(0, 1, "neither").check("sparse_ratio", sparse_ratio, "critical_config_list")
     # Types that NNI doesn't know, such as unregistered subclasses, can't be in a config_list.
-    found = [layer for layer in weight_layers(model)[0] if layer.kind != "recurrent"]
-    layers = [layer for layer in found if type(layer.module).__name__ in PruningSetting.registry]
+    prunable = [layer for layer in weight_layers(model)[0] if layer.kind != "recurrent"]
+    layers = [layer for layer in prunable if type(layer.module).__name__ in PruningSetting.registry]
     if not layers:
         raise ConfigError("a config_list of critical ratios needs linear layers or convolutions, got none (model)")
     # Half a weight is added, because rounding could make int(weights * ratio) too small by one.
@@ -242,5 +242,5 @@ def critical_config_list(model: nn.Module, sparse_ratio: float) -> list[dict[str
 
 
 def _pooled(counts: Iterable[LayerCount]) -> float:
-    found = list(counts)
-    return sum(count.edges for count in found) / sum(count.tree_edges for count in found)
+    layer_counts = list(counts)
+    return sum(count.edges for count in layer_counts) / sum(count.tree_edges for count in layer_counts)

@@ -103,11 +103,11 @@ def connectivity(model: nn.Module, example_inputs: Any, masks: Mapping[str, Mapp
             outputs = _outputs(flow, args, kwargs, 1.0)
     is_reached = torch.cat([(out > 0).any(0).flatten() for out in outputs])
     connected = {}
-    for name, found in masks.items():
-        if "weight" not in found:
+    for name, layer_masks in masks.items():
+        if "weight" not in layer_masks:
             continue
-        kept = found["weight"].ne(0)
-        kernels = kept.flatten(2).any(2) if kept.dim() > 2 else kept
+        is_kept = layer_masks["weight"].ne(0)
+        kernels = is_kept.flatten(2).any(2) if is_kept.dim() > 2 else is_kept
         groups = int(getattr(flow.get_submodule(name), "groups", 1))
         entering = kernels.reshape(groups, -1, kernels.shape[1]).any(1).flatten()
         connected[name] = float(torch.cat([kernels.any(1), entering]).double().mean())
@@ -134,16 +134,16 @@ class AnalyzeConnectivity(PrunersStudy[ConnectivityStudy]):
 
     def point(self, start: Start, name: str, ratio: float) -> Record:
         masks = study_masks(name, start, ratio, self.calibration)
-        found = connectivity(start.net, start.example, masks)
+        findings = connectivity(start.net, start.example, masks)
         return {
             "kept": share_kept(masks),
-            "outputs": found.outputs,
-            "channels": found.channels,
-            "channels_reached": min(found.reached.values()),
+            "outputs": findings.outputs,
+            "channels": findings.channels,
+            "channels_reached": min(findings.reached.values()),
             "accuracy": start.tested(masked_model(start.net, start.example, masks)),
         }
 
-    def show(self, found: ConnectivityStudy) -> Iterator[RenderableType]:
+    def show(self, findings: ConnectivityStudy) -> Iterator[RenderableType]:
         columns = {
             "pruner": "{pruner}",
             "ratio": "{ratio:g}",
@@ -153,7 +153,7 @@ class AnalyzeConnectivity(PrunersStudy[ConnectivityStudy]):
             "channels reached %": "{channels_reached:.1%}",
             "accuracy %": "{accuracy:.1%}",
         }
-        yield table_of(f"connectivity of {self.model}", found.means().to_dict("records"), columns)
+        yield table_of(f"connectivity of {self.model}", findings.means().to_dict("records"), columns)
 
 
 def _flow_model(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor]]) -> nn.Module:
@@ -169,10 +169,14 @@ def _flow_model(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor]]) -> 
             mask = masks.get(name, {}).get(parameter)
             if mask is not None and mask.shape != values.shape:
                 raise DataError(f"a mask must have its weight's shape, got {tuple(mask.shape)} ({name}.{parameter})")
-            kept = torch.ones_like(values) if mask is None else mask.to(values).ne(0).to(values)
-            share = kept / max(1.0, float(kept.sum()) / len(kept))
-            flat = torch.zeros_like(values) if parameter.startswith("bias") else torch.ones_like(values)
-            values.data.copy_(share if values.dim() > 1 else flat)
+            is_kept = torch.ones_like(values) if mask is None else mask.to(values).ne(0).to(values)
+            if values.dim() > 1:
+                flow_values = is_kept / max(1.0, float(is_kept.sum()) / len(is_kept))
+            elif parameter.startswith("bias"):
+                flow_values = torch.zeros_like(values)
+            else:
+                flow_values = torch.ones_like(values)
+            values.data.copy_(flow_values)
     return flow
 
 
@@ -180,8 +184,9 @@ def _outputs(model: nn.Module, args: Any, kwargs: Any, value: float) -> list[Ten
     """Run a model with all floating-point inputs filled with a value."""
 
     def fill(leaf: Any) -> Any:
-        is_float = isinstance(leaf, Tensor) and leaf.is_floating_point()
-        return torch.full_like(leaf, value, dtype=torch.float64) if is_float else leaf
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            return torch.full_like(leaf, value, dtype=torch.float64)
+        return leaf
 
     call = torch.utils._pytree.tree_map(fill, (args, kwargs))
     try:

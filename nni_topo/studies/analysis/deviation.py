@@ -80,13 +80,15 @@ def net_deviation(
     return _of_bound(error_bound(original, pruned, inputs, iterations=iterations), form)
 
 
-def _of_bound(found: ErrorBound, form: Form) -> NetDeviation:
+def _of_bound(bound_of_error: ErrorBound, form: Form) -> NetDeviation:
     """Return the Net Deviation of an error with known bounds."""
-    bound = float(getattr(found, form))
-    dev = found.error - bound
+    bound = float(getattr(bound_of_error, form))
+    dev = bound_of_error.error - bound
     sign = 0.0 if dev == 0.0 else dev / abs(dev)
-    relative = dev / bound if bound > 0 else (math.inf if dev > 0 else 0.0)
-    return NetDeviation(dev, sign, relative, found.error, bound)
+    relative = math.inf if dev > 0 else 0.0
+    if bound > 0:
+        relative = dev / bound
+    return NetDeviation(dev, sign, relative, bound_of_error.error, bound)
 
 
 _ITERATIONS = 50
@@ -134,7 +136,7 @@ class AnalyzeDeviation(PrunersStudy[DeviationStudy]):
             "accuracy": start.tested(changed),
         }
 
-    def show(self, found: DeviationStudy) -> Iterator[RenderableType]:
+    def show(self, findings: DeviationStudy) -> Iterator[RenderableType]:
         columns = {
             "pruner": "{pruner}",
             "ratio": "{ratio:g}",
@@ -146,8 +148,8 @@ class AnalyzeDeviation(PrunersStudy[DeviationStudy]):
             "Lipschitz": "{lipschitz:.4g}",
             "accuracy %": "{accuracy:.1%}",
         }
-        title = f"Net Deviation of {self.model}, {found.images} images"
-        yield table_of(title, found.means().to_dict("records"), columns)
+        title = f"Net Deviation of {self.model}, {findings.images} images"
+        yield table_of(title, findings.means().to_dict("records"), columns)
 
 
 def _curves(means: pd.DataFrame, columns: dict[str, str]) -> Figure:

@@ -49,14 +49,14 @@ class EvolutionTrial:
         """Return a pruner's latest search."""
         search = pruner.evolution
         knobs = search.settings
-        kept = search.genes(search.best())
-        return cls(pruner.history, pruner.start_weights, kept, search.start_accuracy, knobs.alpha, knobs.beta)
+        kept_genes = search.genes(search.best())
+        return cls(pruner.history, pruner.start_weights, kept_genes, search.start_accuracy, knobs.alpha, knobs.beta)
 
     def summary(self) -> pd.DataFrame:
         """Return lowest, mean and highest values of the first and last generation, (2, 9), as in tables 5.1 and 5.2."""
         columns, ends = ["fitness", "accuracy", "compression"], [0, self.history.generation.max()]
-        found = self.history.groupby("generation")[columns].agg(["min", "mean", "max"]).loc[ends]
-        return found.set_axis(["initial", "final"])
+        extremes = self.history.groupby("generation")[columns].agg(["min", "mean", "max"]).loc[ends]
+        return extremes.set_axis(["initial", "final"])
 
     def to_dict(self) -> dict[str, Any]:
         facts = {"start_accuracy": self.start_accuracy, "alpha": self.alpha, "beta": self.beta}
@@ -125,23 +125,24 @@ class AnalyzeEvolution(TrainedStudy[EvolutionStudy]):
         start = self.start()
         sizes = {name: start.net.get_submodule(name).weight for name in inner_layers(start.net, start.example)}
         layers = list(self.layers) or [max(sizes, key=lambda name: cast(Tensor, sizes[name]).numel())]
-        entry: dict[str, Any] = {"op_names": layers}
-        entry |= {} if self.max_sparse_ratio is None else {"max_sparse_ratio": self.max_sparse_ratio}
+        config: dict[str, Any] = {"op_names": layers}
+        if self.max_sparse_ratio is not None:
+            config["max_sparse_ratio"] = self.max_sparse_ratio
         trials = {}
         for label, search in self._searches().items():
             copied = copy.deepcopy(start.net)
             pruner = GeneticWeightPruner(
-                copied, [entry], search=search, **pruner_knobs("genetic_weight", copied, start)
+                copied, [config], search=search, **pruner_knobs("genetic_weight", copied, start)
             )
             pruner.compress()
             trials[label] = EvolutionTrial.of(pruner)
             tell(f"{label}: {100 * (1 - trials[label].kept.mean()):.1f} % of {' + '.join(layers)} removed")
         return EvolutionStudy(trials)
 
-    def show(self, found: EvolutionStudy) -> Iterator[RenderableType]:
+    def show(self, findings: EvolutionStudy) -> Iterator[RenderableType]:
         rows = [
             (label, str(when), column, *(f"{row[column, end]:.4g}" for end in ("min", "mean", "max")))
-            for label, trial in found.trials.items()
+            for label, trial in findings.trials.items()
             for when, row in trial.summary().iterrows()
             for column in ("fitness", "accuracy", "compression")
         ]
@@ -176,8 +177,8 @@ def _heatmap(trials: Mapping[str, EvolutionTrial]) -> Figure:
     """Draw a column per trial; each cell is the mean magnitude in one section of the layer, removed weights as 0."""
     columns = []
     for trial in trials.values():
-        kept = np.where(trial.kept, np.abs(trial.weights), 0.0)
-        columns.append([part.mean() for part in np.array_split(kept, min(_ROWS, len(kept)))])
+        magnitudes = np.where(trial.kept, np.abs(trial.weights), 0.0)
+        columns.append([part.mean() for part in np.array_split(magnitudes, min(_ROWS, len(magnitudes)))])
     figure, axis = single(1.2 + 0.9 * len(trials), 5.0)
     picture = axis.imshow(np.array(columns).T, aspect="auto", cmap="magma_r", interpolation="nearest")
     axis.set_xticks(range(len(trials)), list(trials), fontsize="x-small")

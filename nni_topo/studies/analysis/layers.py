@@ -69,15 +69,16 @@ def weight_layers(model: nn.Module) -> tuple[list[WeightLayer], dict[str, str]]:
                     for gate, matrix in zip(names, matrices, strict=True):
                         layers.append(WeightLayer(f"{name}.{parameter}[{gate}]", "recurrent", matrix, module))
         elif isinstance(module, _SUPPORTED):
-            values = _values(module, "weight")
-            layers.append(WeightLayer(name, "dense" if isinstance(module, nn.Linear) else "conv", values, module))
+            kind = "dense" if isinstance(module, nn.Linear) else "conv"
+            layers.append(WeightLayer(name, kind, _values(module, "weight"), module))
         elif any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
             skipped[name] = type(module).__name__
     if not layers:
-        found = ", ".join(sorted(set(skipped.values()))) or "none"
-        known = ", ".join(kind.__name__ for kind in _SUPPORTED)
+        types = ", ".join(sorted(set(skipped.values()))) or "none"
+        supported = ", ".join(kind.__name__ for kind in _SUPPORTED)
         raise ConfigError(
-            f"a model must have a layer of type {known}, got other weights of type: {found} ({type(model).__name__})"
+            f"a model must have a layer of type {supported}, got other weights of type: {types} "
+            f"({type(model).__name__})"
         )
     return layers, skipped
 
@@ -90,5 +91,5 @@ def _values(module: nn.Module, parameter: str) -> NDArray[np.float64]:
     mask = getattr(owner, f"{parameter}_mask", None) if owner is wrapper else None
     if mask is not None:
         values = values * mask.to("cpu", torch.float64)
-    found: NDArray[np.float64] = values.numpy()
-    return found
+    array: NDArray[np.float64] = values.numpy()
+    return array

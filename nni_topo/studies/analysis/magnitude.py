@@ -69,21 +69,21 @@ class MagnitudeStudy(Findings):
 
     def series(self) -> dict[str, dict[tuple[str, ...], PerSeed]]:
         """Return the values of all seeds by quantity, then by name, then by rising ratio."""
-        found: Any = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+        series: Any = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
         for row in sorted(self.rows, key=lambda row: row["ratio"]):
             pruner, ratio = row["pruner"], row["ratio"]
-            found["accuracy"][pruner, row["part"], WORDS[row["way"]]][ratio].append(row["accuracy"])
+            series["accuracy"][pruner, row["part"], WORDS[row["way"]]][ratio].append(row["accuracy"])
             if "params" in row:
-                found["params"][pruner,][ratio].append(row["params"])
+                series["params"][pruner,][ratio].append(row["params"])
             for name, size in row.get("bytes", {}).items():
-                found["bytes"][pruner, name][ratio].append(size)
+                series["bytes"][pruner, name][ratio].append(size)
             for name, share in row.get("time_shares", {}).items():
-                found["time"][pruner, name][ratio].append(share["median"])
+                series["time"][pruner, name][ratio].append(share["median"])
         for study in self.sensitivities:
             for curve in study["curves"]:
                 for ratio, accuracy in curve["accuracy"].items():
-                    found["alone"]["+".join(curve["layers"]),][float(ratio)].append(accuracy)
-        return found  # type: ignore[no-any-return]
+                    series["alone"]["+".join(curve["layers"]),][float(ratio)].append(accuracy)
+        return series  # type: ignore[no-any-return]
 
     def figures(self) -> dict[str, Figure]:
         """Return ``magnitude``: accuracy, each layer's sensitivity, parameters, bytes and time against the ratio."""
@@ -99,11 +99,11 @@ class MagnitudeStudy(Findings):
             "time": (_SHARE, [1.0]),
         }
         for axis, (quantity, (label, unpruned)) in zip(axes, drawn.items(), strict=True):
-            for index, (key, found) in enumerate(series[quantity].items()):
-                known = _COLORS.get((key[0], key[1] if quantity == "accuracy" else "all"))
-                color, style = known or f"C{index % 10}", _STYLES.get(key[-1], ".-")
-                ratios, values = list(found), list(found.values())
-                axis.plot(ratios, [float(np.mean(each)) for each in values], style, color=color, label=", ".join(key))
+            for index, (key, values_by_ratio) in enumerate(series[quantity].items()):
+                own_color = _COLORS.get((key[0], key[1] if quantity == "accuracy" else "all"))
+                color, style = own_color or f"C{index % 10}", _STYLES.get(key[-1], ".-")
+                ratios, values = list(values_by_ratio), list(values_by_ratio.values())
+                axis.plot(ratios, [float(np.mean(seeds)) for seeds in values], style, color=color, label=", ".join(key))
                 if max(map(len, values)) > 1:  # a band from the lowest to the highest seed
                     lowest, highest = list(map(min, values)), list(map(max, values))
                     axis.fill_between(ratios, lowest, highest, alpha=0.1, linewidth=0, color=color)
@@ -170,9 +170,9 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
             sensitivities.append({"seed": seed, **curves.to_dict()})
         return MagnitudeStudy(rows, baselines, sensitivities)
 
-    def show(self, found: MagnitudeStudy) -> Iterator[RenderableType]:
-        series, baselines = found.series(), found.baselines
-        ratios = sorted({row["ratio"] for row in found.rows})
+    def show(self, findings: MagnitudeStudy) -> Iterator[RenderableType]:
+        series, baselines = findings.series(), findings.baselines
+        ratios = sorted({row["ratio"] for row in findings.rows})
         heads = [f"{ratio:g}" for ratio in ratios]
 
         def cells(values: PerSeed, scale: float, digits: int = 1) -> list[str]:
@@ -196,7 +196,7 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
         alone = [[*key, *cells(values, 100)] for key, values in series["alone"].items()]
         yield NumberTable(None, ["layer alone", *heads], alone)
         yield NumberTable(None, ["pruner", "what", "0", *heads], costs, text_columns=2)
-        shares = [share for row in found.rows for share in row.get("time_shares", {}).items()]
+        shares = [share for row in findings.rows for share in row.get("time_shares", {}).items()]
         noise = show_range([share["median"] for name, share in shares if name == _AGAIN], 1, 3)
         halves = [100 * share["half"] for _, share in shares]
         yield (
@@ -213,7 +213,7 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
         config: list[dict[str, Any]] = [{"op_names": layers, "sparse_ratio": ratio}]
         if pruner_info(pruner).structured:
             config = dependency_groups(pruned, start.example, config)
-        made = create_pruner(pruner, pruned, config, **pruner_knobs(pruner, pruned, start))
+        magnitude_pruner = create_pruner(pruner, pruned, config, **pruner_knobs(pruner, pruned, start))
         if way != "direct":
             rounds = 1 if way == "direct, retrained" else self.rounds
             epochs = iter([self.epochs // rounds + (index < self.epochs % rounds) for index in range(rounds)])
@@ -222,12 +222,12 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
                 recipe = start.recipe.for_retraining(next(epochs))
                 zoo.train(pruned, start.data, recipe, seed=start.seed, device=start.device)
 
-            prune_in_rounds(made, even_steps(rounds), train)
+            prune_in_rounds(magnitude_pruner, even_steps(rounds), train)
             accuracy = start.tested(pruned)
-            made.unwrap_model()
+            magnitude_pruner.unwrap_model()
             return {"accuracy": accuracy}
-        _, masks = made.compress()
-        made.unwrap_model()
+        _, masks = magnitude_pruner.compress()
+        magnitude_pruner.unwrap_model()
         masked = masked_model(pruned, start.example, masks)
         accuracy = start.tested(masked)
         if not with_costs:
@@ -277,7 +277,9 @@ class SparseLinear(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Map ``(n, in)`` to ``(n, out)``."""
         outputs: Tensor = (self.rows @ inputs.T).T
-        return outputs if self.bias is None else outputs + self.bias
+        if self.bias is not None:
+            outputs = outputs + self.bias
+        return outputs
 
 
 def with_sparse_linears(model: nn.Module) -> nn.Module:

@@ -143,15 +143,19 @@ def neural_persistence(
             least = float(magnitudes.min())
         top = largest[layer.name] if scale == "layer" else max(largest.values())
         deaths[layer.name] = lengths / top
-        bound = (1.0 - least / top) * len(lengths) ** (1.0 / p) if normalized else 1.0
+        bound = 1.0
+        if normalized:
+            bound = (1.0 - least / top) * len(lengths) ** (1.0 / p)
         # the p-norm of the persistences, scaled so that a large p doesn't underflow
         persistences = 1.0 - deaths[layer.name]
         longest = float(persistences.max())
-        norm = longest * float(np.linalg.norm(persistences / longest, ord=p)) if longest > 0 else 0.0
+        norm = 0.0
+        if longest > 0:
+            norm = longest * float(np.linalg.norm(persistences / longest, ord=p))
         values[layer.name] = norm / bound if bound > 0 else 0.0
     if not values:
-        found = ", ".join(f"{name} ({why})" for name, why in skipped.items())
-        raise ConfigError(f"a model must have a supported layer that is run, got only {found} (neural_persistence)")
+        listing = ", ".join(f"{name} ({why})" for name, why in skipped.items())
+        raise ConfigError(f"a model must have a supported layer that is run, got only {listing} (neural_persistence)")
     return NeuralPersistence(values, deaths, normalized, skipped)
 
 
@@ -198,8 +202,8 @@ class AnalyzePersistence(TrainedStudy[PersistenceStudy]):
             zoo.train(net, bundle, recipe, seed=self.seed, device=place, callback=note)
         return PersistenceStudy(history)
 
-    def show(self, found: PersistenceStudy) -> Iterator[RenderableType]:
-        first, last = found.history[0], found.history[-1]
+    def show(self, findings: PersistenceStudy) -> Iterator[RenderableType]:
+        first, last = findings.history[0], findings.history[-1]
         rows = [
             {"name": name, "edges": len(last.deaths[name]), "first": first.layers[name], "last": value}
             for name, value in last.layers.items()

@@ -58,14 +58,14 @@ class PrunersStudy(TrainedStudy[Found]):
 
     def points(self, start: Start, tell: Tell) -> list[Record]:
         """Return one point per pruner, ratio and seed."""
-        known = replace(start, known_accuracy=start.accuracy)  # measured once, not in every run
-        found = []
+        measured = replace(start, known_accuracy=start.accuracy)  # measured once, not in every run
+        records = []
         for name in self.pruners:
             for ratio, seed in itertools.product(self.ratios, self.seeds_of(name)):
                 run = {"pruner": name, "ratio": ratio, "seed": seed}
-                found.append({**run, **self.point(replace(known, seed=seed), name, ratio)})
+                records.append({**run, **self.point(replace(measured, seed=seed), name, ratio)})
                 tell(f"{name} at {ratio:g}, seed {seed}")
-        return found
+        return records
 
     def seeds_of(self, name: str) -> range:
         repeats = self.seeds if name == CONNECTIONS or "seed" in pruner_info(name).knobs() else 1
@@ -87,12 +87,16 @@ def study_masks(name: str, start: Start, ratio: float, calibration: int) -> Mask
             mask[torch.randperm(len(mask), generator=generator)[: int(ratio * len(mask))]] = 0.0
             masks[layer] = {"weight": mask.reshape(weight.shape).to(weight.device)}
         return masks
-    info, knobs, entry = pruner_info(name), {}, {"op_names": layers, "sparse_ratio": ratio}
+    info, knobs, config = pruner_info(name), {}, {"op_names": layers, "sparse_ratio": ratio}
     if name == "subcluster":  # it chooses the number of neurons itself, starting from the share 1 - ratio
         knobs = {"growth": {"initial_ratio": max(1.0 - ratio, 1e-9)}}
-        del entry["sparse_ratio"]
-    config_list = dependency_groups(start.net, start.example, [entry]) if info.structured else [entry]
-    choice = PrunerChoice(name, knobs=knobs, calibration=calibration if "calibration" in info.knobs() else 0)
+        del config["sparse_ratio"]
+    config_list = [config]
+    if info.structured:
+        config_list = dependency_groups(start.net, start.example, config_list)
+    if "calibration" not in info.knobs():
+        calibration = 0
+    choice = PrunerChoice(name, knobs=knobs, calibration=calibration)
     return prune(start, choice, config_list).masks
 
 

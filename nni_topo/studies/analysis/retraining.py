@@ -59,7 +59,9 @@ class RetrainingBound:
 
     def fitted_gamma(self, epochs: float) -> float:
         """Return the gamma for which (3.1) equals ``epochs``; infinite if the bound is 0 for every gamma."""
-        return epochs * self.gamma / self.epochs if self.epochs > 0 else math.inf
+        if self.epochs <= 0:
+            return math.inf
+        return epochs * self.gamma / self.epochs
 
 
 @public(initial=MODEL, trained=MODEL, sparse=MODEL, batches=BATCHES, epochs=_POSITIVE, gamma=_POSITIVE)
@@ -134,8 +136,9 @@ def retraining_bound(
         check_model(model)
     start, end, pruned = (_state(model, loss, data) for model in (initial, trained, sparse))
     # (3.6): squared norms over all layers; gradients of pruned nodes, which aren't in the network, don't count
-    kept = pruned.weights != 0 if kind == "node" else 1.0
-    initial_norm, sparse_norm = (float(each.square().sum()) for each in (start.gradients, pruned.gradients * kept))
+    is_kept = pruned.weights != 0 if kind == "node" else 1.0
+    initial_norm = float(start.gradients.square().sum())
+    sparse_norm = float((pruned.gradients * is_kept).square().sum())
     if min(initial_norm, sparse_norm) == 0.0:
         raise DataError("gradients before training and after pruning must not be zero, got one that is (theorem 1)")
     if kind == "node":
@@ -188,12 +191,14 @@ def _state(model: nn.Module, loss: Callable[[Any, Any], Tensor], batches: list[t
     total = 0.0
     for inputs, targets in batches:
         args, kwargs = call_arguments(inputs, copied)
-        found = loss(copied(*args, **kwargs), targets.to(device))
-        if not isinstance(found, Tensor) or found.dim():
-            got = f"one of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        batch_loss = loss(copied(*args, **kwargs), targets.to(device))
+        if not isinstance(batch_loss, Tensor) or batch_loss.dim():
+            got = f"a {type(batch_loss).__name__}"
+            if isinstance(batch_loss, Tensor):
+                got = f"one of shape {tuple(batch_loss.shape)}"
             raise ConfigError(f"a loss must be the mean over a batch, got {got} (loss)")
         # weighted, so that the sum is the mean over all samples
-        mean = found * (len(targets) / samples)
+        mean = batch_loss * (len(targets) / samples)
         torch.autograd.backward(mean)
         total += mean.item()
     if not math.isfinite(total):
@@ -264,23 +269,27 @@ class AnalyzeRetraining(PrunersStudy[RetrainingStudy]):
         pictures, labels = (tensor.split(256) for tensor in start.data.train[: self.images])
         batches = list(zip(pictures, labels, strict=True))
         masks = study_masks(name, start, ratio, self.calibration)
-        kind: BoundKind = "node" if name != CONNECTIONS and pruner_info(name).structured else "connection"
-        sparse = made_dense(start, masks)[0] if kind == "node" else masked_model(start.net, start.example, masks)
+        kind: BoundKind = "connection"
+        if name != CONNECTIONS and pruner_info(name).structured:
+            kind = "node"
+            sparse, _ = made_dense(start, masks)
+        else:
+            sparse = masked_model(start.net, start.example, masks)
         trained = start.recipe.epochs
-        found = retraining_bound(initial, start.net, sparse, cross_entropy, batches, trained, self.gamma, kind)
-        bounds = {"kind": kind, "bound": found.epochs, "derived": found.derived_epochs}
+        bound = retraining_bound(initial, start.net, sparse, cross_entropy, batches, trained, self.gamma, kind)
+        bounds = {"kind": kind, "bound": bound.epochs, "derived": bound.derived_epochs}
         before = start.tested(sparse)
         # the learning rate falls over all epochs, even if the accuracy recovers earlier
-        recipe, wanted = start.recipe.for_retraining(self.epochs), start.accuracy - self.tolerance
-        taken, after = epochs_to_recover(sparse, start.data, recipe, wanted, seed=start.seed)
-        return {**bounds, "epochs": taken, "accuracy_pruned": before, "accuracy_retrained": after}
+        recipe, goal = start.recipe.for_retraining(self.epochs), start.accuracy - self.tolerance
+        epochs, after = epochs_to_recover(sparse, start.data, recipe, goal, seed=start.seed)
+        return {**bounds, "epochs": epochs, "accuracy_pruned": before, "accuracy_retrained": after}
 
-    def show(self, found: RetrainingStudy) -> Iterator[RenderableType]:
+    def show(self, findings: RetrainingStudy) -> Iterator[RenderableType]:
         columns = {
             "pruner": "{pruner}",
             "kind": "{kind}",
             "ratio": "{ratio:g}",
-            f"bound (3.1), gamma {found.gamma:g}": "{bound:.3g}",
+            f"bound (3.1), gamma {findings.gamma:g}": "{bound:.3g}",
             "fitted gamma": "{fitted:.3g}",
             "bound as derived": "{derived:.3g}",
             "epochs taken": "{epochs:.1f}",
@@ -288,22 +297,23 @@ class AnalyzeRetraining(PrunersStudy[RetrainingStudy]):
             "no recovery %": "{accuracy_pruned:.1%}",
             "fine-tuned %": "{accuracy_retrained:.1%}",
         }
-        rows = found.means().to_dict("records")
+        rows = findings.means().to_dict("records")
         yield table_of(f"epochs of fine-tuning of {self.model}", rows, columns, text_columns=2)
-        yield f"trained for {found.trained_epochs} epochs to {100 * found.accuracy:.1f} %"
+        yield f"trained for {findings.trained_epochs} epochs to {100 * findings.accuracy:.1f} %"
 
 
 def epochs_to_recover(
-    model: nn.Module, data: zoo.DataBundle, recipe: zoo.Recipe, wanted: float, *, seed: int
+    model: nn.Module, data: zoo.DataBundle, recipe: zoo.Recipe, goal: float, *, seed: int
 ) -> tuple[int | None, float]:
-    """Fine-tune in place until the test accuracy reaches ``wanted``; return epochs (None: never) and accuracy."""
+    """Fine-tune in place until the test accuracy reaches ``goal``; return epochs (None: never) and accuracy."""
     before = zoo.evaluate(model, data.test)
-    if before >= wanted:
+    if before >= goal:
         return 0, before
     # the test images take the place of validation images
-    log = retrain(model, replace(data, validation=data.test), recipe, seed=seed, until=wanted)
+    log = retrain(model, replace(data, validation=data.test), recipe, seed=seed, until=goal)
     reached = log.epochs[-1].validation_accuracy or 0.0
-    return (len(log.epochs) if reached >= wanted else None), reached
+    epochs = len(log.epochs) if reached >= goal else None
+    return epochs, reached
 
 
 def _draw(axis: Axes, rows: pd.DataFrame) -> None:

@@ -91,12 +91,12 @@ class RoundsStudy(Findings):
                     (lower, "channels_connected", f"{method}: channels connected", "-"),
                     (lower, "outputs_reached", f"{method}: outputs reached", ":"),
                 ):
-                    values = 100 * np.array([[entry[key] for entry in run["rounds"]] for run in runs])
+                    values = 100 * np.array([[round_record[key] for round_record in run["rounds"]] for run in runs])
                     axis.plot(targets, values.mean(0), style, marker=".", label=label, color=color)
                     if len(runs) > 1:
                         axis.fill_between(targets, values.min(0), values.max(0), alpha=0.15, linewidth=0, color=color)
                 if method == "T-IMP":
-                    critical = 1.0 / min(entry["kept"] for entry in runs[0]["rounds"])
+                    critical = 1.0 / min(round_record["kept"] for round_record in runs[0]["rounds"])
                     for axis in (upper, lower):
                         axis.axvline(critical, color="black", linewidth=0.7, linestyle="--")
             finish(upper, "", "accuracy %", title=f"{model}\ndashed: critical compression", xscale="log")
@@ -145,8 +145,8 @@ class AnalyzeRounds(DataVerb, Study[RoundsStudy]):
 
         return RoundsStudy(run_rounds(cells, self.out, n_jobs=self.n_jobs, announce=announce))
 
-    def show(self, found: RoundsStudy) -> Iterator[RenderableType]:
-        return rounds_tables(found.records)
+    def show(self, findings: RoundsStudy) -> Iterator[RenderableType]:
+        return rounds_tables(findings.records)
 
 
 def run_rounds(cells: Sequence[RoundsCell], out: str | Path, *, n_jobs: int = 1, announce: Any = None) -> list[Record]:
@@ -161,7 +161,7 @@ def run_rounds(cells: Sequence[RoundsCell], out: str | Path, *, n_jobs: int = 1,
         done = {record["key"]: record for record in read_records(out / "results.jsonl", {"key": instance(str)})}
         failures = run_missing(cells, done, out, run_rounds_cell, n_jobs=n_jobs, announce=announce)
     if failures:
-        failed = "; ".join(f"{each.cell.pruner.row}, seed {each.cell.seed}: {reason}" for each, reason in failures)
+        failed = "; ".join(f"{job.cell.pruner.row}, seed {job.cell.seed}: {reason}" for job, reason in failures)
         raise DataError(f"all runs must succeed, got {len(failures)} failed: {failed} ({out})")
     return [done[cell.key] for cell in cells]
 
@@ -200,14 +200,14 @@ def run_rounds_cell(study: RoundsCell, out: Path) -> Record:
     def note(done: Round) -> None:
         masks: Masks = pruner.get_masks()
         # on the untrained network, because NNI has wrapped `net`; the values of weights don't matter
-        found = connectivity(initial, start.example, masks)
+        flow = connectivity(initial, start.example, masks)
         rounds.append(
             {
                 "accuracy": start.tested(net),
                 "kept": share_kept(masks),
-                "outputs_reached": found.outputs,
-                "channels_connected": found.channels,
-                "channels_reached": min(found.reached.values()),
+                "outputs_reached": flow.outputs,
+                "channels_connected": flow.channels,
+                "channels_reached": min(flow.reached.values()),
                 "target": study.sparsities[done.index - 1],
             }
         )
@@ -245,24 +245,28 @@ def rounds_tables(records: Iterable[Record]) -> Iterator[NumberTable]:
         baselines = [name for name in methods if name != "T-IMP"] if "T-IMP" in methods else []
         head += [f"T-IMP - {baseline}" for baseline in baselines]
         rows = []
-        for index, entry in enumerate(runs[0]["rounds"]):
-            cells = [f"{100 * entry['target']:g}"]
+        for index, first_round in enumerate(runs[0]["rounds"]):
+            cells = [f"{100 * first_round['target']:g}"]
             accuracies: dict[str, dict[int, float]] = {}
-            for method, each in methods.items():
-                accuracies[method] = {run["seed"]: run["rounds"][index]["accuracy"] for run in each}
+            for method, method_runs in methods.items():
+                accuracies[method] = {run["seed"]: run["rounds"][index]["accuracy"] for run in method_runs}
                 for key in shown:
-                    values = [run["rounds"][index][key] for run in each]
-                    digits = 2 if key == "kept" else 1
-                    is_mean = key != "accuracy"
-                    cells.append(f"{100 * np.mean(values):.{digits}f}" if is_mean else show_accuracies(values))
+                    values = [run["rounds"][index][key] for run in method_runs]
+                    if key == "accuracy":
+                        cells.append(show_accuracies(values))
+                    else:
+                        digits = 2 if key == "kept" else 1
+                        cells.append(f"{100 * np.mean(values):.{digits}f}")
             for baseline in baselines:
-                ours, theirs = accuracies["T-IMP"], accuracies[baseline]
-                gains = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+                ours, baseline_accuracies = accuracies["T-IMP"], accuracies[baseline]
+                gains = [
+                    ours[seed] - baseline_accuracies[seed] for seed in sorted(ours.keys() & baseline_accuracies.keys())
+                ]
                 cells.append(interval(gains).show(100, sign=True))
             rows.append(cells)
         before = show_accuracies([run["accuracy_before"] for run in runs])
-        what = f"{runs[0]['images']} images, {len(runs)} seed{'s' * (len(runs) > 1)}"
-        yield NumberTable(f"{model} on {runs[0]['data']}, {what}; dense {before} %", head, rows)
+        size = f"{runs[0]['images']} images, {len(runs)} seed{'s' * (len(runs) > 1)}"
+        yield NumberTable(f"{model} on {runs[0]['data']}, {size}; dense {before} %", head, rows)
     overlaps = []
     for model, methods in _by_model(records).items():
         runs = next(iter(methods.values()))

@@ -78,8 +78,8 @@ class Sensitivity(Findings):
             style = ("-", "--", ":")[index // 10 % 3]
             axis.plot(*zip(*points, strict=True), f".{style}", color=f"C{index % 10}", label="+".join(curve.layers))
         axis.axhline(self.baseline - self.budget, color="0.5", linewidth=0.8, label="budget")
-        what, columns = f"sensitivity, {self.pruner}", 1 + len(self.curves) // 14
-        finish(axis, "sparse_ratio of these layers alone", "score", columns=columns, title=what)
+        title, columns = f"sensitivity, {self.pruner}", 1 + len(self.curves) // 14
+        finish(axis, "sparse_ratio of these layers alone", "score", columns=columns, title=title)
         return {"sensitivity": figure}
 
     def texts(self) -> dict[str, str]:
@@ -155,7 +155,8 @@ def sensitivity(
     ratios = sorted(set(map(float, ratios)))
     _check_knobs(ratios, budget)
     info = PRUNERS.info(pruner, "sensitivity")
-    knobs = {} if knobs is None else knobs
+    if knobs is None:
+        knobs = {}
     if isinstance(knobs, Mapping):
         check_pruner_knobs(pruner, knobs, "sensitivity")
     used: dict[str, Any] = {} if callable(knobs) else dict(knobs)
@@ -163,10 +164,10 @@ def sensitivity(
 
     def score(net: nn.Module) -> float:
         with lent(net) as copied:
-            found = check_result("evaluate", evaluate(copied), "sensitivity")
-        if not math.isfinite(found):
-            raise DataError(f"an evaluation must return a finite number, got {found} (sensitivity)")
-        return found
+            value = check_result("evaluate", evaluate(copied), "sensitivity")
+        if not math.isfinite(value):
+            raise DataError(f"an evaluation must return a finite number, got {value} (sensitivity)")
+        return value
 
     def pruned(chosen: Mapping[tuple[str, ...], float]) -> float:
         """Return the score of a copy in which layers are pruned at the chosen ratios."""
@@ -175,10 +176,10 @@ def sensitivity(
             config = groups_of(analysis, config)
         copied = detached_copy(model)
         if callable(knobs):
-            made = knobs(copied)
-            instance(Mapping).check("what knobs returns", made, "sensitivity")
+            chosen_knobs = knobs(copied)
+            instance(Mapping).check("what knobs returns", chosen_knobs, "sensitivity")
             used.clear()
-            used.update(made)
+            used.update(chosen_knobs)
         sizes = {"example_inputs": example_inputs} if "example_inputs" in info.knobs() else {}
         made_pruner = create_pruner(pruner, copied, config, **{**sizes, **used})
         _, masks = made_pruner.compress()
@@ -210,12 +211,12 @@ def _groups(analysis: Analysis, structured: bool, layers: Sequence[str] | None) 
             if isinstance(model.get_submodule(name), (nn.Linear, *CONVOLUTIONS))
             and not (structured and flow.reaches_output(name))
         ]
-    entry: dict[str, Any] = {"op_names": list(layers)}
-    check_names(model, [entry], "layers")
+    config_entry: dict[str, Any] = {"op_names": list(layers)}
+    check_names(model, [config_entry], "layers")
     if not structured:
-        return [(name,) for name in entry["op_names"]]
+        return [(name,) for name in config_entry["op_names"]]
     groups: dict[str, list[str]] = {}
-    for config in groups_of(analysis, [{**entry, "sparse_ratio": 0.5}]):
+    for config in groups_of(analysis, [{**config_entry, "sparse_ratio": 0.5}]):
         (name,) = config["op_names"]
         groups.setdefault(config.get("dependency_group_id", name), []).append(name)
     return [tuple(names) for names in groups.values()]
@@ -298,14 +299,14 @@ class AnalyzeSensitivity(TrainedStudy[Sensitivity]):
             on_progress=lambda layers, ratio, accuracy: tell(f"{layers} at {ratio:g}: {100 * accuracy:.1f} %"),
         )
 
-    def show(self, found: Sensitivity) -> Iterator[RenderableType]:
-        ratios = list(found.curves[0].accuracy)
-        chosen = {tuple(entry["op_names"]): f"{entry['sparse_ratio']:g}" for entry in found.suggested}
+    def show(self, findings: Sensitivity) -> Iterator[RenderableType]:
+        ratios = list(findings.curves[0].accuracy)
+        chosen = {tuple(config["op_names"]): f"{config['sparse_ratio']:g}" for config in findings.suggested}
         head = ("layers", *(f"{ratio:g}" for ratio in ratios), "suggested")
         rows = []
-        for curve in found.curves:
+        for curve in findings.curves:
             shown = [f"{100 * accuracy:.1f}" for accuracy in curve.accuracy.values()]
             rows.append([" + ".join(curve.layers), *shown, chosen.get(curve.layers, "0")])
         yield NumberTable(f"sensitivity of {self.model}, {self.pruner}, validation accuracy in %", head, rows)
-        before, after = 100 * found.baseline, 100 * found.suggested_accuracy
+        before, after = 100 * findings.baseline, 100 * findings.suggested_accuracy
         yield f"unpruned {before:.1f} %, all suggested ratios at once {after:.1f} %, without fine-tuning"

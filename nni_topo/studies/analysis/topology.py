@@ -73,13 +73,15 @@ class TopologyStudy(Findings):
         titled = [(f"{_short(row.name)}: {row.points} to {row.kept}", row) for row in self.layers if row in most]
         searched = [(title, layer) for title, layer in titled if layer.trace]
         size, columns = (3.2, 2.8), 4
-        found = {
+        figures = {
             "deaths": _death_curves(self.layers),
             "allocation": _allocation(self.layers),
             "diagrams": panels(titled, _draw_diagram, size=size, columns=columns),
             "barcodes": panels(titled, _draw_barcode, size=size, columns=columns),
         }
-        return found | ({"search": panels(searched, _draw_trace, size=size, columns=columns)} if searched else {})
+        if searched:
+            figures["search"] = panels(searched, _draw_trace, size=size, columns=columns)
+        return figures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,24 +98,26 @@ class AnalyzeTopology(TrainedStudy[TopologyStudy]):
         _DEGREES.check("degrees", self.degrees, self.place)
 
     def _target(self) -> Target:
-        return Target("ratio", self.ratio) if self.flops is None else Target("flops", self.flops)
+        if self.flops is None:
+            return Target("ratio", self.ratio)
+        return Target("flops", self.flops)
 
     def find(self, tell: Tell) -> TopologyStudy:
         target, start = self._target(), self.start()
         knobs = pruner_knobs("topological", start.net, start, self.calibration)
-        entry: dict[str, Any] = {"op_names": inner_layers(start.net, start.example)}
+        config: dict[str, Any] = {"op_names": inner_layers(start.net, start.example)}
         if target.kind == "flops":
             # the budget is shared among layers by death times
             knobs["budget"] = Budget(flops=target.value, allocation="topological")
         else:
-            entry["sparse_ratio"] = target.value
-        config_list = dependency_groups(start.net, start.example, [entry])
+            config["sparse_ratio"] = target.value
+        config_list = dependency_groups(start.net, start.example, [config])
         return study_topology(start.net, config_list, degrees=self.degrees, **knobs)
 
-    def show(self, found: TopologyStudy) -> Iterator[RenderableType]:
+    def show(self, findings: TopologyStudy) -> Iterator[RenderableType]:
         columns = {"layer": "{name}", "points": "{points}", "kept": "{kept}"}
         columns |= {f"bottleneck H{degree}": f"{{bottleneck[{degree}]:.4f}}" for degree in self.degrees}
-        rows = [vars(layer) for layer in found.layers]
+        rows = [vars(layer) for layer in findings.layers]
         yield table_of(f"topology of {self.model}", rows, {**columns, "Hausdorff": "{hausdorff:.4f}"})
 
 
@@ -144,23 +148,25 @@ def study_topology(
         As in the pruner; also if ``degrees`` is empty or a degree is negative.
     """
     pruner = TopologicalPruner(detached_copy(model), config_list, **knobs)
-    data = pruner._collect_data()
-    masks = pruner._generate_sparsity(pruner._calculate_metrics(data))
+    data = pruner.collect_data()
+    masks = pruner.masks_from(pruner.score_blocks(data))
     layers = []
     for unit in pruner.context.units:
         points = np.concatenate([data[module][target].numpy() for module, target in unit.members], axis=1)
         module_name, target_name = unit.members[0]
-        kept = masks[module_name][target_name].reshape(unit.blocks, -1)[:, 0].bool().numpy()
-        count = int(kept.sum())
+        is_kept = masks[module_name][target_name].reshape(unit.blocks, -1)[:, 0].bool().numpy()
+        count = int(is_kept.sum())
         distances = topology.pairwise_distances(topology.with_origin(points))
-        stays = np.append(kept, True)
-        before, after = (
-            {d: topology.rips_diagram(distances=cloud, dimension=d, keep_infinite=False) for d in degrees}
-            for cloud in (distances, distances[np.ix_(stays, stays)])
-        )
+        stays = np.append(is_kept, True)
+        kept_distances = distances[np.ix_(stays, stays)]
+        before, after = dict[int, FloatArray](), dict[int, FloatArray]()
+        for degree in degrees:
+            before[degree] = topology.rips_diagram(distances=distances, dimension=degree, keep_infinite=False)
+            after[degree] = topology.rips_diagram(distances=kept_distances, dimension=degree, keep_infinite=False)
         deaths = topology.h0_deaths(distances)
-        deaths = deaths / deaths.mean() if deaths.mean() > 0 else deaths
-        found = LayerTopology(
+        if deaths.mean() > 0:
+            deaths = deaths / deaths.mean()
+        layer = LayerTopology(
             name=unit.name,
             points=unit.blocks,
             kept=count,
@@ -173,7 +179,7 @@ def study_topology(
             hausdorff=float(topology.hausdorff_to_subset(distances, stays[None])[0]),
             trace=pruner.trace.get(unit.name, []),
         )
-        layers.append(found)
+        layers.append(layer)
     return TopologyStudy(layers, masks)
 
 
@@ -235,6 +241,8 @@ def _draw_trace(axis: Axes, layer: LayerTopology) -> None:
 
 def _short(name: str) -> str:
     """Return the first target's name of a unit, and the number of others."""
-    first, *others = name.split("+")
+    first, *following = name.split("+")
     first = first.removesuffix(".weight")
-    return f"{first} +{len(others)}" if others else first
+    if not following:
+        return first
+    return f"{first} +{len(following)}"

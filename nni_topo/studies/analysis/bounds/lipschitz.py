@@ -38,9 +38,9 @@ _MOVES = {
 _SUMS = {"add", "iadd", "sub"}
 
 
-def largest_changes(graph: GraphModule, other: GraphModule, inputs: Tensor) -> dict[str, float]:
+def largest_changes(graph: GraphModule, pruned: GraphModule, inputs: Tensor) -> dict[str, float]:
     """Bound the Euclidean distance between two networks' outputs; return each changed module's term of the bound."""
-    runner = _Changes(graph, other)
+    runner = _Changes(graph, pruned)
     called = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
     # A parameter that the model uses outside of called modules would be missing in the bound.
     uncalled = sorted(runner._changed - called)
@@ -51,12 +51,14 @@ def largest_changes(graph: GraphModule, other: GraphModule, inputs: Tensor) -> d
         )
     with torch.no_grad():
         runner.run(inputs)
-    return runner.known[next(node for node in graph.graph.nodes if node.op == "output")]
+    return runner.bounds[next(node for node in graph.graph.nodes if node.op == "output")]
 
 
 def norm(value: Any) -> float:
     """Return the Euclidean norm of a tensor over all its entries."""
-    return float(torch.linalg.vector_norm(value.double())) if isinstance(value, Tensor) else 0.0
+    if not isinstance(value, Tensor):
+        return 0.0
+    return float(torch.linalg.vector_norm(value.double()))
 
 
 def operator_constant(graph_module: GraphModule, node: Node) -> float:
@@ -84,8 +86,10 @@ def operator_constant(graph_module: GraphModule, node: Node) -> float:
         knob = {"leakyrelu": "negative_slope", "elu": "alpha"}.get(name)
         if knob is None:
             return _SLOPES[name]
-        given: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get(knob, 0.0)
-        return max(_SLOPES[name], abs(float(given if module is None else getattr(module, knob))))
+        slope: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get(knob, 0.0)
+        if module is not None:
+            slope = getattr(module, knob)
+        return max(_SLOPES[name], abs(float(slope)))
     if name == "mean":
         # A mean of m entries has norm 1 / sqrt(m), and each entry belongs to one mean only.
         return math.sqrt(math.prod(_shape(node)) / math.prod(_shape(node.all_input_nodes[0])))
@@ -119,7 +123,7 @@ def convolution_constant(module: Any, sides: Sequence[int], most: int = 2 * 10**
         # The spectrum takes too much memory: |A|_2 <= sqrt(|A|_1 |A|_inf), the largest absolute column and row sums.
         absolute = kernels.abs().sum(dims)
         return float((absolute.sum(2).amax(1) * absolute.sum(1).amax(1)).sqrt().max())
-    spaced = kernels.new_zeros(*kernels.shape[:3], *(each + 1 for each in reach))
+    spaced = kernels.new_zeros(*kernels.shape[:3], *(distance + 1 for distance in reach))
     every_other = (..., *(slice(None, None, d) for d in module.dilation))
     spaced[every_other] = kernels
     spectrum = torch.fft.fftn(spaced, s=torus, dim=dims).flatten(3)
@@ -144,38 +148,37 @@ def _shape(node: Node) -> tuple[int, ...]:
 class _Changes(Interpreter):
     """Runs the unpruned network and bounds the pruned network's difference at every node, by layer that causes it."""
 
-    def __init__(self, graph: GraphModule, other: GraphModule) -> None:
+    def __init__(self, graph: GraphModule, pruned: GraphModule) -> None:
         super().__init__(graph)
-        self.other = other
-        self.known: dict[Node, dict[str, float]] = {}
-        mine, theirs = graph.state_dict(), other.state_dict()
-        self._changed = {
-            name.rpartition(".")[0] for name, value in mine.items() if not torch.equal(value, theirs[name])
-        }
+        self.other = pruned
+        self.bounds: dict[Node, dict[str, float]] = {}
+        values, pruned_values = graph.state_dict(), pruned.state_dict()
+        changed = [name for name, value in values.items() if not torch.equal(value, pruned_values[name])]
+        self._changed = {name.rpartition(".")[0] for name in changed}
 
     def run_node(self, n: Node) -> Any:
         """Run a node of the unpruned network and bound the pruned network's difference there."""
         value = super().run_node(n)
         if n.op in ("call_module", "call_function", "call_method"):
             # The node's bound, by the layer that causes the difference.
-            found: dict[str, float] = {}
+            terms: dict[str, float] = {}
             operands: list[Node] = []
             map_arg((n.args, n.kwargs), operands.append)  # a node that is an operand twice counts twice
-            differing = [operand for operand in operands if self.known.get(operand)]
+            differing = [operand for operand in operands if self.bounds.get(operand)]
             constant = operator_constant(self.other, n) if differing else 0.0
             broadcasts = n.op != "call_module" and _operation_name(None, n) in _SUMS
             for operand in differing:
                 # k copies of a difference have sqrt(k) times its norm
                 copies = math.prod(_shape(n)) / math.prod(_shape(operand)) if broadcasts else 1.0
-                for layer, difference in self.known[operand].items():
-                    found[layer] = found.get(layer, 0.0) + constant * math.sqrt(copies) * difference
+                for layer, difference in self.bounds[operand].items():
+                    terms[layer] = terms.get(layer, 0.0) + constant * math.sqrt(copies) * difference
             if n.op == "call_module" and str(n.target) in self._changed:
                 args, kwargs = self.fetch_args_kwargs_from_env(n)
                 changed = self.other.get_submodule(str(n.target))(*args, **kwargs)
-                found[str(n.target)] = found.get(str(n.target), 0.0) + norm(changed - value)
-            self.known[n] = found
+                terms[str(n.target)] = terms.get(str(n.target), 0.0) + norm(changed - value)
+            self.bounds[n] = terms
         elif n.op == "output":
-            self.known[n] = self.known.get(n.all_input_nodes[0], {})
+            self.bounds[n] = self.bounds.get(n.all_input_nodes[0], {})
         return value
 
 
@@ -196,10 +199,12 @@ def pooling_of(module: nn.Module | None, node: Node) -> nn.Module | None:
     """Return a node's pooling module, for a pooling function an equivalent module; None if it doesn't pool."""
     if module is None and node.op == "call_function" and node.target in _FUNCTIONS:
         kind, knobs = _FUNCTIONS[node.target]
-        given: dict[str, Any] = dict(zip(knobs, node.args[1:], strict=False))
-        module = kind(**given, **{knob: value for knob, value in node.kwargs.items() if knob != "input"})
+        arguments: dict[str, Any] = dict(zip(knobs, node.args[1:], strict=False))
+        module = kind(**arguments, **{knob: value for knob, value in node.kwargs.items() if knob != "input"})
     is_known = isinstance(module, (pooling._MaxPoolNd, *_AVERAGES)) and not getattr(module, "divisor_override", None)
-    return module if is_known else None
+    if not is_known:
+        return None
+    return module
 
 
 def pooling_constant(pool: Any, entering: Sequence[int], leaving: Sequence[int]) -> float:
@@ -212,7 +217,9 @@ def pooling_constant(pool: Any, entering: Sequence[int], leaving: Sequence[int])
         else:
             names = ("kernel_size", "stride", "padding", "dilation")
             knobs = {name: getattr(pool, name) for name in names if getattr(pool, name, None) is not None}
-            knobs = {name: value if isinstance(value, int) else value[axis] for name, value in knobs.items()}
+            for name, value in knobs.items():
+                if not isinstance(value, int):
+                    knobs[name] = value[axis]
             knobs["ceil_mode"] = pool.ceil_mode
             if hasattr(pool, "count_include_pad"):
                 pooled = functional.avg_pool1d(ones, **knobs, count_include_pad=pool.count_include_pad)

@@ -88,7 +88,8 @@ class ErrorBound:
         ``epsilon``, the error that the layer may add; ``largest_change``, the ``||delta W||`` that (3.9) allows for
         ``epsilon``; ``change``, the layer's ``||delta W||``.
         """
-        total = self.first_order if total is None else total
+        if total is None:
+            total = self.first_order
         if not is_finite(total) or total < 0.0:
             raise ConfigError(f"an allowed error must be finite and at least 0, got {total!r} (total)")
         rows = []
@@ -140,13 +141,13 @@ def error_bound(original: nn.Module, pruned: nn.Module, inputs: Tensor, *, itera
     times the Lipschitz constants, with pruned weights, of all later operations.
     """
     whole(1).check("iterations", iterations, "error_bound")
-    graph, other = traced(original, inputs), traced(pruned, inputs)
-    changes = _changes(graph, other)
+    graph, pruned_graph = traced(original, inputs), traced(pruned, inputs)
+    changes = _changes(graph, pruned_graph)
     segments = chain(graph)
-    always = largest_changes(graph, other, inputs)
+    always = largest_changes(graph, pruned_graph, inputs)
     values = [inputs]  # input of each segment, then the output
     with torch.no_grad():
-        error = norm(other(inputs) - graph(inputs))
+        error = norm(pruned_graph(inputs) - graph(inputs))
         for segment in segments:
             values.append(segment(values[-1], {}))
     # Norms dY(i) / dY(i-1) of all segments except the first: the largest norm of a sample, because samples don't mix.
@@ -156,11 +157,11 @@ def error_bound(original: nn.Module, pruned: nn.Module, inputs: Tensor, *, itera
     ]
     layers = []
     for index, (segment, value) in enumerate(zip(segments, values, strict=False)):
-        own = {name: p.detach() for name, p in segment.module.named_parameters()}
-        changed = {name: changes[name] for name in own if bool(changes[name].any())}
-        change = math.sqrt(sum(norm(each) ** 2 for each in changed.values()))
+        parameters = {name: p.detach() for name, p in segment.module.named_parameters()}
+        changed = {name: changes[name] for name in parameters if bool(changes[name].any())}
+        change = math.sqrt(sum(norm(difference) ** 2 for difference in changed.values()))
         # changed parameters, or all if none changed
-        at = {name: own[name] for name in changed or own}
+        at = {name: parameters[name] for name in changed or parameters}
         forward = partial(segment, value)
         jacobian = jacobian_norm(forward, at, per_sample=False, iterations=iterations)
         step = norm(_tangent(forward, at, changed)) if changed else 0.0
@@ -198,8 +199,8 @@ class ChainSegment:
 
     def __call__(self, value: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """Run the segment with some of its parameters replaced."""
-        result: Tensor = functional_call(self.module, parameters, (value,))
-        return result
+        output: Tensor = functional_call(self.module, parameters, (value,))
+        return output
 
 
 def chain(graph_module: GraphModule) -> list[ChainSegment]:
@@ -228,7 +229,8 @@ def chain(graph_module: GraphModule) -> list[ChainSegment]:
             if is_layer:
                 named[-1].append(str(node.target))
             dependent.add(node)
-            alive = {each for each in {*alive, node} if any(order[user] > order[node] for user in each.users)}
+            alive.add(node)
+            alive = {source for source in alive if any(order[user] > order[node] for user in source.users)}
     if not parts or not named[0]:
         raise ConfigError("the propagation of errors needs a convolution or linear layer, got none (model)")
     segments = []
@@ -254,17 +256,17 @@ def jacobian_norm(
     # and the largest of the entries' singular values is returned.
     value, pull = vjp(forward, at)[:2]
     vector = torch.randn(value.shape, generator=torch.Generator().manual_seed(seed)).to(value)
-    found = 0.0
+    singular_value = 0.0
     for _ in range(iterations):
         vector, _ = _unit(vector, per_sample)
         (tangent,) = pull(vector)
         vector = _tangent(forward, at, tangent)
         # vector is J J^T times a unit vector: its length tends to the square of the singular value.
         _, lengths = _unit(vector, per_sample)
-        last, found = found, math.sqrt(float(lengths.max()))
-        if found == 0.0 or abs(found - last) <= _CONVERGED * found:
+        last, singular_value = singular_value, math.sqrt(float(lengths.max()))
+        if singular_value == 0.0 or abs(singular_value - last) <= _CONVERGED * singular_value:
             break
-    return found
+    return singular_value
 
 
 def _unit(vector: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
@@ -274,28 +276,35 @@ def _unit(vector: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
     return (rows / lengths.clamp(min=torch.finfo(rows.dtype).tiny)).reshape(vector.shape), lengths
 
 
-def _changes(graph: GraphModule, other: GraphModule) -> dict[str, Tensor]:
+def _changes(graph: GraphModule, pruned: GraphModule) -> dict[str, Tensor]:
     """Return the change of each parameter; ConfigError if anything else differs."""
-    mine, theirs = (dict(each.named_parameters(remove_duplicate=False)) for each in (graph, other))
-    shapes = [{name: value.shape for name, value in each.items()} for each in (mine, theirs)]
-    unlike = sorted(name for name in mine.keys() | theirs.keys() if shapes[0].get(name) != shapes[1].get(name))
+    weights = dict(graph.named_parameters(remove_duplicate=False))
+    pruned_weights = dict(pruned.named_parameters(remove_duplicate=False))
+    shapes = {name: value.shape for name, value in weights.items()}
+    pruned_shapes = {name: value.shape for name, value in pruned_weights.items()}
+    unlike = sorted(
+        name for name in shapes.keys() | pruned_shapes.keys() if shapes.get(name) != pruned_shapes.get(name)
+    )
     if unlike:
         raise ConfigError(
             f"original and pruned must have parameters of the same shapes, got others ({', '.join(unlike[:3])})"
         )
-    own, buffers = dict(graph.named_buffers()), dict(other.named_buffers())
-    differing = [name for name in own if name not in buffers or not torch.equal(own[name], buffers[name])]
-    differing += [name for name in buffers if name not in own]
+    buffers, pruned_buffers = dict(graph.named_buffers()), dict(pruned.named_buffers())
+    differing = []
+    for name, buffer in buffers.items():
+        if name not in pruned_buffers or not torch.equal(buffer, pruned_buffers[name]):
+            differing.append(name)
+    differing += [name for name in pruned_buffers if name not in buffers]
     if differing:
         raise ConfigError(f"original and pruned must share their buffers, got others ({', '.join(differing[:3])})")
     # the text of a traced network lists its modules with their settings, then its code
-    steps, others = str(graph).splitlines(), str(other).splitlines()
-    if steps != others:
-        step = next((step for step, same in zip(steps, others, strict=False) if step != same), steps[-1])
+    steps, pruned_steps = str(graph).splitlines(), str(pruned).splitlines()
+    if steps != pruned_steps:
+        step = next((step for step, same in zip(steps, pruned_steps, strict=False) if step != same), steps[-1])
         raise ConfigError(
             f"original and pruned must differ in the values of parameters only, got another step for {step} (model)"
         )
-    return {name: theirs[name].detach() - mine[name].detach() for name in mine}
+    return {name: pruned_weights[name].detach() - weights[name].detach() for name in weights}
 
 
 def _tangent(forward: Callable[[Any], Tensor], at: Any, direction: Any) -> Tensor:

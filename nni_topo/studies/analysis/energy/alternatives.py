@@ -108,8 +108,8 @@ def study_replacement(
     ConfigError
         If the layer isn't a convolution without groups, or no filter lies below the threshold.
     """
-    entry = {"op_names": [layer], "sparse_threshold": threshold}
-    pruner = EnergyFilterPruner(detached_copy(model), [entry], example_inputs=example_inputs, **knobs)
+    config = {"op_names": [layer], "sparse_threshold": threshold}
+    pruner = EnergyFilterPruner(detached_copy(model), [config], example_inputs=example_inputs, **knobs)
     _, masks = pruner.compress()
     weak = ~masks[layer]["weight"].flatten(1).any(1)
     module: Any = model.get_submodule(layer)
@@ -122,29 +122,29 @@ def study_replacement(
     weight: Tensor = module.weight.detach()
     plane = torch.from_numpy(Chirp().planes(input_sizes(model, [layer], example_inputs)[layer]))
 
-    def drawn() -> Tensor:
+    def draw() -> Tensor:
         noise = torch.randn(weight[weak].shape, generator=generator, dtype=weight.dtype)
         return weight.std(correction=0) * noise.to(weight.device)
 
     def replaced_by(filters: Tensor, donors: Tensor | None = None) -> nn.Module:
         changed: nn.Module = detached_copy(model)
-        own: Any = changed.get_submodule(layer)
+        conv: Any = changed.get_submodule(layer)
         with torch.no_grad():
-            own.weight[weak] = filters
-            if own.bias is not None:
-                own.bias[weak] = 0.0 if donors is None else own.bias[donors]
+            conv.weight[weak] = filters
+            if conv.bias is not None:
+                conv.bias[weak] = 0.0 if donors is None else conv.bias[donors]
         return changed
 
     def loss_of(filters: Tensor) -> float:
         return quality_of(fitness or evaluate, replaced_by(filters)).loss
 
     networks = {"kept": detached_copy(model), "removed": masked_model(model, example_inputs, masks)}
-    networks["random"] = replaced_by(drawn())
-    others = (~weak).nonzero().flatten()
-    donors = others[torch.randint(len(others), (int(weak.sum()),), generator=generator)]
+    networks["random"] = replaced_by(draw())
+    strong = (~weak).nonzero().flatten()
+    donors = strong[torch.randint(len(strong), (int(weak.sum()),), generator=generator)]
     networks["copied"] = replaced_by(weight[donors], donors)
-    networks["evolved"] = replaced_by(_evolved(drawn, loss_of, generator))
-    found = {}
+    networks["evolved"] = replaced_by(_evolved(draw, loss_of, generator))
+    replacements = {}
     for kind, changed in networks.items():
         quality, repaired = quality_of(evaluate, changed), None
         if repair is not None:
@@ -154,10 +154,10 @@ def study_replacement(
         replaced: Any = changed.get_submodule(layer)
         bias = None if replaced.bias is None else replaced.bias.detach().double()
         energy = chirp_response_energy(replaced, weight_used(replaced).detach().double(), bias, plane)
-        old, new = (each.weight.detach()[weak].flatten(1).double() for each in (module, replaced))
+        old, new = (conv.weight.detach()[weak].flatten(1).double() for conv in (module, replaced))
         similarity = float(torch.cosine_similarity(old, new, dim=1).abs().mean())
-        found[kind] = Replacement(quality, repaired, float(energy[weak].sum() / energy.sum()), similarity)
-    return found
+        replacements[kind] = Replacement(quality, repaired, float(energy[weak].sum() / energy.sum()), similarity)
+    return replacements
 
 
 def _evolved(drawn: Callable[[], Tensor], loss_of: Callable[[Tensor], float], generator: torch.Generator) -> Tensor:
@@ -245,9 +245,9 @@ def study_selection(
     """
     with evaluation_mode(model):
         labelled: Any = Calibration.of(batches, "batches")
-        entry = {"op_names": [layer], "sparse_ratio": 0.0}
-        pruner = EnergyFilterPruner(detached_copy(model), [entry], example_inputs=example_inputs, **knobs)
-        energies = pruner._collect_data()[layer]["weight"][:, 0]
+        config = {"op_names": [layer], "sparse_ratio": 0.0}
+        pruner = EnergyFilterPruner(detached_copy(model), [config], example_inputs=example_inputs, **knobs)
+        energies = pruner.collect_data()[layer]["weight"][:, 0]
         shares: FloatArray = (energies / energies.sum()).numpy()
         filters = len(shares)
         if not 1 <= keep < filters:
@@ -268,10 +268,10 @@ def study_selection(
         def loss(population: BoolArray) -> FloatArray:
             """Return the mean loss of each subset, with the output channels of all other filters set to zero."""
             means = []
-            for kept in torch.from_numpy(population):
+            for mask in torch.from_numpy(population):
 
-                def silence(_: Tensor, outputs: Tensor, kept: Tensor = kept) -> Tensor:
-                    return outputs * kept.to(outputs).view(-1, *[1] * (outputs.dim() - 2))
+                def silence(_: Tensor, outputs: Tensor, mask: Tensor = mask) -> Tensor:
+                    return outputs * mask.to(outputs).view(-1, *[1] * (outputs.dim() - 2))
 
                 with watched(leaving=[(place, silence)]), torch.no_grad():
                     losses = [cross_entropy(model(images), labels, reduction="sum") for images, labels in labelled]
@@ -288,7 +288,7 @@ def study_selection(
             "loss, genetic": loss,
         }
         module: Any = model.get_submodule(layer)
-        found = {}
+        selections = {}
         for method, how in methods.items():
             began = time.perf_counter()
             if callable(how):
@@ -298,18 +298,18 @@ def study_selection(
                     _logger.warning(
                         "%r gives all subsets the same score, so the filters are chosen at random (%s)", method, layer
                     )
-                kept: BoolArray = search.current_generation[0].genes
+                is_kept: BoolArray = search.current_generation[0].genes
             else:
-                kept = np.zeros(filters, dtype=np.bool_)
-                kept[descending(how)[:keep]] = True
+                is_kept = np.zeros(filters, dtype=np.bool_)
+                is_kept[descending(how)[:keep]] = True
             seconds = time.perf_counter() - began
-            masks = {"weight": spread(module, torch.from_numpy(kept))}
+            masks = {"weight": spread(module, torch.from_numpy(is_kept))}
             if module.bias is not None:
-                masks["bias"] = torch.from_numpy(kept).to(module.bias)
+                masks["bias"] = torch.from_numpy(is_kept).to(module.bias)
             quality = quality_of(evaluate, masked_model(model, example_inputs, {layer: masks}))
-            energy, taylor = (float(fitness(kept[None])[0]) for fitness in (energy_lost, joint_taylor))
-            found[method] = Selection(tuple(np.flatnonzero(kept).tolist()), energy, taylor, quality, seconds)
-    return found
+            energy, taylor = (float(fitness(is_kept[None])[0]) for fitness in (energy_lost, joint_taylor))
+            selections[method] = Selection(tuple(np.flatnonzero(is_kept).tolist()), energy, taylor, quality, seconds)
+    return selections
 
 
 def taylor_terms(model: nn.Module, place: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:

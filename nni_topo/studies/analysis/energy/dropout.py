@@ -27,8 +27,8 @@ class ActiveDropout(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """Set random values of a tensor of any shape to zero."""
-        kept = torch.rand(values.shape, generator=self._generator).to(values.device) >= self.rate
-        return values * kept / (1.0 - self.rate)
+        is_kept = torch.rand(values.shape, generator=self._generator).to(values.device) >= self.rate
+        return values * is_kept / (1.0 - self.rate)
 
 
 def with_dropout(model: nn.Module, rate: float, seed: int) -> nn.Module:
@@ -70,8 +70,8 @@ def study_dropout(
     dict of str to dict of float to Quality
         By name and rate.
     """
-    found = {}
+    qualities = {}
     for name, build in models.items():
         model: nn.Module = detached_copy(build())
-        found[name] = {rate: quality_of(evaluate, with_dropout(model, rate, seed)) for rate in rates}
-    return found
+        qualities[name] = {rate: quality_of(evaluate, with_dropout(model, rate, seed)) for rate in rates}
+    return qualities

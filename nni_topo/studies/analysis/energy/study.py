@@ -60,9 +60,9 @@ EvaluateQuality = Callable[[nn.Module], Quality]
 
 def quality_of(evaluate: EvaluateQuality, model: nn.Module) -> Quality:
     """Evaluate a model; ConfigError if the result isn't a Quality."""
-    found = evaluate(model)
-    instance(Quality).check("what evaluate returns", found, "evaluate")
-    return found
+    quality = evaluate(model)
+    instance(Quality).check("what evaluate returns", quality, "evaluate")
+    return quality
 
 
 @dataclass(frozen=True)
@@ -168,14 +168,14 @@ class EnergyStudy(Findings):
         without an evaluation.
         """
         number(0.0).check("max_drop", max_drop, "suggestion")
-        found: dict[str, float] = {}
+        suggested: dict[str, float] = {}
         for layer in self.layers:
             for threshold in self.thresholds:
                 if self.lost(layer, threshold) > max_drop:
                     break
                 if layer.removed[threshold]:
-                    found |= dict.fromkeys(layer.layers, threshold)
-        return found
+                    suggested |= dict.fromkeys(layer.layers, threshold)
+        return suggested
 
 
 def check_thresholds(thresholds: tuple[float, ...]) -> None:
@@ -230,39 +230,39 @@ def study_energy(
     """
     thresholds = tuple(thresholds)
     check_thresholds(thresholds)
-    entry = {"op_names": list(layers), "sparse_threshold": float(thresholds[0])}
-    config_list = dependency_groups(model, example_inputs, [entry])
+    config = {"op_names": list(layers), "sparse_threshold": float(thresholds[0])}
+    config_list = dependency_groups(model, example_inputs, [config])
     pruner = EnergyFilterPruner(detached_copy(model), config_list, example_inputs=example_inputs, **knobs)
-    metrics = pruner._calculate_metrics(pruner._collect_data())
+    metrics = pruner.score_blocks(pruner.collect_data())
     masks: dict[float, Masks] = {}
     for threshold in thresholds:
-        for spaces in pruner._target_spaces.values():
-            for space in spaces.values():
-                if space.sparse_threshold is not None:
-                    space.sparse_threshold = float(threshold)
-        masks[threshold] = pruner._generate_sparsity(metrics)
+        masks[threshold] = pruner.masks_from(metrics, sparse_threshold=float(threshold))
     rows = []
     for unit in pruner.context.units:
         names = tuple(dict.fromkeys(module for module, _ in unit.members))
         scores = unit_scores(unit, metrics)
-        gone = {t: int((~_kept(model, names[0], found)).sum()) for t, found in masks.items()}
+        gone = {}
+        for threshold in thresholds:
+            is_kept = _kept_channels(model, names[0], masks[threshold])
+            gone[threshold] = int((~is_kept).sum())
         rows.append(LayerEnergy(names, len(scores), tuple(scores.sort().values.tolist()), gone, {}))
     baseline = None
     if evaluate is not None:
         baseline = quality_of(evaluate, model)
         for row in rows:
-            known = {0: baseline}
+            quality_by_count = {0: baseline}
             for threshold, count in row.removed.items():
-                if count not in known:
+                if count not in quality_by_count:
                     net = masked_model(model, example_inputs, masks_of(row.layers, masks[threshold]))
-                    known[count] = quality_of(evaluate, net)
-                row.alone[threshold] = known[count]
+                    quality_by_count[count] = quality_of(evaluate, net)
+                row.alone[threshold] = quality_by_count[count]
     networks: dict[float, WholeNetwork] = {}
     if together:
         analysis = Analysis.on(model, example_inputs)
         cost = NetworkCost(analysis)
         for threshold, selected in masks.items():
-            macs = cost({name: _kept(model, name, selected).numpy() for row in rows for name in row.layers}).macs
+            channels = {name: _kept_channels(model, name, selected).numpy() for row in rows for name in row.layers}
+            macs = cost(channels).macs
             dense = dense_of(model, example_inputs, selected, facts=analysis.facts)
             quality = None if evaluate is None else quality_of(evaluate, dense)
             removed = sum(row.removed[threshold] for row in rows)
@@ -339,7 +339,9 @@ def quality_on(net: nn.Module, images: LabelledImages) -> Quality:
 
 def short_name(layers: Sequence[str]) -> str:
     """Return the first name, and the number of others."""
-    return f"{layers[0]} +{len(layers) - 1}" if len(layers) > 1 else layers[0]
+    if len(layers) == 1:
+        return layers[0]
+    return f"{layers[0]} +{len(layers) - 1}"
 
 
 def masks_of(layers: Sequence[str], masks: Masks) -> Masks:
@@ -347,7 +349,7 @@ def masks_of(layers: Sequence[str], masks: Masks) -> Masks:
     return {name: masks[name] for name in layers}
 
 
-def _kept(model: nn.Module, layer: str, masks: Masks) -> Tensor:
+def _kept_channels(model: nn.Module, layer: str, masks: Masks) -> Tensor:
     return cast(Tensor, kept_channels(model.get_submodule(layer), masks[layer]))
 
 
@@ -407,22 +409,22 @@ class AnalyzeEnergy(TrainedStudy[EnergyStudy]):
             study = replace(study, file=self._suggestion(study.more, knobs))
         return study
 
-    def show(self, found: EnergyStudy) -> Iterator[RenderableType]:
-        return show_energy(found.to_dict())
+    def show(self, findings: EnergyStudy) -> Iterator[RenderableType]:
+        return show_energy(findings.to_dict())
 
     def _suggestion(self, record: Record, knobs: dict[str, Any]) -> str:
         """Return a file for ``nni-topo prune``."""
-        found, thresholds = record["suggested"], record["suggested"]["thresholds"]
+        suggested, thresholds = record["suggested"], record["suggested"]["thresholds"]
         entries = [
             {"op_names": [name for name in thresholds if thresholds[name] == threshold], "sparse_threshold": threshold}
             for threshold in sorted(set(thresholds.values()))
         ]
         content: dict[str, Any] = {"pruner": "energy", "config_list": entries, "knobs": knobs}
-        before, accuracy = (100.0 * found[key]["accuracy"] for key in ("quality_before", "quality"))
+        before, accuracy = (100.0 * suggested[key]["accuracy"] for key in ("quality_before", "quality"))
         comment = (
             f"# {record['model']} on {record['data']}: per layer the highest energy threshold that, alone, costs at "
             f"most {100.0 * self.max_drop:g} points\n# on validation images. All at once, without fine-tuning, on test "
-            f"images: {accuracy:.1f} % ({before:.1f} % before) at {100.0 * found['macs']:.1f} % of the MACs.\n"
+            f"images: {accuracy:.1f} % ({before:.1f} % before) at {100.0 * suggested['macs']:.1f} % of the MACs.\n"
             "# Run with nni-topo prune --config THIS.\n"
         )
         return comment + yaml.safe_dump(content, sort_keys=False)
