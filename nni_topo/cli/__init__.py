@@ -26,12 +26,13 @@ def studies() -> Choices:
     """Study one model without changing it."""
     from nni_topo.studies import analysis
 
-    found: Choices = {}
+    choices: Choices = {}
     for info in pkgutil.iter_modules(analysis.__path__):
         module = importlib.import_module(f"{analysis.__name__}.{info.name}")
         kind = getattr(module, f"Analyze{info.name.capitalize()}", None)
-        found |= {info.name: kind} if kind else {}
-    return found
+        if kind:
+            choices[info.name] = kind
+    return choices
 
 
 def experiment_parts() -> Choices:

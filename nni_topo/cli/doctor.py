@@ -47,12 +47,12 @@ class Doctor(Verb):
 
     def run(self, console: Console) -> int:
         """Print the checks; return 1 if anything is broken."""
-        found = list(self._findings())
-        broken = any(each.state == "broken" for each in found)
+        findings = list(self._findings())
+        broken = any(finding.state == "broken" for finding in findings)
         next_step = "fix what is broken first" if broken else "next: nni-topo demo"
-        rows = [(each.what, each.state, each.found, each.remedy) for each in found]
+        rows = [(finding.what, finding.state, finding.found, finding.remedy) for finding in findings]
         table = NumberTable(None, ("what", "is", "found", "what to do"), rows, text_columns=4)
-        self.put_out(console, [asdict(each) for each in found], [table, next_step])
+        self.put_out(console, [asdict(finding) for finding in findings], [table, next_step])
         return 1 if broken else 0
 
     def _findings(self) -> Iterator[Finding]:
@@ -79,9 +79,9 @@ class Doctor(Verb):
         # whether torchvision was built for the installed torch
         torch_version, vision = (importlib.metadata.version(name) for name in ("torch", "torchvision"))
         needs = [Requirement(text) for text in importlib.metadata.requires("torchvision") or ()]
-        wanted = next((need.specifier for need in needs if need.name == "torch"), None)
-        fits = wanted is None or wanted.contains(torch_version, prereleases=True)
-        remedy = "" if fits else f"pip install 'torch{wanted}', or the torchvision of this torch"
+        required_torch = next((need.specifier for need in needs if need.name == "torch"), None)
+        fits = required_torch is None or required_torch.contains(torch_version, prereleases=True)
+        remedy = "" if fits else f"pip install 'torch{required_torch}', or the torchvision of this torch"
         state = "ok" if fits else "broken"
         yield Finding("torch and torchvision", state, f"{torch_version} with {vision}", remedy)
 

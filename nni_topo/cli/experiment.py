@@ -105,10 +105,10 @@ class _Shown(Verb):
         mode = profile.get("tuner", {}).get("classArgs", {}).get("optimize_mode", "maximize")
         if trial is None:
             return best_trial(trials, mode=mode), profile.get("trialCommand")
-        found = next((each for each in trials if each.id == trial), None)
-        if found is None:
+        chosen_trial = next((record for record in trials if record.id == trial), None)
+        if chosen_trial is None:
             raise DataError(f"a trial must be one of the experiment, got {trial!r} (trial)")
-        return found, profile.get("trialCommand")
+        return chosen_trial, profile.get("trialCommand")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +163,7 @@ class Export(_Shown):
 
 def _watched(experiment: Experiment, console: Console) -> tuple[list[TrialRecord], bool]:
     """Follow an experiment until its end or Ctrl-C, then stop it; return its trials and whether it was interrupted."""
-    told: set[str] = set()
+    announced: set[str] = set()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     bar = Progress(*columns, console=console)
     task = bar.add_task("trials", total=experiment.config.max_trial_number)
@@ -171,12 +171,15 @@ def _watched(experiment: Experiment, console: Console) -> tuple[list[TrialRecord
     def tell(status: str, trials: Sequence[TrialRecord]) -> None:
         finished = [trial for trial in trials if trial.is_finished]
         for trial in finished:
-            if trial.id not in told:
-                told.add(trial.id)
-                result = trial.error or "no error message" if trial.score is None else f"{trial.score:.4f}"
-                if trial.score is not None and trial_sentence(trial):
-                    result = f"{trial_sentence(trial)}, score {result}"
-                line = f"trial {trial.number} ({trial.id}) {trial.status.lower()}: {result}"
+            if trial.id not in announced:
+                announced.add(trial.id)
+                if trial.score is None:
+                    outcome = trial.error or "no error message"
+                elif trial_sentence(trial):
+                    outcome = f"{trial_sentence(trial)}, score {trial.score:.4f}"
+                else:
+                    outcome = f"{trial.score:.4f}"
+                line = f"trial {trial.number} ({trial.id}) {trial.status.lower()}: {outcome}"
                 console.print(f"{line} · {in_words(trial.parameters)}", markup=False, highlight=False, soft_wrap=True)
         bar.update(task, completed=len(finished), description=status.lower().replace("_", " "))
 
@@ -194,7 +197,13 @@ def _watched(experiment: Experiment, console: Console) -> tuple[list[TrialRecord
 def _in_lines(best: TrialRecord, metrics: dict[str, Any]) -> list[str]:
     """Return a trial's sentence, if it reports a cost, its scores and its parameters as lines."""
     shown = {**best.result, **{name: metrics[name] for name in ("test_accuracy",) if name in metrics}}
-    result = ", ".join(f"{'score' if name == 'default' else name} {value:.4f}" for name, value in shown.items())
+    named_scores = []
+    for name, value in shown.items():
+        label = "score" if name == "default" else name
+        named_scores.append(f"{label} {value:.4f}")
+    scores = ", ".join(named_scores)
     sentence = trial_sentence(best, metrics)
-    lines = [f"best trial {best.number} ({best.id}): {result}", in_words(best.parameters)]
-    return [sentence, *lines] if sentence else lines
+    lines = [f"best trial {best.number} ({best.id}): {scores}", in_words(best.parameters)]
+    if sentence:
+        lines.insert(0, sentence)
+    return lines

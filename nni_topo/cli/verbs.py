@@ -127,7 +127,8 @@ class Compare(DataVerb):
         if self.plan and self.data_dir:
             folder = str(self.data_dir)
             plan = replace(plan, data=tuple(replace(choice, data_dir=folder) for choice in plan.data))
-        plan = plan if self.n_jobs is None else replace(plan, n_jobs=self.n_jobs)
+        if self.n_jobs is not None:
+            plan = replace(plan, n_jobs=self.n_jobs)
         return _run_plan(plan, self.out, console, as_json=self.json)
 
     def _plan(self) -> ComparisonPlan:
@@ -160,8 +161,9 @@ class Compare(DataVerb):
 
 def _run_plan(plan: ComparisonPlan, out: Path, console: Console, *, as_json: bool) -> int:
     def announce(cell: Cell, number: int, count: int) -> None:
-        what = f"{cell.model.label} on {cell.data.name}, seed {cell.seed}: {cell.pruner.row}, {cell.target.label}"
-        console.print(f"[{number}/{count}] {what}", markup=False, highlight=False)
+        network = f"{cell.model.label} on {cell.data.name}, seed {cell.seed}"
+        line = f"[{number}/{count}] {network}: {cell.pruner.row}, {cell.target.label}"
+        console.print(line, markup=False, highlight=False)
 
     records, failures = compare(plan, out, on_cell=announce)
     if records:
@@ -251,7 +253,7 @@ class Shrink(TrainedVerb):
             budget = self._budget()
             self._check(budget)
             is_file = Path(self.model).suffix.lower() in FORMATS
-            network, images, how = self._given(console, is_file=is_file)
+            network, images, how = self._inputs(console, is_file=is_file)
             dense = shrink(
                 network,
                 images,
@@ -279,16 +281,16 @@ class Shrink(TrainedVerb):
                 if self.export is not None:
                     written = nni_topo.export(dense, self.out / f"small.{self.export}", images[0]).path
                     files += f" · {self.export}: {written}"
-            asked = {
+            settings = {
                 "model": self.model,
                 "data": self.data,
                 "pruner": self.pruner,
                 "method": self.method,
                 "budget": budget,
             }
-            result = report.to_dict()
-            outcome = {"outcome of the budget": result.pop("budget", None)}
-            document = finite(plain({**asked, **result, **outcome, **provenance()}))
+            figures = report.to_dict()
+            outcome = {"outcome of the budget": figures.pop("budget", None)}
+            document = finite(plain({**settings, **figures, **outcome, **provenance()}))
             write_json(self.out / "shrink.json", document, sort=False)
             if "distillation" in document:
                 write_figure(self.out / "distillation.png", plot_distillation(report.distillation), 110)
@@ -296,7 +298,7 @@ class Shrink(TrainedVerb):
             self.put_out(console, document, [repr(report), files])
             return 0
 
-    def _given(self, console: Console, *, is_file: bool) -> tuple[Any, Calibration, dict[str, Any]]:
+    def _inputs(self, console: Console, *, is_file: bool) -> tuple[Any, Calibration, dict[str, Any]]:
         """Return the model, batches of inputs, and arguments of `shrink` that depend on both."""
         if not is_file and has_labels(self.data) and (not self.unlabelled or self.data in list_data()):
             try:
@@ -309,9 +311,10 @@ class Shrink(TrainedVerb):
             knobs = {**distillation_knobs(start, choice), "objective": self.objective}
             how = {"distill": not self.no_distill and knobs, "evaluate": start.tested}
             return start.net, start.calibration(self.images), how
-        known = (None if is_file else pretrained_preprocessing(self.model)) or Preprocessing()
-        crop = known.crop if self.crop is None else self.crop
-        scaling = replace(known, mean=self.mean or known.mean, std=self.std or known.std, crop=crop)
+        pretrained = None if is_file else pretrained_preprocessing(self.model)
+        defaults = pretrained or Preprocessing()
+        crop = defaults.crop if self.crop is None else self.crop
+        scaling = replace(defaults, mean=self.mean or defaults.mean, std=self.std or defaults.std, crop=crop)
         images = read_inputs(
             self.data,
             self.images,
@@ -347,8 +350,8 @@ class Shrink(TrainedVerb):
             console.print(f"weights: those that {self.model} has; --checkpoint reads others", markup=False)
         images = images.with_batches(fitting_texts(images, network, self.data))
         place = resolve_device(self.device)
-        moved = [tree_map_only(Tensor, lambda tensor: tensor.to(place), batch) for batch in images]
-        return network, images.with_batches(moved), {"distill": distill}
+        on_device = [tree_map_only(Tensor, lambda tensor: tensor.to(place), batch) for batch in images]
+        return network, images.with_batches(on_device), {"distill": distill}
 
     def _check(self, budget: str | dict[str, Any] | None) -> None:
         """Check all flags before anything is loaded or trained."""
@@ -365,9 +368,11 @@ class Shrink(TrainedVerb):
         if self.export is not None and Path(self.model).suffix.lower() in FORMATS:
             raise ConfigError(f"--export can't be combined with a file, whose format stays, got {self.model} ({place})")
         (number(0, 1, "right") | NONE).check("crop", self.crop, place)
-        for one, other in (("transform", "crop"), ("transform", "mean"), ("transform", "std")):
-            if getattr(self, one) and getattr(self, other):
-                raise ConfigError(f"--{one} replaces all scaling of images, so --{other} must be left out ({place})")
+        for flag, excluded in (("transform", "crop"), ("transform", "mean"), ("transform", "std")):
+            if getattr(self, flag) and getattr(self, excluded):
+                raise ConfigError(
+                    f"--{flag} replaces all scaling of images, so --{excluded} must be left out ({place})"
+                )
         if self.equal_blocks and self.no_equal_blocks:
             raise ConfigError(f"--equal-blocks and --no-equal-blocks exclude each other, got both ({place})")
         if self.no_distill and self.distill_seconds is not None:
@@ -383,12 +388,15 @@ class Shrink(TrainedVerb):
         if self.tolerance is None and self.cost is not None:
             raise ConfigError("--cost needs --tolerance, got none (nni-topo shrink)")
         if self.tolerance is not None and shares:
-            other = f"--{next(iter(shares))}"
-            raise ConfigError(f"--tolerance can't be combined with a share to keep, got {other} (nni-topo shrink)")
-        how: dict[str, Any] = {} if self.allocation is None else {"allocation": self.allocation}
+            flag = f"--{next(iter(shares))}"
+            raise ConfigError(f"--tolerance can't be combined with a share to keep, got {flag} (nni-topo shrink)")
+        how: dict[str, Any] = {}
+        if self.allocation is not None:
+            how["allocation"] = self.allocation
         if self.equal_blocks or self.no_equal_blocks:
             how["equal_blocks"] = self.equal_blocks
-        how |= {"runtime": self.runtime} if self.runtime != "pytorch" else {}
+        if self.runtime != "pytorch":
+            how["runtime"] = self.runtime
         if self.tolerance is not None:
             return {self.cost or "flops": None, **how} if how else self.cost
         return {**(shares or {"flops": 0.25}), **how}

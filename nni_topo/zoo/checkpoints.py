@@ -21,12 +21,12 @@ def save_checkpoint(path: str | Path, model: nn.Module, meta: Mapping[str, Any])
     """Write a model's parameters and buffers, and ``meta``; DataError if JSON can't hold ``meta``."""
     path = path_of(path)
     try:
-        kept = json.loads(json.dumps(dict(meta)))
+        content = json.loads(json.dumps(dict(meta)))
     except (TypeError, ValueError) as error:
         raise DataError(f"meta must be JSON serializable, got: {error} (meta)") from error
     output_folder(path.parent)
     state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
-    write_tensors(path, {"format": _FORMAT, "state_dict": state, "meta": kept})
+    write_tensors(path, {"format": _FORMAT, "state_dict": state, "meta": content})
 
 
 def load_checkpoint(path: str | Path, model: nn.Module) -> dict[str, Any]:
@@ -60,23 +60,25 @@ def load_checkpoint(path: str | Path, model: nn.Module) -> dict[str, Any]:
     named = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)), content)
     state = {key: value for key, value in named.items() if isinstance(value, Tensor)}
     if not state:
-        found = ", ".join(str(key) for key in list(named)[:_SHOWN]) or "nothing"
-        raise DataError(f"a checkpoint must hold a state dict, got {found} ({path})")
+        names = ", ".join(str(key) for key in list(named)[:_SHOWN]) or "nothing"
+        raise DataError(f"a checkpoint must hold a state dict, got {names} ({path})")
     # A wrapper's prefix is removed if all names have it and the model has no attribute of that name. Each prefix is
     # tried twice, because wrappers may be nested.
     for prefix in ("_orig_mod.", "module.", "_orig_mod.", "module."):
         if all(key.startswith(prefix) for key in state) and not hasattr(model, prefix[:-1]):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     # Checked first, because load_state_dict changes the model before it raises an error.
-    given, wanted = ({key: tuple(value.shape) for key, value in each.items()} for each in (state, model.state_dict()))
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    model_shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     wrong = [
-        f"{key}: {given.get(key, 'missing')}, in the model {wanted.get(key, 'missing')}"
-        for key in {**wanted, **given}
-        if given.get(key) != wanted.get(key)
+        f"{key}: {shapes.get(key, 'missing')}, in the model {model_shapes.get(key, 'missing')}"
+        for key in {**model_shapes, **shapes}
+        if shapes.get(key) != model_shapes.get(key)
     ]
     if wrong:
         more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         raise DataError(f"a checkpoint must fit the model, got {'; '.join(wrong[:_SHOWN])}{more} ({path})")
     model.load_state_dict(state)
-    meta = content.get("meta", {}) if content.get("format") == _FORMAT else {}
-    return dict(meta)
+    if content.get("format") != _FORMAT:
+        return {}
+    return dict(content.get("meta", {}))

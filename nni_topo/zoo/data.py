@@ -219,12 +219,12 @@ def load_data(
         return DataBundle(train, watched, test_files, len(mean), padded, len(names), mean, std, name, names)
     _check_raw(raw, name)
     held_out = stratified_fraction(raw.train_labels, validation, generator)
-    kept = np.flatnonzero(~held_out)
+    training_rows = np.flatnonzero(~held_out)
     if limit is not None:
         # one image of each class in turn; small classes run out first
-        labels = raw.train_labels[kept]
+        labels = raw.train_labels[training_rows]
         order = np.lexsort((labels, class_rank(labels, generator)))
-        kept = kept[np.sort(order[:limit])]
+        training_rows = training_rows[np.sort(order[:limit])]
     mean_of, std_of = _statistics(raw.train_images)
 
     def dataset(images: Array, labels: Array) -> TensorDataset:
@@ -237,7 +237,7 @@ def load_data(
         shift, factor = (value.to(torch.float32).view(1, -1, 1, 1) for value in (mean_of, std_of))
         return TensorDataset(pixels.sub_(shift).div_(factor), torch.from_numpy(labels))
 
-    learned = dataset(raw.train_images[kept], raw.train_labels[kept])
+    learned = dataset(raw.train_images[training_rows], raw.train_labels[training_rows])
     return DataBundle(
         train=learned,
         validation=dataset(raw.train_images[held_out], raw.train_labels[held_out]),
@@ -255,13 +255,14 @@ def load_data(
 def _text(raw: RawData, name: str, limit: int | None, validation: float, generator: np.random.Generator) -> DataBundle:
     """Return a bundle of text rows: not normalised, with a label for every position."""
     order = generator.permutation(len(raw.train_images))
-    held_out, kept = np.split(order, [min(int(validation * len(order)), _MOST_ROWS)])
+    held_out, training_rows = np.split(order, [min(int(validation * len(order)), _MOST_ROWS)])
 
     def dataset(rows: Array, labels: Array) -> TensorDataset:
         return TensorDataset(torch.from_numpy(rows.astype(np.int64)), torch.from_numpy(labels))
 
-    parts = (np.sort(each) for each in (kept[:limit], held_out))
-    train, watched = (dataset(raw.train_images[rows], raw.train_labels[rows]) for rows in parts)
+    training_rows, held_out = np.sort(training_rows[:limit]), np.sort(held_out)
+    train = dataset(raw.train_images[training_rows], raw.train_labels[training_rows])
+    watched = dataset(raw.train_images[held_out], raw.train_labels[held_out])
     test = dataset(raw.test_images, raw.test_labels)
     return DataBundle(
         train, watched, test, 1, raw.train_images.shape[1], len(raw.class_names), (), (), name, raw.class_names
@@ -277,8 +278,8 @@ def _check_raw(raw: RawData, name: str) -> None:
         if len(images) != len(labels) or len(labels) == 0:
             raise DataError(f"there must be one label per image, got {len(images)} and {len(labels)} ({part}, {name})")
         if labels.min() < 0 or labels.max() >= len(raw.class_names):
-            found = f"{labels.min()} to {labels.max()}"
-            raise DataError(f"labels must be in [0, {len(raw.class_names)}), got {found} ({part}, {name})")
+            label_range = f"{labels.min()} to {labels.max()}"
+            raise DataError(f"labels must be in [0, {len(raw.class_names)}), got {label_range} ({part}, {name})")
         if images.dtype.kind == "f" and not np.isfinite(images).all():
             raise DataError(f"images must be finite, got NaN or infinity ({part}, {name})")
     train_shape, test_shape = raw.train_images.shape[1:], raw.test_images.shape[1:]

@@ -32,10 +32,10 @@ def check_model(model: nn.Module, data: DataBundle) -> None:
             logits = model(image.to(device_of(model)))
     except RuntimeError as error:
         raise DataError(f"the model must take images of shape {shape}, got: {error} ({data.name})") from error
-    wanted = (*label.shape, data.num_classes)
-    if not isinstance(logits, Tensor) or logits.shape != wanted:
-        found = tuple(logits.shape[1:]) if isinstance(logits, Tensor) else type(logits).__name__
-        raise DataError(f"the model must have {data.num_classes} outputs, one per class, got {found} ({data.name})")
+    expected = (*label.shape, data.num_classes)
+    if not isinstance(logits, Tensor) or logits.shape != expected:
+        got = tuple(logits.shape[1:]) if isinstance(logits, Tensor) else type(logits).__name__
+        raise DataError(f"the model must have {data.num_classes} outputs, one per class, got {got} ({data.name})")
 
 
 def by_label(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

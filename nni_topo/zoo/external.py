@@ -35,16 +35,16 @@ def pretrained_preprocessing(name: str) -> Preprocessing | None:
         weights = list(models.get_model_weights(name.removeprefix(TORCHVISION)))
         if not weights:
             return None
-        made = models.get_model_weights(name.removeprefix(TORCHVISION)).DEFAULT.transforms()
-        crop = made.crop_size[0] / made.resize_size[0]
-        return Preprocessing(tuple(made.mean), tuple(made.std), crop, made.interpolation.value)
+        transforms = models.get_model_weights(name.removeprefix(TORCHVISION)).DEFAULT.transforms()
+        crop = transforms.crop_size[0] / transforms.resize_size[0]
+        return Preprocessing(tuple(transforms.mean), tuple(transforms.std), crop, transforms.interpolation.value)
     if name.startswith(TIMM):
         try:
             timm: Any = importlib.import_module("timm")
         except ImportError:  # building the model raises an error about it
             return None
-        found = timm.get_pretrained_cfg(name.removeprefix(TIMM))
-        return found and Preprocessing(tuple(found.mean), tuple(found.std), found.crop_pct, found.interpolation)
+        config = timm.get_pretrained_cfg(name.removeprefix(TIMM))
+        return config and Preprocessing(tuple(config.mean), tuple(config.std), config.crop_pct, config.interpolation)
     return None
 
 
@@ -82,7 +82,7 @@ def build_timm(name: str, num_classes: int, in_channels: int, image_size: int) -
         raise ConfigError(f"timm must be installed: pip install timm, got none ({name})") from error
     short = name.removeprefix(TIMM)
     if short not in timm.list_models():
-        raise unknown_name("model", name, [TIMM + each for each in timm.list_models()], "zoo.create_model")
+        raise unknown_name("model", name, [TIMM + timm_name for timm_name in timm.list_models()], "zoo.create_model")
     model: nn.Module
     try:
         model = timm.create_model(short, num_classes=num_classes, in_chans=in_channels, img_size=image_size)
@@ -103,9 +103,9 @@ def import_factory(name: str) -> Callable[..., nn.Module]:
 
     The name may also be that of a model, which is then returned by the factory.
     """
-    found = imported(name, "a model factory must be a function")
-    if isinstance(found, nn.Module):
-        return lambda: found
-    if not callable(found):
-        raise ConfigError(f"a model factory must be callable, got {type(found).__name__} ({name})")
-    return found  # type: ignore[no-any-return]
+    factory = imported(name, "a model factory must be a function")
+    if isinstance(factory, nn.Module):
+        return lambda: factory
+    if not callable(factory):
+        raise ConfigError(f"a model factory must be callable, got {type(factory).__name__} ({name})")
+    return factory  # type: ignore[no-any-return]

@@ -67,10 +67,10 @@ def has_classes(folder: Path) -> bool:
     """Tell whether a folder holds ``train``, or two or more folders with images and no image beside them."""
     if (folder / "train").is_dir():
         return True
-    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
-    if any(entry.name.lower().endswith(_SUFFIXES) for entry in entries if not entry.is_dir()):
+    entries = [child for child in folder.iterdir() if not child.name.startswith(".")]
+    if any(child.name.lower().endswith(_SUFFIXES) for child in entries if not child.is_dir()):
         return False
-    of_images = [entry for entry in entries if entry.is_dir() and next(_images_below(str(entry)), None)]
+    of_images = [child for child in entries if child.is_dir() and next(_images_below(str(child)), None)]
     return len(of_images) > 1
 
 
@@ -165,36 +165,36 @@ def _images_below(folder: str) -> Iterator[tuple[str, str]]:
         seen.add(real)
         try:
             with os.scandir(place) as scanned:
-                entries = sorted(scanned, key=lambda entry: (entry.is_symlink(), entry.name))
+                entries = sorted(scanned, key=lambda child: (child.is_symlink(), child.name))
         except OSError as error:
             raise DataError(f"a folder of images must be readable, got {error.strerror} ({place})") from error
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                folders.append(entry.path)
-            elif entry.is_symlink() and os.path.isdir(entry.path):
-                links.append(entry.path)
-            elif not entry.name.lower().endswith(_SUFFIXES):
+        for child in entries:
+            if child.is_dir(follow_symlinks=False):
+                folders.append(child.path)
+            elif child.is_symlink() and os.path.isdir(child.path):
+                links.append(child.path)
+            elif not child.name.lower().endswith(_SUFFIXES):
                 continue
-            elif entry.is_file(follow_symlinks=False):
-                yield entry.path, entry.path if place == real else os.path.join(real, entry.name)
-            elif os.path.isfile(entry.path):
-                yield entry.path, os.path.realpath(entry.path)
+            elif child.is_file(follow_symlinks=False):
+                yield child.path, child.path if place == real else os.path.join(real, child.name)
+            elif os.path.isfile(child.path):
+                yield child.path, os.path.realpath(child.path)
             else:
                 # A pipe would let its reader wait for ever.
-                kind = "a link that leads to no file" if entry.is_symlink() else "a pipe, a socket or a device"
-                raise DataError(f"an image must be a file or a link to a file, got {kind} ({entry.path})")
+                kind = "a link that leads to no file" if child.is_symlink() else "a pipe, a socket or a device"
+                raise DataError(f"an image must be a file or a link to a file, got {kind} ({child.path})")
 
 
-def _check_apart(ones: dict[str, str], others: dict[str, str], what: str) -> None:
+def _check_apart(images: dict[str, str], other_images: dict[str, str], purpose: str) -> None:
     """Raise DataError if an image is in two sets of images, which hold paths by paths without links."""
-    shared = [f"{ones[real]} and {others[real]}" for real in sorted(ones.keys() & others.keys())]
+    shared = [f"{images[real]} and {other_images[real]}" for real in sorted(images.keys() & other_images.keys())]
     if shared:
-        raise DataError(f"an image must be {what} alone, got links that make these the same: {listed(shared)}")
+        raise DataError(f"an image must be {purpose} alone, got links that make these the same: {listed(shared)}")
 
 
-def _no_images(found: str, folder: Path) -> DataError:
+def _no_images(got: str, folder: Path) -> DataError:
     rule = "an image folder must hold one folder per class with at least one image, as docs/sources.md shows"
-    return DataError(f"{rule}, got: {found} ({folder})")
+    return DataError(f"{rule}, got: {got} ({folder})")
 
 
 def read_image(path: str, layout: Layout) -> Tensor:

@@ -53,7 +53,9 @@ class Layout:
     def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation per channel, by which images are normalised."""
         mean, std = self.preprocessing.mean, self.preprocessing.std
-        return ((sum(mean) / len(mean),), (sum(std) / len(std),)) if self.grey else (mean, std)
+        if self.grey:
+            return (sum(mean) / len(mean),), (sum(std) / len(std),)
+        return mean, std
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,12 +117,16 @@ def sources_of(images: LabelledImages, *, in_classes: bool) -> list[str] | None:
         return None
     folders = [os.path.dirname(os.fsdecode(file)) for file in images.files]
     is_deep = all(os.path.dirname(folder) for folder in folders)
-    return folders if len(set(folders)) >= HELD_OUT and (is_deep or not in_classes) else None
+    if len(set(folders)) < HELD_OUT or (in_classes and not is_deep):
+        return None
+    return folders
 
 
 def labels_of(dataset: LabelledImages) -> Tensor:
     """Return all labels, int64: (n,), for text (n, positions)."""
-    return dataset.labels if isinstance(dataset, ImageFiles) else dataset.tensors[1]
+    if isinstance(dataset, ImageFiles):
+        return dataset.labels
+    return dataset.tensors[1]
 
 
 def subset(dataset: LabelledImages, rows: slice | Tensor) -> LabelledImages:

@@ -89,8 +89,8 @@ def model_info(name: str, place: str = "model") -> ModelInfo:
         return ModelInfo(partial(build_timm, name))
     if ":" in name:
         return ModelInfo(import_factory(name))
-    known = [*_MODELS, "torchvision/NAME", "timm/NAME", "package.module:factory"]
-    raise unknown_name("model", name, known, place)
+    names = [*_MODELS, "torchvision/NAME", "timm/NAME", "package.module:factory"]
+    raise unknown_name("model", name, names, place)
 
 
 @checked(num_classes=whole(1), in_channels=whole(1), width=number(0, closed="neither"))

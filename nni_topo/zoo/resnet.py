@@ -57,8 +57,8 @@ class SmallImageResNet(nn.Module):
         for index in range(len(widths)):
             # The first block of a stage changes channels and resolution.
             first = BasicBlock(widths[max(index - 1, 0)], widths[index], stride=2 if index else 1)
-            others = [BasicBlock(widths[index], widths[index], stride=1) for _ in range(blocks - 1)]
-            self.add_module(f"stage{index + 1}", nn.Sequential(first, *others))
+            following = [BasicBlock(widths[index], widths[index], stride=1) for _ in range(blocks - 1)]
+            self.add_module(f"stage{index + 1}", nn.Sequential(first, *following))
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(widths[-1], num_classes)
 

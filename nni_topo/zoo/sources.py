@@ -66,7 +66,9 @@ def _read_idx(folder: Path, stem: str, axes: int) -> Array:
     if path is None:
         raise DataError(f"the folder must hold {stem} or {stem}.gz, got none ({folder})")
     with reading(path, "an idx file", f"of unsigned bytes with {axes} axes"):
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
         # two zero bytes, the code of unsigned bytes, the number of axes and the length of each, then the elements
         shape = np.frombuffer(content, ">u4", axes, offset=4)
         if content[:4] != bytes((0, 0, 8, axes)):
@@ -92,13 +94,13 @@ def read_stdlib() -> RawData:
     """Read the sources of Python's standard library as rows of 128 bytes; the labels are the following bytes."""
     root, rows = Path(sysconfig.get_path("stdlib")), dict[bool, list[Array]]({True: [], False: []})
     files = [path.relative_to(root) for path in root.rglob("*.py")]
-    own = sorted(path for path in files if not _NOT_READ & {*path.parts[:-1]})
-    for path in own:
+    paths = sorted(path for path in files if not _NOT_READ & {*path.parts[:-1]})
+    for path in paths:
         # Chosen by the file's name, so that it doesn't depend on which other files exist.
         is_test = zlib.crc32(path.as_posix().encode()) % _PARTS == 0
         rows[is_test].append(np.frombuffer((root / path).read_bytes(), dtype=np.uint8))
     if not (rows[True] and rows[False]):
-        raise DataError(f"Python's standard library must come with its sources, got {len(own)} files ({root})")
+        raise DataError(f"Python's standard library must come with its sources, got {len(paths)} files ({root})")
     return RawData(*_in_rows(rows[False]), *_in_rows(rows[True]), tuple(map(str, range(256))))
 
 
@@ -117,8 +119,8 @@ def read_npz(path: Path) -> RawData:
         arrays: dict[str, Array] = {key: archive[key] for key in archive.files}
     missing = [key for key in _NPZ_KEYS if key not in arrays]
     if missing:
-        found = ", ".join(sorted(arrays)) or "no arrays"
-        raise DataError(f"an .npz data set must hold {', '.join(_NPZ_KEYS)}, got {found} ({path})")
+        keys = ", ".join(sorted(arrays)) or "no arrays"
+        raise DataError(f"an .npz data set must hold {', '.join(_NPZ_KEYS)}, got {keys} ({path})")
     train_labels, test_labels = (_npz_labels(arrays[key], f"{key} in {path}") for key in ("y_train", "y_test"))
     train_images, test_images = (_npz_images(arrays[key], f"{key} in {path}") for key in ("x_train", "x_test"))
     if "class_names" in arrays:

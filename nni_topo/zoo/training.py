@@ -186,8 +186,8 @@ def shifted(images: Tensor, black: Tensor, generator: torch.Generator | None) ->
     corner = torch.randint(0, 2 * reach + 1, (2, count, 1), generator=generator).to(images.device)
     rows = corner[0] + torch.arange(height, device=images.device)
     columns = corner[1] + torch.arange(width, device=images.device)
-    item = torch.arange(count, device=images.device).view(-1, 1, 1)
-    return padded[item, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    image = torch.arange(count, device=images.device).view(-1, 1, 1)
+    return padded[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 @contextmanager

@@ -33,9 +33,9 @@ class SelfAttention(nn.Module):
             for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.causal:
-            query, key = (_turned(each, self.inv_freq) for each in (query, key))
+            query, key = (_turned(projection, self.inv_freq) for projection in (query, key))
         shared = self.num_heads // self.num_kv_heads
-        key, value = (each.repeat_interleave(shared, 1) for each in (key, value))
+        key, value = (projection.repeat_interleave(shared, 1) for projection in (key, value))
         context = functional.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
         mixed: Tensor = self.o_proj(context.transpose(1, 2).flatten(2))
         return mixed
@@ -45,8 +45,8 @@ def _turned(heads: Tensor, frequencies: Tensor) -> Tensor:
     """Apply rotary position embedding to ``(n, heads, places, head_dim)``: https://arxiv.org/abs/2104.09864."""
     half = heads.shape[3] // 2
     angles = torch.outer(torch.arange(heads.shape[2], device=heads.device), frequencies)
-    one, other, cos, sin = heads[..., :half], heads[..., half:], angles.cos().to(heads), angles.sin().to(heads)
-    return torch.cat([one * cos - other * sin, other * cos + one * sin], 3)
+    low, high, cos, sin = heads[..., :half], heads[..., half:], angles.cos().to(heads), angles.sin().to(heads)
+    return torch.cat([low * cos - high * sin, high * cos + low * sin], 3)
 
 
 class FeedForward(nn.Module):

@@ -167,7 +167,8 @@ def _texts(path: Path, count: int) -> list[str]:
             text: Any = line.strip()
             if path.suffix == ".jsonl" and text:
                 text = json.loads(text)
-                text = text.get("text") if isinstance(text, dict) else text
+                if isinstance(text, dict):
+                    text = text.get("text")
                 if not isinstance(text, str):
                     raise DataError(
                         f"a line must be a string or have one under 'text', got none (line {number}, {path})"
@@ -185,16 +186,16 @@ def _tokenized(texts: list[str], tokenizer: str | None, path: Path) -> list[Any]
     """Tokenize texts, in batches that are padded to their longest text."""
     if tokenizer is None:
         raise ConfigError(f"texts need a tokenizer, a folder or a name of Transformers, got none (tokenizer, {path})")
-    known = _tokenizer(tokenizer)
-    if known.pad_token is None:
-        known.pad_token = known.eos_token
-    longest = known.model_max_length
+    loaded_tokenizer = _tokenizer(tokenizer)
+    if loaded_tokenizer.pad_token is None:
+        loaded_tokenizer.pad_token = loaded_tokenizer.eos_token
+    longest = loaded_tokenizer.model_max_length
     is_limited = longest < _UNLIMITED
-    cut = sum(len(ids) > longest for ids in known(texts, verbose=False)["input_ids"]) if is_limited else 0
+    cut = sum(len(ids) > longest for ids in loaded_tokenizer(texts, verbose=False)["input_ids"]) if is_limited else 0
     if cut:
         _logger.warning("%d of %d texts are cut to the %d tokens that the tokenizer allows", cut, len(texts), longest)
     parts = [texts[at : at + SAMPLES] for at in range(0, len(texts), SAMPLES)]
-    return [dict(known(part, padding=True, truncation=is_limited, return_tensors="pt")) for part in parts]
+    return [dict(loaded_tokenizer(part, padding=True, truncation=is_limited, return_tensors="pt")) for part in parts]
 
 
 def _tokenizer(name: str) -> Any:
@@ -255,22 +256,23 @@ def _transformed(files: Any, transform: str) -> Tensor:
 
 def _yielded(source: str, count: int) -> list[Any]:
     """Call a user's function, and return as many of its batches as hold the number of samples."""
-    found = imported(source, "data must be a function or a list of batches")
+    source_value = imported(source, "data must be a function or a list of batches")
     try:
-        found = found() if callable(found) else found
-        return _first_of(found, count, source)
+        if callable(source_value):
+            source_value = source_value()
+        return _first_of(source_value, count, source)
     except NniTopoError:
         raise
     except Exception as error:  # a user's code runs, and may raise anything
         raise DataError(f"a function of data must return batches, got {raised(error)} ({source})") from error
 
 
-def _first_of(found: Any, count: int, source: str) -> list[Any]:
+def _first_of(source_batches: Any, count: int, source: str) -> list[Any]:
     """Return as many batches as hold the number of samples."""
-    if isinstance(found, (str, bytes, Tensor)) or not isinstance(found, Iterable):
-        raise ConfigError(f"a function of data must return batches, got {type(found).__name__} ({source})")
+    if isinstance(source_batches, (str, bytes, Tensor)) or not isinstance(source_batches, Iterable):
+        raise ConfigError(f"a function of data must return batches, got {type(source_batches).__name__} ({source})")
     batches, samples = list[Any](), 0
-    for batch in islice(found, count):
+    for batch in islice(source_batches, count):
         batches.append(batch)
         shape = shape_of(batch)
         samples += shape[0] if shape else 1
