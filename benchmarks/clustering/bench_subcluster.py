@@ -361,7 +361,7 @@ def grown_layers(bench: Bench, name: str, seed: int) -> dict[str, GrownLayer]:
     def note(clouds: Any, context: Any) -> Any:
         for unit in context.units:
             ((lead, _),), (part,) = unit.members, clouds[unit.name]
-            cloud = part.living()
+            cloud = part.without_dead()
             initial = min(len(cloud.names), initial_clusters(net.initial[lead], unit.rows))
             found[lead] = GrownLayer(cloud.points, cloud.covariance, initial, of_layer(metric.energy, unit, 0.5), seed)
         return clusters(clouds, context)

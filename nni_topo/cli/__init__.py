@@ -74,16 +74,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with in_context(is_command=True):
             return verb.run(Console(stderr=verb.json, width=None if sys.stdout.isatty() else 160))
     except NniTopoError as error:
-        return _failed(name, str(error), error.page)
+        return _report_failure(name, str(error), error.page)
     except OSError as error:
-        return _failed(name, f"files must be readable and writable, got {error}")
+        return _report_failure(name, f"files must be readable and writable, got {error}")
     except KeyboardInterrupt as interruption:
         how_to_resume = interruption.args[0] if interruption.args else "the same command resumes it"
         Console(stderr=True).print(f"{name}: interrupted; {how_to_resume}", markup=False, soft_wrap=True)
         return _INTERRUPTED
 
 
-def _failed(name: str, reason: str, page: str = "") -> int:
+def _report_failure(name: str, reason: str, page: str = "") -> int:
     if page and "docs/" not in reason:
         reason = f"{reason}; see {page}"
     Console(stderr=True).print(f"{name}: {reason}", style="red", markup=False, highlight=False)

@@ -62,15 +62,15 @@ class Run(Verb):
         console.print(f"experiment {experiment.id} at http://localhost:{self.port} ({reach})", highlight=False)
         how_to_resume = f"`nni-topo experiment run --resume {experiment.id} --out {self.out}` resumes it"
         try:
-            trials, interrupted = _watched(experiment, console)
-            status = self._exported(experiment, trials, console, rerun=not interrupted)
+            trials, interrupted = _follow(experiment, console)
+            status = self._export(experiment, trials, console, rerun=not interrupted)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(how_to_resume) from None
         if interrupted:
             raise KeyboardInterrupt(how_to_resume)
         return status
 
-    def _exported(self, experiment: Experiment, trials: list[TrialRecord], console: Console, *, rerun: bool) -> int:
+    def _export(self, experiment: Experiment, trials: list[TrialRecord], console: Console, *, rerun: bool) -> int:
         """Write and print an experiment's results; return the exit status. ``rerun``: whether a trial may run again."""
         save_trials(trials, self.out)
         if not rerun and not any(trial.is_candidate for trial in trials):
@@ -161,7 +161,7 @@ class Export(_Shown):
         return 0
 
 
-def _watched(experiment: Experiment, console: Console) -> tuple[list[TrialRecord], bool]:
+def _follow(experiment: Experiment, console: Console) -> tuple[list[TrialRecord], bool]:
     """Follow an experiment until its end or Ctrl-C, then stop it; return its trials and whether it was interrupted."""
     announced: set[str] = set()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -168,7 +168,7 @@ class StructuredPruner(Pruner):
             check_no_ratios(config_list)
         self.collector = collector
         self.calculator = calculator
-        config_list = self._fitting(model, config_list)
+        config_list = self._leave_out_refused(model, config_list)
         self._collected: Data | None = None  # data of the first call of `masks_for`
         self._ties: ChannelCoupling = {}
         self._shares: Mapping[str, Share] = {}
@@ -250,7 +250,7 @@ class StructuredPruner(Pruner):
                     targets[target] = mask.expand_as(parameter).clone()
         return masks
 
-    def _fitting(self, model: nn.Module, config_list: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _leave_out_refused(self, model: nn.Module, config_list: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Check the layers; leave out refused ones if dependency groups chose them by type, else raise."""
         try:
             self.collector.check(model, matched_modules(model, config_list))  # nothing is wrapped yet
@@ -267,7 +267,7 @@ class StructuredPruner(Pruner):
             if not (remaining and out) or config_list.named & set(out):
                 raise
             _logger.warning("layers stay unpruned (%s): %s", ", ".join(out), error)
-            return self._fitting(model, remaining)
+            return self._leave_out_refused(model, remaining)
 
     def _begin_facts(self) -> None:
         """Forget what was found about the model, which may have been trained since, unless the caller passed facts."""

@@ -289,7 +289,7 @@ class BudgetPlanner(Planner):
             if self._aim is None:
                 self._multiples = None
                 if self.prefers_multiples:
-                    self._multiples = self._preferred(units, _LEAST_STEPS_IN_TIME)
+                    self._multiples = self._steps_in_proportion(units, _LEAST_STEPS_IN_TIME)
                 removed, kept_share, self._aim = solve_timed(solve, cost, measure_shares, share)
                 # If networks with these multiples aren't fast enough, smaller multiples are tried.
                 while self._multiples and max(self._multiples.values()) > 1:
@@ -389,7 +389,7 @@ class BudgetPlanner(Planner):
         tolerance = budget_outcome(self.budget.kind, share, share, "").tolerance
         if abs(cost(removed) - share) > tolerance:
             return removed
-        self._multiples = self._preferred(units, _LEAST_STEPS)
+        self._multiples = self._steps_in_proportion(units, _LEAST_STEPS)
         joint = self._joint(units)
         for _ in range(_FINER):
             rounded = solve()
@@ -427,7 +427,7 @@ class BudgetPlanner(Planner):
             return super().step(unit)
         return self._multiples[unit.name]
 
-    def _preferred(self, units: Sequence[PruningUnit], least: int) -> dict[str, int]:
+    def _steps_in_proportion(self, units: Sequence[PruningUnit], least: int) -> dict[str, int]:
         """Return what `preferred_steps` does, with one number for units that lose rows in proportion."""
         steps = preferred_steps(units, least)
         for name, (setting, _) in self._in_proportion.items():

@@ -134,7 +134,7 @@ def check_request(
                 f"a config_list entry must follow NNI's schema; {reason} ({place}); see docs/config_list.md"
             ) from error
         # In network order, so that an error names the same layer each time: NNI's order depends on the hash seed.
-        modules = _matched(listed, [config])
+        modules = _select_modules(listed, [config])
         if not modules:
             _logger.warning("%s matches no module: %s", place, config)
         for name, module in modules.items():
@@ -145,7 +145,7 @@ def check_request(
                         f"a target must have one config_list entry, got {first[name, target]} and {place} "
                         f"({name}.{target})"
                     )
-                source = _followed(name, module, target, config)
+                source = _source_of(name, module, target, config)
                 if source is not None:
                     followed[name, target] = source
         matched.update(modules)
@@ -176,10 +176,10 @@ def check_request(
 
 def matched_modules(model: nn.Module, config_list: list[dict[str, Any]]) -> dict[str, nn.Module]:
     """Return the modules that a checked config_list names, by name in network order."""
-    return _matched(ListedModules(model), config_list)
+    return _select_modules(ListedModules(model), config_list)
 
 
-def _matched(listed: Any, config_list: list[dict[str, Any]]) -> dict[str, nn.Module]:
+def _select_modules(listed: Any, config_list: list[dict[str, Any]]) -> dict[str, nn.Module]:
     modules: dict[str, nn.Module] = {}
     for config in config_list:
         modules.update(select_modules_by_config(listed, config)[0])
@@ -207,7 +207,7 @@ def _targets(name: str, module: nn.Module, config: dict[str, Any], place: str) -
     return targets
 
 
-def _followed(name: str, module: nn.Module, target: str, config: dict[str, Any]) -> tuple[str, str] | None:
+def _source_of(name: str, module: nn.Module, target: str, config: dict[str, Any]) -> tuple[str, str] | None:
     """Return module and name of the target that another one follows, as a bias its weight; None if it has a rule."""
     target_settings = config.get("target_settings", {}).get(target, {})
     setting = {**PruningSetting.get(module, {}).get(target, {}), **target_settings}

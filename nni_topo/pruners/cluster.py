@@ -61,7 +61,7 @@ class FeatureCloud:
         covariance: FloatArray = self.deviations @ self.deviations.T
         return covariance
 
-    def living(self) -> FeatureCloud:
+    def without_dead(self) -> FeatureCloud:
         """Return the cloud without the neurons whose outputs are all zero."""
         is_alive = (self.points != 0).any(1)
         return FeatureCloud(self.points[is_alive], self.deviations[is_alive], self.names[is_alive])
@@ -217,7 +217,7 @@ class ClusterMetric(SurvivorMetric):
         planned = context.rows(lambda unit: merging_losses(clouds[unit.name]))
         clusters = {}
         for unit in context.units:
-            rows, parts = planned[unit.name], [part.living() for part in clouds[unit.name]]
+            rows, parts = planned[unit.name], [part.without_dead() for part in clouds[unit.name]]
             # If any neuron is pruned, all dead ones are, even beyond the ratio, but not beyond the maximum ratio.
             if rows < unit.rows:
                 alive = max(len(part.names) for part in parts)

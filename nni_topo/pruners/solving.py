@@ -47,7 +47,7 @@ def solve_uniform(
     # makes them round one after the other, so that the cost gets nearer to the budget.
     phases = [0.5] * len(rows) if alike else [index * _GOLDEN % 1.0 for index in range(len(rows))]
 
-    def removed(ratio: float) -> list[int]:
+    def lost_at(ratio: float) -> list[int]:
         lost_rows = []
         for count, step, times, phase, (low, high) in zip(rows, steps, proportions, phases, bounds, strict=True):
             lost = count * (ratio - (times - 1.0) * (1.0 - ratio))
@@ -56,16 +56,16 @@ def solve_uniform(
 
     low, high = 0.0, 1.0
     # Widths are integers, so bisection ends at a step of the cost: take the nearest of all tried ratios.
-    tried = [(abs(remaining(removed(ratio)) - share), ratio) for ratio in (low, high)]
+    tried = [(abs(remaining(lost_at(ratio)) - share), ratio) for ratio in (low, high)]
     for _ in range(_STEPS):
         middle = (low + high) / 2.0
-        kept_share = remaining(removed(middle))
+        kept_share = remaining(lost_at(middle))
         tried.append((abs(kept_share - share), middle))
         if kept_share > share:
             low = middle
         else:
             high = middle
-    return removed(_nearest(tried))
+    return lost_at(_nearest(tried))
 
 
 def solve_error(
@@ -145,7 +145,7 @@ def solve_tolerance(
     # bounds allow. Losses that are equal up to rounding are one step, in whichever layer.
     tolerances = np.unique([-np.inf, *settled, np.inf])
 
-    def removed(index: int) -> list[int]:
+    def lost_at(index: int) -> list[int]:
         tolerance = tolerances[index]
         lost_rows = []
         for profile, (low, high) in zip(profiles, bounds, strict=True):
@@ -154,16 +154,16 @@ def solve_tolerance(
         return lost_rows
 
     low, high = 0, len(tolerances) - 1
-    tried = [(abs(remaining(removed(index)) - share), index) for index in (low, high)]
+    tried = [(abs(remaining(lost_at(index)) - share), index) for index in (low, high)]
     while high - low > 1:
         middle = (low + high) // 2
-        kept_share = remaining(removed(middle))
+        kept_share = remaining(lost_at(middle))
         tried.append((abs(kept_share - share), middle))
         if kept_share > share:
             low = middle
         else:
             high = middle
-    return removed(_nearest(tried))
+    return lost_at(_nearest(tried))
 
 
 # Shares of the time by the table that are tried if no network is fast enough; the first is the unpruned network.

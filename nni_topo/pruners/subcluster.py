@@ -78,7 +78,7 @@ class SubclusterMetric(SurvivorMetric):
 
     def _clusters(self, unit: PruningUnit, parts: list[FeatureCloud], context: PruningContext, cap: int) -> Clusters:
         """Cluster each part and prune at most ``cap`` neurons of it; all keep as many as the part that needs most."""
-        clouds = [cloud.living() for cloud in parts]
+        clouds = [cloud.without_dead() for cloud in parts]
         fewest, most = unit.rows - cap, unit.rows - unit.removable_rows[0]
         labels = [self._labels(unit, part, cloud, context, fewest, most) for part, cloud in enumerate(clouds)]
         most_clusters = max(_count(part_labels) for part_labels in labels)

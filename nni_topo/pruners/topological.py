@@ -74,7 +74,7 @@ class TopologicalMetric(SelectionMetric):
 
         self.trace = {}
         tasks = [(index, unit, part) for index, unit in enumerate(context.units) for part in range(unit.parts)]
-        choose = delayed(partial(_chosen, self.criterion, self.homology_dimensions, self.search))
+        choose = delayed(partial(_choose_blocks, self.criterion, self.homology_dimensions, self.search))
         # A cloud is popped, so that it and its distances are freed after its task.
         work = (
             choose(clouds(unit.name).pop(0), rows[unit.name], [self.seed, index, part]) for index, unit, part in tasks
@@ -102,7 +102,7 @@ class TopologicalMetric(SelectionMetric):
         return {name: np.concatenate(parts) for name, parts in kept_parts.items()}
 
 
-def _chosen(
+def _choose_blocks(
     criterion: str,
     homology_dimensions: tuple[int, ...],
     search: GeneticSearch | None,

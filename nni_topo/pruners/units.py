@@ -196,7 +196,7 @@ def _unit(
     high = min(1.0 if space.max_sparse_ratio is None else space.max_sparse_ratio for space in spaces)
     if low > high:
         raise ConfigError(f"min_sparse_ratio must not exceed max_sparse_ratio, got {low} > {high} ({name})")
-    tied, share = _tied(group, ties), next((shares[module] for module, _, _ in group if module in shares), None)
+    tied, share = _tie_ids(group, ties), next((shares[module] for module, _, _ in group if module in shares), None)
     ratio = min(max(rules["sparse_ratio"] or 0.0, low), high)
     if tied or rules["global_group_id"] is not None or share is None or share.asked != blocks - int(blocks * ratio):
         share = Share(0, (), ())
@@ -221,7 +221,7 @@ def channels_of_block(module: nn.Module, blocks: int) -> int:
     return max((masked_channels(module) or 0) // blocks, 1)
 
 
-def _tied(group: list[tuple[str, str, PruningTargetSpace]], ties: ChannelCoupling) -> tuple[int, ...]:
+def _tie_ids(group: list[tuple[str, str, PruningTargetSpace]], ties: ChannelCoupling) -> tuple[int, ...]:
     """Return the group id of each block of a unit; empty if it has none, or if its members disagree."""
     id_lists = set()
     for module, _, space in group:

@@ -341,7 +341,7 @@ def cells_of(rows: Rows) -> tuple[list[str], list[list[str]]]:
     timed = _with_equal_times(rows)
     lines = [{"method": "unpruned"}, *({"method": row} for row in timed)]
     for name, (key, before, scale, digits, spread) in _MEASURED.items():
-        lines[0][name] = _shown(next(iter(timed.values())), before, scale, digits, spread)
+        lines[0][name] = _show_mean(next(iter(timed.values())), before, scale, digits, spread)
         baseline = best_baseline(rows, key) if name.startswith("vs") else None
         for line, (row, runs) in zip(lines[1:], timed.items(), strict=True):
             # whether single weights were pruned, so that some weights are zero
@@ -349,7 +349,7 @@ def cells_of(rows: Rows) -> tuple[list[str], list[list[str]]]:
             if not name.startswith("vs"):
                 line[name] = ""
                 if has_zeros or key != "weights_left":
-                    line[name] = _shown(runs, key, scale, digits, spread)
+                    line[name] = _show_mean(runs, key, scale, digits, spread)
             elif row == baseline:
                 line[name] = "best baseline"
             elif baseline is not None and any(key in run for run in runs.values()):
@@ -374,7 +374,7 @@ def _with_equal_times(rows: Rows) -> dict[str, dict[int, Record]]:
     return timed
 
 
-def _shown(runs: dict[int, Record], name: str, scale: float, digits: int, spread: bool) -> str:
+def _show_mean(runs: dict[int, Record], name: str, scale: float, digits: int, spread: bool) -> str:
     """Return the mean and the interval of an entry over a row's seeds; an empty text without values."""
     values = [record[name] for record in runs.values() if name in record]
     if not values:

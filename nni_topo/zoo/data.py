@@ -210,11 +210,11 @@ def load_data(
         labels = train_files.labels.numpy(force=True)
         held_out = stratified_fraction(labels, validation, generator)
 
-        def drawn(rows: Array) -> LabelledImages:
+        def draw(rows: Array) -> LabelledImages:
             """Return at most ``limit`` images, in rounds over the classes."""
             return subset(train_files, torch.from_numpy(rows[in_rounds(labels[rows], generator)][:limit]))
 
-        train, watched = drawn(np.flatnonzero(~held_out)), drawn(np.flatnonzero(held_out))
+        train, watched = draw(np.flatnonzero(~held_out)), draw(np.flatnonzero(held_out))
         padded = train_files.layout.padded
         return DataBundle(train, watched, test_files, len(mean), padded, len(names), mean, std, name, names)
     _check_raw(raw, name)

@@ -33,7 +33,7 @@ class SelfAttention(nn.Module):
             for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.causal:
-            query, key = (_turned(projection, self.inv_freq) for projection in (query, key))
+            query, key = (_rotate(projection, self.inv_freq) for projection in (query, key))
         shared = self.num_heads // self.num_kv_heads
         key, value = (projection.repeat_interleave(shared, 1) for projection in (key, value))
         context = functional.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
@@ -41,7 +41,7 @@ class SelfAttention(nn.Module):
         return mixed
 
 
-def _turned(heads: Tensor, frequencies: Tensor) -> Tensor:
+def _rotate(heads: Tensor, frequencies: Tensor) -> Tensor:
     """Apply rotary position embedding to ``(n, heads, places, head_dim)``: https://arxiv.org/abs/2104.09864."""
     half = heads.shape[3] // 2
     angles = torch.outer(torch.arange(heads.shape[2], device=heads.device), frequencies)

@@ -107,14 +107,14 @@ def read_inputs(
 
         side = 1 if transform is not None and image_size is None else image_size  # images may differ before it
         files = subset(unlabelled_images(path, side, preprocessing, workers), slice(count))
-        images = files[:][0] if transform is None else _transformed(files, transform)
+        images = files[:][0] if transform is None else _transform_files(files, transform)
         batches, folders = list[Any](images.split(SAMPLES)), sources_of(files, in_classes=False)
     elif path.suffix in _ARRAYS:
         batches = _in_batches(_arrays(path, count), path)
     elif path.suffix in _TEXTS:
-        batches = _tokenized(_texts(path, count), tokenizer, path)
+        batches = _tokenize(_texts(path, count), tokenizer, path)
     elif ":" in source:
-        batches = _yielded(source, count)
+        batches = _call_for_batches(source, count)
     else:
         kinds = "a folder of images, an .npz, .npy, .safetensors, .txt or .jsonl file, or package.module:function"
         raise DataError(f"data must be one of {', '.join(list_data())}, {kinds}, got {source!r} (data)")
@@ -182,7 +182,7 @@ def _texts(path: Path, count: int) -> list[str]:
     return texts
 
 
-def _tokenized(texts: list[str], tokenizer: str | None, path: Path) -> list[Any]:
+def _tokenize(texts: list[str], tokenizer: str | None, path: Path) -> list[Any]:
     """Tokenize texts, in batches that are padded to their longest text."""
     if tokenizer is None:
         raise ConfigError(f"texts need a tokenizer, a folder or a name of Transformers, got none (tokenizer, {path})")
@@ -231,7 +231,7 @@ def fitting_texts(inputs: Calibration, network: Any, source: str) -> list[Any]:
     return [{name: tensor[:, :most] for name, tensor in batch.items()} for batch in batches]
 
 
-def _transformed(files: Any, transform: str) -> Tensor:
+def _transform_files(files: Any, transform: str) -> Tensor:
     """Read image files by a user's function, from Pillow images to tensors of one shape."""
     from nni_topo.zoo.image_folder import opened_image  # torchvision is slow to import
 
@@ -254,7 +254,7 @@ def _transformed(files: Any, transform: str) -> Tensor:
     return torch.stack(images)
 
 
-def _yielded(source: str, count: int) -> list[Any]:
+def _call_for_batches(source: str, count: int) -> list[Any]:
     """Call a user's function, and return as many of its batches as hold the number of samples."""
     source_value = imported(source, "data must be a function or a list of batches")
     try:

@@ -229,7 +229,7 @@ class NormalEquations:
             factor = _Factor(matrix.mT, scale, penalty)
         self._factors[self.samples] = ridge, intercept, factor
         scales = factor.scale.unsqueeze(2)
-        weights = _solved(factor.lower, cross * scales).mul_(scales)
+        weights = _solve_factored(factor.lower, cross * scales).mul_(scales)
         # By the equations, `xx` times the weights is `cross` minus the penalty times the weights.
         projection = torch.linalg.vecdot(weights.flatten(), (cross + factor.penalty.unsqueeze(2) * weights).flatten())
         return weights, float(squares.sum() - projection)
@@ -254,7 +254,7 @@ class NormalEquations:
         if bool(info.any()):
             return None
         # ``(X'X + 1)^-1 X'Y = X'(XX' + 1)^-1 Y``, and ``(XX' + 1)^-1 Y`` is the error itself.
-        errors = _solved(lower, residuals)
+        errors = _solve_factored(lower, residuals)
         return (scaled.mT @ errors).mul_(scale.mT / ridge), float(errors.square().sum())
 
     def _products(self) -> Tensor:
@@ -316,7 +316,7 @@ class _Factor:
     penalty: Tensor
 
 
-def _solved(lower: Tensor, values: Tensor) -> Tensor:
+def _solve_factored(lower: Tensor, values: Tensor) -> Tensor:
     """Solve equations by their Cholesky factor."""
     # As `torch.cholesky_solve`, which copies the factor first.
     half = torch.linalg.solve_triangular(lower, values, upper=False)

@@ -111,7 +111,7 @@ def plane_trees(weight: ArrayLike, graph: LayerGraph) -> BoolArray:
     A weight is used if its edges join components that the larger weights of its kernel leave separate. This depends on
     which weights are larger and not on their values, so each set of weights is computed once.
     """
-    sizes = np.abs(_fitting(weight, graph))
+    sizes = np.abs(_check_weight(weight, graph))
     kernels = sizes.reshape(-1, graph.shape[2])
     order = np.argsort(-kernels, axis=1, kind="stable")
     components: dict[tuple[int, ...], int] = {(): graph.plane_inputs + graph.plane_outputs}
@@ -162,14 +162,14 @@ def spanning_forest(weight: ArrayLike, graph: LayerGraph) -> Forest:
     batch. It ends when the forest is complete, usually after a small part of the weights. Memory: about two copies of
     the weight and a few million edges.
     """
-    flat = np.abs(_fitting(weight, graph)).ravel()
+    flat = np.abs(_check_weight(weight, graph)).ravel()
     nodes, missing, edges_per_element = graph.inputs + graph.outputs, graph.forest_edges, graph.plane_outputs
     labels = np.arange(nodes)
     tree_edges: list[tuple[IntArray, IntArray, IntArray]] = []
     sample = np.sort(flat[:: max(1, len(flat) // _SAMPLE)])
     first_count = max(1, _FIRST_PER_NODE * nodes // edges_per_element)
     most = max(1, _MOST_EDGES // edges_per_element)
-    for batch in _falling(flat, first_count, most, sample):
+    for batch in _batches_by_size(flat, first_count, most, sample):
         sources, targets = (ends.ravel() for ends in graph.ends(batch))
         chosen, labels = _join_components(labels, sources, targets + graph.inputs)
         tree_edges.append((batch[chosen // edges_per_element], sources[chosen], targets[chosen]))
@@ -180,7 +180,7 @@ def spanning_forest(weight: ArrayLike, graph: LayerGraph) -> Forest:
     return Forest(elements, sources, targets, flat[elements])
 
 
-def _falling(flat: FloatArray, count: int, most: int, sample: FloatArray) -> Iterator[IntArray]:
+def _batches_by_size(flat: FloatArray, count: int, most: int, sample: FloatArray) -> Iterator[IntArray]:
     """Yield elements (n,) in batches, largest first and equal ones in order: about ``count`` at first, then more."""
     # A forest is complete after a small part of the elements: the others are compared with a bound, and never sorted.
     # Bounds are quantiles of an ascending sample; they change the sizes of batches, but not the forest.
@@ -211,7 +211,7 @@ def _join_components(labels: IntArray, sources: IntArray, targets: IntArray) -> 
     return apart[chosen], merged.astype(np.intp)[labels]
 
 
-def _fitting(weight: ArrayLike, graph: LayerGraph) -> FloatArray:
+def _check_weight(weight: ArrayLike, graph: LayerGraph) -> FloatArray:
     values = as_tensor(weight, "weight")
     if values.size != graph.elements or len(values) != graph.shape[0]:
         raise DataError(f"weight must have the graph's {graph.shape} elements, got shape {values.shape}")

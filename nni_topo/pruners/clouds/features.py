@@ -170,7 +170,7 @@ def tapped_network(model: nn.Module, call: Call, layers: Iterable[str]) -> Trace
     occurrences: dict[str, list[tuple[Node, tuple[str, ...]]]] = {}
     for node in graph.graph.nodes:
         if node.op == "call_module" and node.target in names:
-            occurrences.setdefault(str(node.target), []).append(_followed(graph, node))
+            occurrences.setdefault(str(node.target), []).append(_follow(graph, node))
     taps = {name: Tap(name, tuple(node for node, _ in places), places[0][1]) for name, places in occurrences.items()}
     missing = sorted(names - taps.keys())
     if missing:
@@ -178,7 +178,7 @@ def tapped_network(model: nn.Module, call: Call, layers: Iterable[str]) -> Trace
     return TracedNetwork(graph, flow, taps)
 
 
-def _followed(graph: GraphModule, node: Node) -> tuple[Node, tuple[str, ...]]:
+def _follow(graph: GraphModule, node: Node) -> tuple[Node, tuple[str, ...]]:
     """Follow a layer's output through batch norms up to its activation; stop where anything else happens to it."""
     norms: list[str] = []
     for follower in followers(node):

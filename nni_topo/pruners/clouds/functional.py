@@ -146,7 +146,7 @@ def readers_of(
             f"coupled channels must be in one dependency group, as dependency_groups makes them ({unit.name})",
             [lead],
         )
-    reading = _reading(lead, flow, dict(context.model.named_modules()))
+    reading = _reading_layers(lead, flow, dict(context.model.named_modules()))
     if not reading:
         raise unread_error([unit.name], flow)
     mixes = lead in flow.heads and not flow.heads[lead].recurrent
@@ -160,7 +160,7 @@ def check_read(
     flow = Analysis(model, call, context().facts).flow
     by_name = dict(model.named_modules())
     makes_channels = set(flow.layers) - set(flow.output_projections())
-    unread = [name for name in modules if name in makes_channels and not _reading(name, flow, by_name, kinds)]
+    unread = [name for name in modules if name in makes_channels and not _reading_layers(name, flow, by_name, kinds)]
     giving_output = [name for name in unread if flow.reaches_output(name)]
     if giving_output:
         raise LayerError(
@@ -206,7 +206,7 @@ def _other_readers(name: str, flow: ChannelFlow) -> Iterator[str]:
             yield name_of_node
 
 
-def _reading(
+def _reading_layers(
     name: str, flow: ChannelFlow, modules: dict[str, nn.Module], kinds: tuple[type[nn.Module], ...] = (nn.Module,)
 ) -> list[tuple[nn.Module, IntArray]]:
     """Return the layers of these kinds that read a layer's channels, and where each channel enters.

@@ -96,7 +96,7 @@ class PopulationAccuracy:
         if not self.samples:
             raise DataError("validation must hold at least one labelled image, got none (validation)")
         self._max_bytes = max_bytes
-        self._tails = self._cut()  # empty: masks are run one by one
+        self._tails = self._cut_graph()  # empty: masks are run one by one
 
     def __call__(self, population: Iterable[BoolArray]) -> FloatArray:
         """Return the accuracies, shape ``(individuals,)``, in [0, 1]."""
@@ -130,7 +130,7 @@ class PopulationAccuracy:
         return hits / self.samples
 
     @torch.no_grad()
-    def _cut(self) -> list[_Tail]:
+    def _cut_graph(self) -> list[_Tail]:
         """Cut the graph at the masked layers, unless the parts don't compute what the model does; then nothing."""
         inputs, labels = self._batches[0]
         with fitting(0, "validation"):
@@ -186,14 +186,14 @@ class _Tail:
         values, masked = dict(self._known), dict(zip(self._names, weights, strict=True))
         for node in self._nodes:
             if self._is_masked(node):
-                values[node] = self._masked(node, values[node.all_input_nodes[0]], masked[str(node.target)])
+                values[node] = self._masked_output(node, values[node.all_input_nodes[0]], masked[str(node.target)])
             else:
                 values[node] = self._compute(node, values)
         sizes = (values[node].numel() for node in self._nodes if isinstance(values[node], Tensor))
         self.elements = max(self.elements, *sizes)
         return _logits(values[self._nodes[-1]], None)
 
-    def _masked(self, node: Node, entering: Tensor, weight: Tensor) -> Tensor:
+    def _masked_output(self, node: Node, entering: Tensor, weight: Tensor) -> Tensor:
         """Return the output of a layer with a masked weight."""
         layer: Any = self._run.fetch_attr(str(node.target))
         # An output that lost all of its weights loses its bias, as in NNI's masks.

@@ -32,7 +32,7 @@ Method = str | RecoveryMethod
 def check_same_shapes(method: Method) -> None:
     """The network keeps its shapes and has finite weights."""
     model = _model()
-    state = _recovered(model, method).model.state_dict()
+    state = _recover(model, method).model.state_dict()
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     require({name: value.shape for name, value in state.items()} == shapes, "weights have the shapes that they had")
     require(all(bool(torch.isfinite(value).all()) for value in state.values()), "weights are finite")
@@ -42,7 +42,7 @@ def check_nothing_else_changes(method: Method) -> None:
     """The model, the masks and the global generators stay as they were."""
     model, masks = _model(), _masks()
     before, masks_before = snapshot(model), copy.deepcopy(masks)
-    _recovered(model, method, masks)
+    _recover(model, method, masks)
     require_unchanged(before, model)
     same = all(
         torch.equal(masks[name][target], mask) for name in masks_before for target, mask in masks_before[name].items()
@@ -52,14 +52,14 @@ def check_nothing_else_changes(method: Method) -> None:
 
 def check_repeatable(method: Method) -> None:
     """The same call gives the same network."""
-    first, second = (_recovered(_model(), method).model.state_dict() for _ in range(2))
+    first, second = (_recover(_model(), method).model.state_dict() for _ in range(2))
     require(all(torch.equal(first[name], second[name]) for name in first), "same call, same weights")
 
 
 def check_dense(method: Method) -> None:
     """The masked and the dense network compute the same."""
     masks, images = _masks(), toy_images(8)
-    recovered = _recovered(_model(), method, masks).model
+    recovered = _recover(_model(), method, masks).model
     dense, masked = dense_of(recovered, images, masks), masked_model(recovered, images, masks)
     with torch.no_grad():
         same = agree([masked(images)], [dense(images)], SAME_CHANNELS)
@@ -68,14 +68,14 @@ def check_dense(method: Method) -> None:
 
 def check_report(method: Method) -> None:
     """The report has a finite error for each layer that was solved."""
-    for layer in _recovered(_model(), method).report.layers:
+    for layer in _recover(_model(), method).report.layers:
         errors = (layer.error_before, layer.error_after)
         require(all(map(math.isfinite, errors)), f"{layer.layer}: finite errors, got {errors}")
 
 
 def check_few_images(method: Method) -> None:
     """Fewer images than unknowns, none of them held out, give finite weights."""
-    state = _recovered(_model(), method, count=2).model.state_dict()
+    state = _recover(_model(), method, count=2).model.state_dict()
     require(all(bool(torch.isfinite(value).all()) for value in state.values()), "finite weights from two images")
 
 
@@ -85,7 +85,7 @@ def check_no_constant(method: Method) -> None:
     model.hidden.register_parameter("bias", None)
     masks = _masks()
     del masks["hidden"]["bias"]
-    hidden: Any = _recovered(model, method, masks).model.get_submodule("hidden")
+    hidden: Any = _recover(model, method, masks).model.get_submodule("hidden")
     require(hidden.bias is None, "a layer without a bias stays without one")
 
 
@@ -115,5 +115,5 @@ def _masks() -> dict[str, dict[str, Tensor]]:
     return masks
 
 
-def _recovered(model: ToyModel, method: Method, masks: Any = None, count: int = 64) -> Compensation:
+def _recover(model: ToyModel, method: Method, masks: Any = None, count: int = 64) -> Compensation:
     return compensation(model, _masks() if masks is None else masks, toy_images(count).split(16), method=method)

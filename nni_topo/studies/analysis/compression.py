@@ -71,12 +71,12 @@ class CriticalCompression(Findings):
     @property
     def final(self) -> float:
         """Critical ratio of the model: all edges over all tree edges."""
-        return _pooled(self.counts.values())
+        return _pooled_ratio(self.counts.values())
 
     def by_kind(self) -> dict[str, float]:
         """Return the ratio of all layers of each kind together, ``"dense"``, ``"conv"``, ``"recurrent"``."""
         kinds = dict.fromkeys(count.kind for count in self.counts.values())
-        return {kind: _pooled(c for c in self.counts.values() if c.kind == kind) for kind in kinds}
+        return {kind: _pooled_ratio(c for c in self.counts.values() if c.kind == kind) for kind in kinds}
 
     def to_dict(self) -> dict[str, Any]:
         layers = {name: count.to_dict() for name, count in self.counts.items()}
@@ -241,6 +241,6 @@ def critical_config_list(model: nn.Module, sparse_ratio: float) -> list[dict[str
     ]
 
 
-def _pooled(counts: Iterable[LayerCount]) -> float:
+def _pooled_ratio(counts: Iterable[LayerCount]) -> float:
     layer_counts = list(counts)
     return sum(count.edges for count in layer_counts) / sum(count.tree_edges for count in layer_counts)

@@ -152,7 +152,7 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
                 if not layers:
                     continue
                 row = {"pruner": pruner, "part": part, "way": way, "ratio": ratio, "seed": seed}
-                rows.append({**row, **self._measured(start, pruner, layers, way, ratio, with_costs=part == "all")})
+                rows.append({**row, **self._measure(start, pruner, layers, way, ratio, with_costs=part == "all")})
                 accuracy = 100 * rows[-1]["accuracy"]
                 tell(f"{pruner}, {part}, {WORDS[way]}, {ratio:g}, seed {seed}: {accuracy:.1f} %")
             images = start.data.test[: self.batch][0].to(start.device)
@@ -205,7 +205,7 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
             f"{max(halves):.1f} %."
         )
 
-    def _measured(
+    def _measure(
         self, start: Start, pruner: str, layers: list[str], way: str, ratio: float, *, with_costs: bool
     ) -> Record:
         """Prune some layers of a copy; return its accuracy, and its costs if it is pruned directly ``with_costs``."""
@@ -249,7 +249,7 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
 def stored_bytes(model: nn.Module) -> dict[str, int]:
     """Return the bytes of a model's state dict on disk, by format; pruned weights must be zeros."""
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
-    dense = _saved(state)
+    dense = _saved_bytes(state)
     # Weights with two or more dimensions become matrices (out, rest), with 64-bit indices except in csr32.
     matrices = {name: value.flatten(1) for name, value in state.items() if value.dim() > 1}
     coordinates = {name: matrix.to_sparse_coo().coalesce() for name, matrix in matrices.items()}
@@ -260,9 +260,9 @@ def stored_bytes(model: nn.Module) -> dict[str, int]:
     return {
         "dense": len(dense),
         "gzip": len(gzip.compress(dense, 6)),
-        "coo": len(_saved({**state, **{name: (m.indices(), m.values()) for name, m in coordinates.items()}})),
-        "csr": len(_saved({**state, **parts})),
-        "csr32": len(_saved({**state, **short})),
+        "coo": len(_saved_bytes({**state, **{name: (m.indices(), m.values()) for name, m in coordinates.items()}})),
+        "csr": len(_saved_bytes({**state, **parts})),
+        "csr32": len(_saved_bytes({**state, **short})),
     }
 
 
@@ -297,7 +297,7 @@ def _csr(matrix: Tensor) -> Tensor:
         return matrix.to_sparse_csr()
 
 
-def _saved(content: dict[str, Any]) -> bytes:
+def _saved_bytes(content: dict[str, Any]) -> bytes:
     file = io.BytesIO()
     torch.save(content, file)
     return file.getvalue()

@@ -169,7 +169,7 @@ def sensitivity(
             raise DataError(f"an evaluation must return a finite number, got {value} (sensitivity)")
         return value
 
-    def pruned(chosen: Mapping[tuple[str, ...], float]) -> float:
+    def score_pruned(chosen: Mapping[tuple[str, ...], float]) -> float:
         """Return the score of a copy in which layers are pruned at the chosen ratios."""
         config: list[dict[str, Any]] = [{"op_names": list(n), "sparse_ratio": ratio} for n, ratio in chosen.items()]
         if info.structured:
@@ -191,11 +191,11 @@ def sensitivity(
     for names in _groups(analysis, info.structured, layers):
         accuracy: dict[float, float] = {}
         for ratio in ratios:
-            accuracy[ratio] = pruned({names: ratio})
+            accuracy[ratio] = score_pruned({names: ratio})
             if on_progress is not None:
                 on_progress("+".join(names), ratio, accuracy[ratio])
         curves.append(SensitivityCurve(names, accuracy))
-    best, joint = _suggestion(pruned, curves, baseline, budget)
+    best, joint = _suggestion(score_pruned, curves, baseline, budget)
     chosen = [curve.layers for curve in curves if curve.layers in best]
     suggested = [{"op_names": list(names), "sparse_ratio": best[names]} for names in chosen]
     return Sensitivity(pruner, used, baseline, curves, budget, suggested, joint)
@@ -223,7 +223,7 @@ def _groups(analysis: Analysis, structured: bool, layers: Sequence[str] | None) 
 
 
 def _suggestion(
-    pruned: Callable[[Mapping[tuple[str, ...], float]], float],
+    score_pruned: Callable[[Mapping[tuple[str, ...], float]], float],
     curves: list[SensitivityCurve],
     baseline: float,
     budget: float,
@@ -238,7 +238,7 @@ def _suggestion(
         middle = (low + high) // 2
         least = baseline - tolerances[middle] - _ROUNDING
         ratios = {curve.layers: ratio for curve in curves if (ratio := curve.highest_ratio(least)) > 0.0}
-        score = pruned(ratios) if ratios else baseline
+        score = score_pruned(ratios) if ratios else baseline
         if score >= baseline - budget - _ROUNDING:
             best, joint, low = ratios, score, middle + 1
         else:
@@ -253,7 +253,7 @@ def _suggestion(
         cheapest = min((layers for layers in steps if steps[layers]), key=lambda layers: steps[layers][0][1])
         ratio, cost = steps[cheapest].pop(0)
         tried = {**best, cheapest: ratio}
-        score = pruned(tried) if cost <= budget + _ROUNDING else -math.inf
+        score = score_pruned(tried) if cost <= budget + _ROUNDING else -math.inf
         if score >= baseline - budget - _ROUNDING:
             best, joint = tried, score
         else:

@@ -238,12 +238,12 @@ def chain(graph_module: GraphModule) -> list[ChainSegment]:
         graph = Graph()
         copies = {start: graph.placeholder("value")}
 
-        def copied(node: Node, graph: Graph = graph, copies: dict[Node, Node] = copies) -> Node:
+        def copy_node(node: Node, graph: Graph = graph, copies: dict[Node, Node] = copies) -> Node:
             if node not in copies:
-                copies[node] = graph.node_copy(node, copied)
+                copies[node] = graph.node_copy(node, copy_node)
             return copies[node]
 
-        graph.output([copied(node) for node in nodes][-1])
+        graph.output([copy_node(node) for node in nodes][-1])
         segments.append(ChainSegment(tuple(dict.fromkeys(layers)), GraphModule(graph_module, graph)))
     return segments
 

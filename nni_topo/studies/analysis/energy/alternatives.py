@@ -143,7 +143,7 @@ def study_replacement(
     strong = (~weak).nonzero().flatten()
     donors = strong[torch.randint(len(strong), (int(weak.sum()),), generator=generator)]
     networks["copied"] = replaced_by(weight[donors], donors)
-    networks["evolved"] = replaced_by(_evolved(draw, loss_of, generator))
+    networks["evolved"] = replaced_by(_evolve(draw, loss_of, generator))
     replacements = {}
     for kind, changed in networks.items():
         quality, repaired = quality_of(evaluate, changed), None
@@ -160,7 +160,7 @@ def study_replacement(
     return replacements
 
 
-def _evolved(drawn: Callable[[], Tensor], loss_of: Callable[[Tensor], float], generator: torch.Generator) -> Tensor:
+def _evolve(drawn: Callable[[], Tensor], loss_of: Callable[[Tensor], float], generator: torch.Generator) -> Tensor:
     """Return the fittest filters found by tournaments, uniform crossover and normal mutation."""
 
     def winner() -> int:
