@@ -123,7 +123,7 @@ def cost(name: str) -> dict[str, Any]:
 
     def energies() -> None:
         pruner = EnergyFilterPruner(model, [{"op_names": layers, "sparse_ratio": 0.0}], example_inputs=images)
-        pruner._calculate_metrics(pruner._collect_data())
+        pruner.score_blocks(pruner.collect_data())
         pruner.unwrap_model()
 
     seconds = {"forward": _seconds(lambda: model(images)), "energies": _seconds(energies), "prune": _seconds(prune)}
@@ -413,7 +413,7 @@ def energy_on_data(model: nn.Module, config: Any, batches: Sequence[Tensor]) -> 
 def _energies(model: nn.Module, layers: list[str], example: Any, **knobs: Any) -> dict[str, list[float]]:
     config = [{"op_names": layers, "sparse_ratio": 0.0}]
     pruner = EnergyFilterPruner(model, config, example_inputs=example, **knobs)
-    data = pruner._collect_data()
+    data = pruner.collect_data()
     pruner.unwrap_model()
     return {name: data[name]["weight"][:, 0].tolist() for name in layers}
 

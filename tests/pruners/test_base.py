@@ -72,6 +72,22 @@ def test_a_pruner_says_which_masks_it_would_make_for_other_budgets(name, monkeyp
         RandomPruner(toy_model(), HALF).masks_for(Budget(flops=0.5))
 
 
+def test_the_steps_of_a_pruner_make_its_masks_and_a_threshold_needs_no_new_scores():
+    def pruner_at(threshold):
+        config_list = [{"op_names": ["stem"], "sparse_threshold": threshold}]
+        return create_pruner("energy", toy_model(), config_list, example_inputs=toy_images(2))
+
+    pruner = pruner_at(0.1)
+    metrics = pruner.score_blocks(pruner.collect_data())
+    shares = metrics["stem"]["weight"].flatten().tolist()
+    for threshold in (0.1, 0.5, 0.9):
+        mask = pruner.masks_from(metrics, sparse_threshold=threshold)["stem"]["weight"].flatten(1).any(1)
+        expected = pruner_at(threshold).generate_masks()["stem"]["weight"].flatten(1).any(1)
+        assert torch.equal(mask, expected)
+        assert int(mask.sum()) == max(1, sum(share > threshold for share in shares))
+    assert torch.equal(pruner.masks_from(metrics)["stem"]["weight"].flatten(1).any(1), expected)
+
+
 def test_from_compressor_passes_the_knobs_on():
     first = RandomPruner(toy_model(), HALF, seed=1)
     first.compress()
