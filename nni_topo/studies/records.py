@@ -130,13 +130,13 @@ def run_missing(
     for stage in stages:
         try:
             parallel = Parallel(n_jobs, return_as="generator_unordered", pre_dispatch="n_jobs")
-            for number, result in parallel(attempts(stage)):
-                if isinstance(result, str):
-                    failures[number] = result
+            for number, record in parallel(attempts(stage)):
+                if isinstance(record, str):  # the reason why there is none
+                    failures[number] = record
                 else:
-                    check_unpruned(result, first_rows.setdefault(todo[number].training_key, result), path)
-                    append_record(path, result)
-                    done[todo[number].key] = result
+                    check_unpruned(record, first_rows.setdefault(todo[number].training_key, record), path)
+                    append_record(path, record)
+                    done[todo[number].key] = record
         except BrokenProcessPool:
             lost = [number for number in stage if todo[number].key not in done]
             failures = {**dict.fromkeys(lost, _KILLED), **failures}

@@ -81,12 +81,12 @@ def _contents(folder: Path) -> tuple[list[str], list[Part]]:
     shrunk = read_json(folder / "shrink.json", "a run's file") or {}
     if "sentence" in shrunk:
         sentences.append(shrunk["sentence"])
-        steps, *others = parts_of(shrunk)
+        steps, *details = parts_of(shrunk)
         parts.append(steps)
         if (folder / GAIN).exists():
             parts.append(picture_part("Accuracy and time", (folder / GAIN).read_bytes()))
-        asked = {key: shrunk.get(key) for key in ("model", "data", "pruner", "method", "budget")}
-        parts += [*others, Part("How it was run", rows=_as_rows(asked), text_columns=2, folded=True)]
+        settings = {key: shrunk.get(key) for key in ("model", "data", "pruner", "method", "budget")}
+        parts += [*details, Part("How it was run", rows=_as_rows(settings), text_columns=2, folded=True)]
         parts += _sources([shrunk])
     sentences += sentences_of(records)
     # First the answer, then its picture, then the tables with all columns.
