@@ -263,10 +263,13 @@ class StructuredPruner(Pruner):
             if not isinstance(config_list, DependencyGroups):
                 raise
             remaining = config_list.without(error.layers)
-            out = [name for config in config_list if config not in remaining for name in config["op_names"]]
-            if not (remaining and out) or config_list.named & set(out):
+            refused = []
+            for config in config_list:
+                if config not in remaining:
+                    refused += config["op_names"]
+            if not (remaining and refused) or config_list.named & set(refused):
                 raise
-            _logger.warning("layers stay unpruned (%s): %s", ", ".join(out), error)
+            _logger.warning("layers stay unpruned (%s): %s", ", ".join(refused), error)
             return self._leave_out_refused(model, remaining)
 
     def _begin_facts(self) -> None:

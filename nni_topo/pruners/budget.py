@@ -162,8 +162,13 @@ def as_budget(value: Any) -> Budget:
 def with_flops(budget: Any) -> Any:
     """Return a budget, or the name of a cost, with ``flops`` for its synonym ``macs``."""
     if isinstance(budget, Mapping) and MACS in budget and "flops" not in budget:
-        return {"flops" if name == MACS else name: value for name, value in budget.items()}
-    return "flops" if budget == MACS else budget
+        renamed = {}
+        for name, value in budget.items():
+            renamed["flops" if name == MACS else name] = value
+        return renamed
+    if budget == MACS:
+        return "flops"
+    return budget
 
 
 @dataclass(frozen=True)

@@ -120,8 +120,10 @@ def _gates_of(module: Any) -> dict[str, Any] | None:
     """Return NNI's settings for the parameters of all levels of a recurrent layer; None for other layers."""
     if not is_recurrent(module):
         return None
-    names = (weight_name(module), *row_names(module))
-    return {name: _WEIGHT if name.startswith("weight") else _GATE for name in names}
+    settings = {}
+    for name in (weight_name(module), *row_names(module)):
+        settings[name] = _WEIGHT if name.startswith("weight") else _GATE
+    return settings
 
 
 def show_heads_to_nni() -> None:

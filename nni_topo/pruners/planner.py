@@ -85,7 +85,9 @@ class Planner:
 
     def step(self, unit: PruningUnit) -> int:
         """Return the step of rows per part with which the unit keeps a multiple of ``round_to`` channels."""
-        return 1 if self.round_to is None else self.round_to // math.gcd(self.round_to, unit.parts * unit.channels)
+        if self.round_to is None:
+            return 1
+        return self.round_to // math.gcd(self.round_to, unit.parts * unit.channels)
 
     def counts(self, units: Sequence[PruningUnit], losses: Losses, model: nn.Module) -> dict[str, int]:
         """Return what :meth:`rows` does, before ``round_to``; ``losses`` are of rows, ``(rows,)``, descending."""

@@ -71,12 +71,11 @@ def prune_in_rounds(
     """
     if not steps or not all(0.0 < a <= 1.0 for a in steps) or sorted(set(steps)) != list(steps):
         raise ConfigError(f"steps must be one or more rising numbers in (0, 1], got {list(steps)} (prune_in_rounds)")
-    active = {
-        f"{module}.{target}": space
-        for module, spaces in pruner._target_spaces.items()
-        for target, space in spaces.items()
-        if is_active(space)
-    }
+    active: dict[str, PruningTargetSpace] = {}
+    for module, spaces in pruner._target_spaces.items():
+        for target, space in spaces.items():
+            if is_active(space):
+                active[f"{module}.{target}"] = space
     goals = [(space, float(space.sparse_ratio)) for space in active.values() if space.sparse_ratio is not None]
     if not goals:
         raise ConfigError("pruning in rounds needs a target with a sparse_ratio, got none (prune_in_rounds)")

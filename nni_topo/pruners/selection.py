@@ -79,7 +79,9 @@ class Cloud:
     @property
     def base(self) -> int | None:
         """Index of the origin among the points; None without the origin."""
-        return self.size if len(self.points) > self.size else None
+        if len(self.points) == self.size:
+            return None
+        return self.size
 
     def losses(self) -> FloatArray:
         """Half the H0 death times, descending, in units of their mean, shape (size,).

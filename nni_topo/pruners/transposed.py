@@ -45,7 +45,8 @@ class OutputScaling(Scaling):
     def expand(self, target: Tensor, expand_size: list[int], keepdim: bool = False, full_expand: bool = True) -> Tensor:
         """Give each weight of an output channel the value of the channel."""
         ins, outs, *kernel = expand_size
-        kernel = kernel if full_expand else [1] * len(kernel)
+        if not full_expand:
+            kernel = [1] * len(kernel)
         # With one group the first dimension may stay 1; with several, each group has its own rows.
         ins = ins // self._groups if full_expand or self._groups > 1 else 1
         rows = target.reshape(-1, *[1] * (1 + len(kernel))).expand(outs * self._groups, ins, *kernel)

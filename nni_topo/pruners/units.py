@@ -67,7 +67,9 @@ class PruningUnit:
 
     def part_name(self, part: int) -> str:
         """Return ``name``, or ``name[part]`` where there are several parts."""
-        return self.name if self.parts == 1 else f"{self.name}[{part}]"
+        if self.parts == 1:
+            return self.name
+        return f"{self.name}[{part}]"
 
     @property
     def removable_rows(self) -> tuple[int, int]:
@@ -193,7 +195,8 @@ def _unit(
         raise ConfigError(f"internal_metric_block must divide the {blocks} blocks, got {parts} ({name})")
     # One member's minimum and maximum ratios hold for all members.
     low = max(space.min_sparse_ratio or 0.0 for space in spaces)
-    high = min(1.0 if space.max_sparse_ratio is None else space.max_sparse_ratio for space in spaces)
+    caps = [space.max_sparse_ratio for space in spaces if space.max_sparse_ratio is not None]
+    high = min(caps, default=1.0)
     if low > high:
         raise ConfigError(f"min_sparse_ratio must not exceed max_sparse_ratio, got {low} > {high} ({name})")
     tied, share = _tie_ids(group, ties), next((shares[module] for module, _, _ in group if module in shares), None)
@@ -242,4 +245,6 @@ def _common(name: str, key: str, values: Iterable[Any]) -> Any:
     if len(distinct) > 1:
         listing = ", ".join(sorted(map(str, distinct)))
         raise ConfigError(f"the members of a dependency group must share one {key}, got {listing} ({name})")
-    return distinct.pop() if distinct else None
+    if not distinct:
+        return None
+    return distinct.pop()

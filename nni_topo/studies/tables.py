@@ -511,7 +511,10 @@ def _median_of(values: Iterable[tuple[float, bool]]) -> str:
     A number whose second entry is False is a lower bound: it is shown with ``>`` and ranks above all others.
     """
     ranked = sorted(values, key=lambda value: (not value[1], value[0]))
-    names = [f"{number:.0f}" if is_exact else f"> {number:.0f}" for number, is_exact in ranked]
+    names = []
+    for number, is_exact in ranked:
+        bound = "" if is_exact else "> "
+        names.append(f"{bound}{number:.0f}")
     middle = names[(len(names) - 1) // 2]
     if names[0] == names[-1]:
         return middle

@@ -184,8 +184,11 @@ def _follow(graph: GraphModule, node: Node) -> tuple[Node, tuple[str, ...]]:
     for follower in followers(node):
         if len(follower.all_input_nodes) != 1:
             break
-        module = graph.get_submodule(str(follower.target)) if follower.op == "call_module" else None
-        name = type(module).__name__ if module is not None else getattr(follower.target, "__name__", follower.target)
+        module = None
+        name = getattr(follower.target, "__name__", follower.target)
+        if follower.op == "call_module":
+            module = graph.get_submodule(str(follower.target))
+            name = type(module).__name__
         if str(name).replace("_", "").lower() in _ACTIVATIONS:
             return follower, tuple(norms)
         if isinstance(module, _BatchNorm):

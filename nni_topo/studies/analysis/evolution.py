@@ -140,12 +140,12 @@ class AnalyzeEvolution(TrainedStudy[EvolutionStudy]):
         return EvolutionStudy(trials)
 
     def show(self, findings: EvolutionStudy) -> Iterator[RenderableType]:
-        rows = [
-            (label, str(when), column, *(f"{row[column, end]:.4g}" for end in ("min", "mean", "max")))
-            for label, trial in findings.trials.items()
-            for when, row in trial.summary().iterrows()
-            for column in ("fitness", "accuracy", "compression")
-        ]
+        rows = []
+        for label, trial in findings.trials.items():
+            for when, row in trial.summary().iterrows():
+                for column in ("fitness", "accuracy", "compression"):
+                    values = [f"{row[column, end]:.4g}" for end in ("min", "mean", "max")]
+                    rows.append((label, str(when), column, *values))
         head = ("search", "generation", "of", "lowest", "mean", "highest")
         yield NumberTable(f"evolution of {self.model}", head, rows, text_columns=3)
 

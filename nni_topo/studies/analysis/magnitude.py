@@ -176,7 +176,13 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
         heads = [f"{ratio:g}" for ratio in ratios]
 
         def cells(values: PerSeed, scale: float, digits: int = 1) -> list[str]:
-            return [show_range(values[ratio], scale, digits) if ratio in values else "" for ratio in ratios]
+            texts = []
+            for ratio in ratios:
+                text = ""
+                if ratio in values:
+                    text = show_range(values[ratio], scale, digits)
+                texts.append(text)
+            return texts
 
         costs = []
         for (pruner,), values in series["params"].items():

@@ -122,7 +122,9 @@ class AnalyzeRounds(DataVerb, Study[RoundsStudy]):
     def find(self, tell: Tell) -> RoundsStudy:
         whole(1).check("seeds", self.seeds, self.place)
         steps_to(self.sparsities)
-        changes = {} if self.train_epochs is None else {"epochs": self.train_epochs}
+        changes = {}
+        if self.train_epochs is not None:
+            changes["epochs"] = self.train_epochs
         recipe = changed_recipe(zoo.default_recipe(self.model, self.data), changes)
         cells = []
         for seed, method in itertools.product(range(self.seed, self.seed + self.seeds), self.methods):

@@ -238,7 +238,9 @@ def _suggestion(
         middle = (low + high) // 2
         least = baseline - tolerances[middle] - _ROUNDING
         ratios = {curve.layers: ratio for curve in curves if (ratio := curve.highest_ratio(least)) > 0.0}
-        score = score_pruned(ratios) if ratios else baseline
+        score = baseline
+        if ratios:
+            score = score_pruned(ratios)
         if score >= baseline - budget - _ROUNDING:
             best, joint, low = ratios, score, middle + 1
         else:
@@ -253,7 +255,9 @@ def _suggestion(
         cheapest = min((layers for layers in steps if steps[layers]), key=lambda layers: steps[layers][0][1])
         ratio, cost = steps[cheapest].pop(0)
         tried = {**best, cheapest: ratio}
-        score = score_pruned(tried) if cost <= budget + _ROUNDING else -math.inf
+        score = -math.inf
+        if cost <= budget + _ROUNDING:
+            score = score_pruned(tried)
         if score >= baseline - budget - _ROUNDING:
             best, joint = tried, score
         else:
@@ -285,7 +289,9 @@ class AnalyzeSensitivity(TrainedStudy[Sensitivity]):
     def find(self, tell: Tell) -> Sensitivity:
         start = self.start()
         needs = any("calibration" in need for need in pruner_info(self.pruner).needs)
-        calibration = _CALIBRATION * needs if self.calibration is None else self.calibration
+        calibration = self.calibration
+        if calibration is None:
+            calibration = _CALIBRATION * needs
         watched = subset(start.data.validation, slice(self.images))
         return sensitivity(
             start.net,

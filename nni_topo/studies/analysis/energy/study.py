@@ -140,7 +140,9 @@ class EnergyStudy(Findings):
 
     def texts(self) -> dict[str, str]:
         """Return ``suggested.yaml``, if thresholds are suggested."""
-        return {"suggested.yaml": self.file} if self.file else {}
+        if not self.file:
+            return {}
+        return {"suggested.yaml": self.file}
 
     def lost(self, layer: LayerEnergy, threshold: float) -> float:
         """Return the accuracy lost by pruning a layer alone, as a fraction with nine decimals; negative if it rose."""
@@ -159,7 +161,9 @@ class EnergyStudy(Findings):
         deep = next((t for t in self.thresholds if layer.compression(t) >= MANY), None)
         if deep is None or self.baseline is None:
             return ""
-        return "redundant" if self.lost(layer, deep) <= LITTLE else "saturated"
+        if self.lost(layer, deep) <= LITTLE:
+            return "redundant"
+        return "saturated"
 
     def suggestion(self, max_drop: float = 0.01) -> dict[str, float]:
         """Return, by layer, the highest threshold up to which pruning it alone loses at most ``max_drop``.
