@@ -57,8 +57,8 @@ _QUANTIZED = (
 
 def check_float(name: str, model: nn.Module, place: str) -> None:
     """Raise ConfigError for a network that torchao or PyTorch has quantised or prepared for quantisation."""
-    found = [(key, type(value)) for key, value in [*model.named_modules(), *model.named_parameters()]]
-    for key, kind in found:
+    kinds = [(key, type(value)) for key, value in [*model.named_modules(), *model.named_parameters()]]
+    for key, kind in kinds:
         if kind.__module__.startswith(_QUANTIZED) and not kind.__name__.endswith("FloatFunctional"):
             raise ConfigError(
                 f"a {name} must be a float network, which is quantised after it is pruned, got "
@@ -72,20 +72,20 @@ def _look_at_model(
     if needs_layers:
         check_float(name, model, place)
     for parameter, tensor in model.named_parameters():
-        if found := unusable(tensor, needs_values=needs_values):
+        if fault := unusable(tensor, needs_values=needs_values):
             if tensor.is_meta:
-                found += (
+                fault += (
                     "; nni_topo.shrink_pretrained prunes a folder of Transformers that doesn't fit into memory; load "
                     "other models without offloading"
                 )
-            raise DataError(f"parameters of a {name} must be tensors with values, got {found} ({parameter}, {place})")
+            raise DataError(f"parameters of a {name} must be tensors with values, got {fault} ({parameter}, {place})")
 
 
 def _look_at_inputs(name: str, inputs: Any, place: str, *, needs_values: bool = True) -> None:
     tensors = tensors_of(inputs)
     for tensor in tensors:
-        if found := unusable(tensor, needs_values=needs_values):
-            raise DataError(f"{name} must be tensors with values, got {found} ({place})")
+        if fault := unusable(tensor, needs_values=needs_values):
+            raise DataError(f"{name} must be tensors with values, got {fault} ({place})")
     if all(tensor.dim() and not len(tensor) for tensor in tensors):
         raise DataError(f"{name} must hold at least one sample, got shape {tuple(tensors[0].shape)} ({place})")
 
@@ -99,8 +99,8 @@ def _look_at_masks(name: str, masks: Mapping[str, Any], place: str) -> None:
                 continue
             if not isinstance(mask, Tensor):
                 raise ConfigError(f"a mask must be a tensor, got {type(mask).__name__} ({module}.{target})")
-            if found := unusable(mask):
-                raise DataError(f"a mask must be a tensor with values, got {found} ({module}.{target})")
+            if fault := unusable(mask):
+                raise DataError(f"a mask must be a tensor with values, got {fault} ({module}.{target})")
 
 
 def _is_device(value: Any) -> bool:
@@ -129,7 +129,7 @@ def _is_granularity(value: Any) -> bool:
     if not isinstance(value, (list, tuple)) or not value:
         return False
     steps, padding = (value[0], value[1:]) if isinstance(value[0], (list, tuple)) else (value, ())
-    is_padding = all(rule.holds(each) for rule, each in zip((_PADDING, _STEP), padding, strict=False))
+    is_padding = all(rule.holds(pad) for rule, pad in zip((_PADDING, _STEP), padding, strict=False))
     return bool(steps) and all(map(_STEP.holds, steps)) and len(padding) <= 2 and is_padding
 
 
@@ -140,18 +140,18 @@ def check_entry(entry: Any, place: str, rules: Mapping[str, Rule] = {}) -> None:
     _check_keys(entry, [*_ENTRY, *rules], place)
     check_knobs(place, entry, {**_ENTRY, **rules})
     for target, setting in entry.get("target_settings", {}).items():
-        own = f"{place}.target_settings.{target}"
-        _check_keys(setting, [*_SETTING, *rules], own)
-        check_knobs(own, setting, {**_SETTING, **rules})
+        setting_place = f"{place}.target_settings.{target}"
+        _check_keys(setting, [*_SETTING, *rules], setting_place)
+        check_knobs(setting_place, setting, {**_SETTING, **rules})
 
 
-def _check_keys(setting: Mapping[Any, Any], known: Sequence[str], place: str) -> None:
+def _check_keys(setting: Mapping[Any, Any], known_keys: Sequence[str], place: str) -> None:
     """Raise ConfigError for a key that NNI doesn't know, with the nearest known key: NNI's own error names none."""
     for key in setting:
         if key in LEGACY_KEYS:
             raise ConfigError(f"{key!r} is a key of NNI 2: write {LEGACY_KEYS[key]} ({place})")
-        if key not in known:
-            raise unknown_name("key of a config_list entry", str(key), known, place)
+        if key not in known_keys:
+            raise unknown_name("key of a config_list entry", str(key), known_keys, place)
 
 
 def _look_at_entries(name: str, config_list: Sequence[Any], place: str, *, rules: Mapping[str, Rule] = {}) -> None:

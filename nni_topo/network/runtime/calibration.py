@@ -112,7 +112,7 @@ class Calibration(Sequence[Any]):
         _check_iterable(batches, "calibration")
         labels: Any = groups.tolist() if isinstance(groups, (Tensor, np.ndarray)) else groups
         is_sequence = isinstance(labels, Sequence) and not isinstance(labels, (str, bytes))
-        if groups is not None and not (is_sequence and all(isinstance(each, (int, str)) for each in labels)):
+        if groups is not None and not (is_sequence and all(isinstance(label, (int, str)) for label in labels)):
             got = type(groups).__name__
             raise ConfigError(f"groups must be a sequence of integers or strings, got {got} (groups)")
         self.name = "calibration"
@@ -138,9 +138,9 @@ class Calibration(Sequence[Any]):
         if isinstance(batches, Calibration):
             return batches
         _check_iterable(batches, name)
-        made = cls(batches)
-        made.name = name
-        return made
+        calibration = cls(batches)
+        calibration.name = name
+        return calibration
 
     def with_arguments(self, count: int) -> Calibration:
         """Return the data for a model that requires ``count`` arguments.
@@ -150,16 +150,16 @@ class Calibration(Sequence[Any]):
 
         def lists_them(batch: Any) -> bool:
             entries = batch[:count] if isinstance(batch, (tuple, list)) else ()
-            return len(entries) == count and all(isinstance(each, Tensor) for each in entries)
+            return len(entries) == count and all(isinstance(argument, Tensor) for argument in entries)
 
         if count < 2 or not all(map(lists_them, self)):
             return self
         batches = self._batches
         views = _Views(len(batches), lambda at: (tuple(batches[at][:count]), *batches[at][count:]))
-        found = self._of_read(views, self.sizes, self._labels)
-        for index, batch in enumerate(found):
+        calibration = self._of_read(views, self.sizes, self._labels)
+        for index, batch in enumerate(calibration):
             check_inputs(batch, index, self.name)
-        return found
+        return calibration
 
     def with_batches(self, batches: Sequence[Any]) -> Calibration:
         """Return the same samples, in the same batches, as other objects, such as tensors on another device."""
@@ -190,7 +190,9 @@ class Calibration(Sequence[Any]):
 
     def given_as(self, index: int) -> int:
         """Return the number that a batch has in the data as given; this may be a part of them."""
-        return index if self._given_as is None else self._given_as[index]
+        if self._given_as is None:
+            return index
+        return self._given_as[index]
 
     @property
     def samples(self) -> int:
@@ -203,7 +205,9 @@ class Calibration(Sequence[Any]):
 
         Equal inputs are one group.
         """
-        return self._numbers if self._labels is not None or self._has_equal_inputs else None
+        if self._labels is not None or self._has_equal_inputs:
+            return self._numbers
+        return None
 
     @property
     def _has_equal_inputs(self) -> bool:
@@ -256,7 +260,9 @@ class Calibration(Sequence[Any]):
     @property
     def learned(self) -> Calibration:
         """The samples to solve on: the first part of :meth:`split`, or all if none are held out."""
-        return self.split()[0] if self._holds_out else self
+        if self._holds_out:
+            return self.split()[0]
+        return self
 
     @cached_property
     def digests(self) -> tuple[bytes, ...]:
@@ -266,7 +272,7 @@ class Calibration(Sequence[Any]):
             inputs = inputs_of(batch, name=self.name)
             columns: list[Any] = lists_of_samples(inputs)
             # Moved as a whole: one transfer from the device.
-            columns = columns or [each.cpu() for each in tensors_of(inputs) if each.dim() and len(each) == size]
+            columns = columns or [tensor.cpu() for tensor in tensors_of(inputs) if tensor.dim() and len(tensor) == size]
             for sample in zip(range(size), *columns, strict=True):
                 digest = hashlib.blake2b(digest_size=8)
                 for tensor in tensors_of(sample):
@@ -305,7 +311,9 @@ class Calibration(Sequence[Any]):
         """What is held out together, in words: samples, different samples if some are equal, or groups of samples."""
         if self._has_equal_inputs:
             return "different samples"
-        return "samples" if self._labels is None else "groups of samples"
+        if self._labels is None:
+            return "samples"
+        return "groups of samples"
 
     @property
     def counted(self) -> str:
@@ -375,7 +383,9 @@ class Calibration(Sequence[Any]):
         several = [digest for number, digest in pairs if sizes[number] > 1]
         chosen = set(several[every - 1 :: every])
         marks = torch.tensor([digest in chosen for digest in self.digests])
-        return (self.marked(~marks), self.marked(marks)) if chosen else (self, None)
+        if chosen:
+            return (self.marked(~marks), self.marked(marks))
+        return (self, None)
 
     def _part(self, pattern: Sequence[int], part: int) -> Calibration | None:
         """Return one part of `in_parts`; None if it has no samples."""
@@ -385,14 +395,17 @@ class Calibration(Sequence[Any]):
             )
         subset = self.marked(self._marks(pattern) == part)
         subset._holds_out = False
-        return subset if len(subset) else None
+        if len(subset):
+            return subset
+        return None
 
     def marked(self, marks: Tensor) -> Calibration:
         """Return the samples that are marked, bool (samples,), in their batches; of whole batches those with a mark."""
         rows: list[tuple[int, Tensor | None]] = []
-        for index, own in enumerate(marks.split(self.sizes)):
-            if bool(own.any()):
-                rows.append((index, None if self.is_whole else own.nonzero().flatten()))
+        for index, batch_marks in enumerate(marks.split(self.sizes)):
+            if bool(batch_marks.any()):
+                indices = None if self.is_whole else batch_marks.nonzero().flatten()
+                rows.append((index, indices))
         return self._subset(rows)
 
     def chosen(self, samples: Tensor) -> Calibration:
@@ -408,7 +421,9 @@ class Calibration(Sequence[Any]):
 
         def join(*leaves: Any) -> Any:
             has_samples = isinstance(leaves[0], Tensor) and leaves[0].dim() > 0
-            return torch.cat(leaves) if has_samples else leaves[0]
+            if has_samples:
+                return torch.cat(leaves)
+            return leaves[0]
 
         try:
             joined = tree_map(join, *inputs)
@@ -422,33 +437,40 @@ class Calibration(Sequence[Any]):
         labels: list[int] | None = None
         if (groups := self.groups) is not None:
             by_batch = groups.split(self._sizes)
-            labels = [
-                label for index, own in rows for label in by_batch[index][slice(None) if own is None else own].tolist()
-            ]
+            labels = []
+            for index, indices in rows:
+                batch_labels = by_batch[index]
+                if indices is not None:
+                    batch_labels = batch_labels[indices]
+                labels += batch_labels.tolist()
         batches = self._batches
 
         def make(at: int) -> Any:
-            index, own = rows[at]
-            return batches[index] if own is None else taken(batches[index], own)
+            index, indices = rows[at]
+            if indices is None:
+                return batches[index]
+            return taken(batches[index], indices)
 
-        sizes = [self._sizes[index] if own is None else len(own) for index, own in rows]
+        sizes = [self._sizes[index] if indices is None else len(indices) for index, indices in rows]
         subset = self._of_read(_Views(len(rows), make), sizes, labels)
         subset._given_as = [self.given_as(index) for index, _ in rows]
-        digests = self._by_batch(self.digests)
-        subset.digests = tuple(
-            digest
-            for index, own in rows
-            for digest in (digests[index] if own is None else [digests[index][at] for at in own.tolist()])
-        )
+        digests = list[bytes]()
+        digests_by_batch = self._by_batch(self.digests)
+        for index, indices in rows:
+            if indices is None:
+                digests += digests_by_batch[index]
+            else:
+                digests += [digests_by_batch[index][at] for at in indices.tolist()]
+        subset.digests = tuple(digests)
         return subset
 
     def _of_read(self, batches: Sequence[Any], sizes: Sequence[int], labels: Any) -> Calibration:
         """Return batches that were read and checked as calibration data with the name and settings of this one."""
-        found = Calibration((), groups=labels)
-        found.name, found.instead, found.why_whole = self.name, self.instead, self.why_whole
-        found._holds_out, found.has_sources = self._holds_out, self.has_sources
-        found._source, found._kept, found._sizes = None, batches, tuple(sizes)
-        return found
+        calibration = Calibration((), groups=labels)
+        calibration.name, calibration.instead, calibration.why_whole = self.name, self.instead, self.why_whole
+        calibration._holds_out, calibration.has_sources = self._holds_out, self.has_sources
+        calibration._source, calibration._kept, calibration._sizes = None, batches, tuple(sizes)
+        return calibration
 
     @property
     def _batches(self) -> Sequence[Any]:
@@ -487,7 +509,7 @@ class Calibration(Sequence[Any]):
                 batches.append(batch)
                 continue
             # A copy: a generator may fill the same tensor again for its next batch.
-            copied: Any = tree_map_only(Tensor, lambda each: each.detach().clone(), batch)
+            copied: Any = tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), batch)
             # All further batches are assumed to be as large as this one.
             coming = 1 if length is None or total is None else max(1, total - index)
             if not store.has_room(nbytes_of(copied) * coming):
@@ -597,7 +619,7 @@ class BatchStore(Sequence[Any]):
 
 def nbytes_of(tree: Any) -> int:
     """Return the number of bytes of all tensors in nested containers."""
-    return sum(each.nbytes for each in tensors_of(tree))
+    return sum(tensor.nbytes for tensor in tensors_of(tree))
 
 
 class _Views(Sequence[Any]):

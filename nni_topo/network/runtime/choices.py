@@ -41,8 +41,10 @@ def _name_of(func: Any, args: tuple[Any, ...]) -> str:
     """Return the name of an operation that chooses by value, else an empty string."""
     packet, _, overload = str(func).rpartition(".")
     name = f"{packet}.{overload}" if overload == "dim" else packet
-    is_chosen = name in _CHOOSING and any(each.is_floating_point() for each in tensors_of(args))
-    return name if is_chosen else ""
+    is_chosen = name in _CHOOSING and any(tensor.is_floating_point() for tensor in tensors_of(args))
+    if is_chosen:
+        return name
+    return ""
 
 
 class ChoicesNoted(TorchDispatchMode):
@@ -57,7 +59,7 @@ class ChoicesNoted(TorchDispatchMode):
         output = func(*args, **(kwargs or {}))
         name = _name_of(func, args)
         if name:
-            entering = [each.clone() for each in tensors_of(args)]
+            entering = [tensor.clone() for tensor in tensors_of(args)]
             self.choices.append(Choice(name, entering, tree_map_only(Tensor, torch.clone, output)))
         return output
 
@@ -81,7 +83,7 @@ class ChoicesRepeated(TorchDispatchMode):
         choice = next(self._choices, None) if name else None
         if choice is not None and choice.name == name:
             entering = tensors_of(args)
-            is_double = all(each.dtype == torch.float64 for each in entering if each.is_floating_point())
+            is_double = all(tensor.dtype == torch.float64 for tensor in entering if tensor.is_floating_point())
             if agree(choice.entering, entering, _SAME_IN_DOUBLE if is_double else _SAME_IN_SINGLE):
                 return tree_map_only(Tensor, torch.clone, choice.output)
         return func(*args, **(kwargs or {}))

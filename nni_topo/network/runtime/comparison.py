@@ -26,8 +26,8 @@ SAME_LAYER = {
 
 def same_program(tensors: Iterable[torch.Tensor]) -> float:
     """Return the tolerance for two programs that compute with these tensors; the coarsest type decides."""
-    epsilons = [torch.finfo(each.dtype).eps for each in tensors if each.is_floating_point()]
-    return max([SAME_PROGRAM, *(_EPSILONS * each for each in epsilons)])
+    epsilons = [torch.finfo(tensor.dtype).eps for tensor in tensors if tensor.is_floating_point()]
+    return max([SAME_PROGRAM, *(_EPSILONS * epsilon for epsilon in epsilons)])
 
 
 def agree(expected: Sequence[torch.Tensor], actual: Sequence[torch.Tensor], tolerance: float) -> bool:
@@ -35,9 +35,12 @@ def agree(expected: Sequence[torch.Tensor], actual: Sequence[torch.Tensor], tole
 
     NaN and infinite values agree only with the same value.
     """
-    if [each.shape for each in expected] != [each.shape for each in actual]:
+    if [tensor.shape for tensor in expected] != [tensor.shape for tensor in actual]:
         return False
-    return all(difference(wanted, given) <= tolerance for wanted, given in zip(expected, actual, strict=True))
+    return all(
+        difference(expected_tensor, actual_tensor) <= tolerance
+        for expected_tensor, actual_tensor in zip(expected, actual, strict=True)
+    )
 
 
 def difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
@@ -47,16 +50,22 @@ def difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
     if expected.numel() == 0:
         return 0.0
     if expected.is_complex() or actual.is_complex():
-        expected, actual = (torch.view_as_real(each.to(torch.complex128).resolve_conj()) for each in (expected, actual))
+        expected, actual = (
+            torch.view_as_real(tensor.to(torch.complex128).resolve_conj()) for tensor in (expected, actual)
+        )
     # The usual case takes two passes; NaN and infinite values need the code below.
     if expected.dtype == actual.dtype and expected.dtype in (torch.float32, torch.float64):
-        bounds = [float(end) for each in (expected - actual, expected) for end in each.aminmax()]
+        bounds = [float(end) for tensor in (expected - actual, expected) for end in tensor.aminmax()]
         if all(map(math.isfinite, bounds)):
             gap, scale = (max(map(abs, ends)) for ends in (bounds[:2], bounds[2:]))  # zero is never negative
-            return gap / scale if scale else gap
+            if scale:
+                return gap / scale
+            return gap
     expected, actual = expected.double(), actual.double()
     alike = (expected == actual) | (expected.isnan() & actual.isnan())
     gaps = (expected - actual).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).masked_fill(alike, 0)
     scale = float(expected[expected.isfinite()].abs().amax()) if bool(expected.isfinite().any()) else 0.0
     largest = float(gaps.max())
-    return largest / scale if scale else largest
+    if scale:
+        return largest / scale
+    return largest

@@ -93,17 +93,17 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
     """
     modules = {module: name for model in models for name, module in model.named_modules()}
     memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
-    own = set[int]()
+    own_ids = set[int]()
     for module in modules:
-        tensors = [each for each in (*module._parameters.values(), *module._buffers.values()) if each is not None]
-        own.update(id(each) for each in (module, *tensors) if id(each) not in memo)
+        tensors = [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
+        own_ids.update(id(part) for part in (module, *tensors) if id(part) not in memo)
     if light:
         for model in models:
             for parameter in model.parameters():
                 memo.setdefault(id(parameter), _same_memory(parameter))
 
     def is_own(value: Any) -> bool:
-        return any(id(each) in own for each in _reached([value]))
+        return any(id(part) in own_ids for part in _reached([value]))
 
     functions: list[tuple[FunctionType, list[str]]] = []
     cells: dict[int, tuple[CellType, CellType]] = {}  # with the old cell, so that its id isn't used again
@@ -113,7 +113,7 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
         if issubclass(type(value), Tensor):  # isinstance is true for a tensor's proxy, too
             if not value.is_leaf:  # deepcopy refuses it
                 memo.setdefault(id(value), value.detach().clone())
-        elif isinstance(value, weakref.ReferenceType) and isinstance(value(), nn.Module) and id(value()) in own:
+        elif isinstance(value, weakref.ReferenceType) and isinstance(value(), nn.Module) and id(value()) in own_ids:
             raise ConfigError(
                 "a model must hold its modules directly, because a copy can't follow weak references, got one; hold "
                 f"the module in a tuple, which doesn't register it ({type(value()).__name__})"
@@ -123,13 +123,15 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
         elif type(value) is FunctionType and not is_compiled_function(value):
             # deepcopy doesn't copy functions: `memo` gets a copy of each that holds a module or tensor of a model. A
             # script or a notebook may set a forward that calls the old one by a global name.
-            known = value.__globals__
-            names = [name for name in value.__code__.co_names if isinstance(known.get(name), (nn.Module, MethodType))]
-            names = [name for name in names if is_own(known[name])]
+            namespace = value.__globals__
+            names = [
+                name for name in value.__code__.co_names if isinstance(namespace.get(name), (nn.Module, MethodType))
+            ]
+            names = [name for name in names if is_own(namespace[name])]
             if names or is_own(value):
                 closure = tuple(cells.setdefault(id(cell), (cell, CellType()))[1] for cell in value.__closure__ or ())
-                known = {**known} if names else known
-                memo[id(value)] = FunctionType(value.__code__, known, value.__name__, None, closure or None)
+                namespace = {**namespace} if names else namespace
+                memo[id(value)] = FunctionType(value.__code__, namespace, value.__name__, None, closure or None)
                 functions.append((value, names))
 
     uncopied = {**memo, **{id(module): module for module in modules}}
@@ -143,15 +145,17 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
             place = ".".join(part for part in (name, attribute) if part) or type(module).__name__
             raise ConfigError(f"copy.deepcopy must be able to copy a model, got: {error} ({place})") from error
     copies = [memo[id(model)] for model in models]
-    for each in copies:
-        _check_own(each, own, light)
+    for model_copy in copies:
+        _check_own(model_copy, own_ids, light)
     for module in modules:
         # A module that torch.compile returned makes its own forward.
         if not is_compiled_module(module) and is_compiled_function(forward := vars(module).get("forward")):
             vars(memo[id(module)])["forward"] = copy.deepcopy(forward._torchdynamo_orig_callable, memo)
 
     def copied(value: Any) -> Any:
-        return copy.deepcopy(value, memo) if is_own(value) else value
+        if is_own(value):
+            return copy.deepcopy(value, memo)
+        return value
 
     for function, names in functions:
         new = memo[id(function)]
@@ -205,7 +209,9 @@ def _copied_entries(table: dict[Any, Any], memo: dict[Any, Any]) -> dict[Any, An
             new.update(_copied_entries(value, memo))
         else:
             new = copy.deepcopy(value, memo)
-        entries[key if type(key) in _ATOMS else copy.deepcopy(key, memo)] = new
+        if type(key) not in _ATOMS:
+            key = copy.deepcopy(key, memo)
+        entries[key] = new
     return entries
 
 
@@ -224,11 +230,13 @@ def _copied_tensor(tensor: Tensor, memo: dict[Any, Any]) -> Tensor:
     return copied
 
 
-def _check_own(copied: nn.Module, own: set[int], light: bool) -> None:
+def _check_own(copied: nn.Module, own_ids: set[int], light: bool) -> None:
     """Raise ConfigError if a copy holds a module or tensor of the model, because of a class's ``__deepcopy__``."""
     for name, module in copied.named_modules():
-        tensors = [*module._buffers.values(), *(() if light else module._parameters.values())]
-        if id(module) in own or any(id(each) in own for each in tensors):
+        tensors = list(module._buffers.values())
+        if not light:
+            tensors += module._parameters.values()
+        if id(module) in own_ids or any(id(tensor) in own_ids for tensor in tensors):
             raise ConfigError(
                 "a copy of a model must have modules, buffers and parameters of its own, got one of the model's; check "
                 f"__deepcopy__ of its class ({name or type(module).__name__})"
@@ -255,9 +263,9 @@ def _same_memory(parameter: nn.Parameter) -> nn.Parameter:
     """Return another parameter in the same memory, with its own gradient; a parameter of a subclass itself."""
     if type(parameter) is not nn.Parameter or is_lazy(parameter) or parameter.is_inference():
         return parameter
-    other = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
-    vars(other).update(vars(parameter))
-    return other
+    alias = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+    vars(alias).update(vars(parameter))
+    return alias
 
 
 def _reached(values: Iterable[Any]) -> Iterator[Any]:
@@ -300,37 +308,37 @@ def leaves_models_alone(function: Callable[_Given, _Made], *, as_compiled: bool 
 
     @functools.wraps(function)
     def run(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
-        models = list(dict.fromkeys(each for each in tree_leaves((args, kwargs)) if isinstance(each, nn.Module)))
+        models = list(dict.fromkeys(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, nn.Module)))
         copied = list[nn.Module]()
         if not context().is_running:
-            for each in models:
-                is_wrapped = any("_nni_wrapper" in module._modules for module in each.modules())
-                if is_plain(each) and not is_wrapped and not (as_compiled and has_compiled(each)):
-                    copied.append(each)
-        others = [each for each in models if each not in copied]
-        with left_alone(*others, as_compiled=as_compiled), _copies(copied) as copies:
+            for model in models:
+                is_wrapped = any("_nni_wrapper" in module._modules for module in model.modules())
+                if is_plain(model) and not is_wrapped and not (as_compiled and has_compiled(model)):
+                    copied.append(model)
+        uncopied = [model for model in models if model not in copied]
+        with left_alone(*uncopied, as_compiled=as_compiled), _copies(copied) as copies:
             if not copied:
                 return function(*args, **kwargs)
-            own: Any = [_with_copies(given, copies) for given in args]
-            named: Any = {name: _with_copies(given, copies) for name, given in kwargs.items()}
-            return function(*own, **named)
+            positional: Any = [_with_copies(argument, copies) for argument in args]
+            named: Any = {name: _with_copies(argument, copies) for name, argument in kwargs.items()}
+            return function(*positional, **named)
 
     return run
 
 
-def _with_copies(given: Any, copies: Mapping[nn.Module, nn.Module]) -> Any:
+def _with_copies(argument: Any, copies: Mapping[nn.Module, nn.Module]) -> Any:
     """Return an argument with copies in place of models; one without models is returned unchanged."""
-    if not any(isinstance(leaf, nn.Module) for leaf in tree_leaves(given)):
-        return given
-    return tree_map_only(nn.Module, lambda each: copies.get(each, each), given)
+    if not any(isinstance(leaf, nn.Module) for leaf in tree_leaves(argument)):
+        return argument
+    return tree_map_only(nn.Module, lambda model: copies.get(model, model), argument)
 
 
 def has_room_for(models: list[nn.Module]) -> bool:
     """Tell whether the parameters of models take at most a quarter of the free memory."""
     needed: dict[torch.device, int] = {}
-    for each in nn.ModuleList(models).parameters():
-        if not is_lazy(each) and not each.is_meta:
-            needed[each.device] = needed.get(each.device, 0) + each.nbytes
+    for parameter in nn.ModuleList(models).parameters():
+        if not is_lazy(parameter) and not parameter.is_meta:
+            needed[parameter.device] = needed.get(parameter.device, 0) + parameter.nbytes
     return all(count <= _SHARE * free_memory_of(device) for device, count in needed.items())
 
 
@@ -358,22 +366,22 @@ def left_alone(*models: Any, as_compiled: bool = False) -> Iterator[None]:
     Unless ``as_compiled``, compiled parts run uncompiled, because compiled code calls no hooks and shows no operations,
     and a caller's ``torch.autocast`` is off.
     """
-    given = [model for model in models if isinstance(model, nn.Module)]
-    compiler = _compiler_off([] if as_compiled else given)
+    networks = [model for model in models if isinstance(model, nn.Module)]
+    compiler = _compiler_off([] if as_compiled else networks)
     with one_call(), package_settings(as_compiled), compiler, random_state_kept():
-        modules = list(dict.fromkeys(module for model in given for module in model.modules()))
+        modules = list(dict.fromkeys(module for model in networks for module in model.modules()))
         modes = [(module, module.training) for module in modules]
         tensors, buffers = dict[int, Tensor](), list[Tensor]()
         for module in modules:
-            own = [each for each in module._buffers.values() if each is not None]
-            parameters = [each for each in module._parameters.values() if each is not None]
-            tensors.update((id(each), each) for each in (*parameters, *own) if each.is_leaf)
+            own_buffers = [buffer for buffer in module._buffers.values() if buffer is not None]
+            parameters = [parameter for parameter in module._parameters.values() if parameter is not None]
+            tensors.update((id(tensor), tensor) for tensor in (*parameters, *own_buffers) if tensor.is_leaf)
             if not isinstance(module, ModuleWrapper):  # the masks of NNI's wrappers are buffers, and change
-                buffers += own
-        memories = [(each, each.detach()) for each in tensors.values() if _is_usual(each)]
-        values = [(each, each.detach().clone()) for each in buffers if _is_usual(each)]
-        gradients = [(each, each.grad, each.requires_grad) for each in tensors.values()]
-        put_attributes_back = _noted(modules)
+                buffers += own_buffers
+        memories = [(tensor, tensor.detach()) for tensor in tensors.values() if _is_usual(tensor)]
+        values = [(buffer, buffer.detach().clone()) for buffer in buffers if _is_usual(buffer)]
+        gradients = [(tensor, tensor.grad, tensor.requires_grad) for tensor in tensors.values()]
+        put_attributes_back = _note_attributes(modules)
         try:
             for tensor in tensors.values():
                 tensor.grad = None  # so that nothing is added to it
@@ -400,18 +408,25 @@ def _is_usual(tensor: Tensor) -> bool:
     return is_plain_kind and not is_lazy(tensor) and not tensor.is_meta
 
 
-def _noted(modules: Iterable[nn.Module]) -> Callable[[], None]:
+def _note_attributes(modules: Iterable[nn.Module]) -> Callable[[], None]:
     """Record attributes of modules, and dicts, lists and sets in them; return a function that restores them."""
-    plain = [each for each in modules if not isinstance(each, (torch.jit.ScriptModule, ModuleWrapper))]
-    held = [(module, each) for module in plain for each in (vars(module), *vars(module).values())]
-    before = [(module, each, each.copy() if each else ()) for module, each in held if type(each) in _CHANGING]
+    plain = [module for module in modules if not isinstance(module, (torch.jit.ScriptModule, ModuleWrapper))]
+    attributes = [(module, value) for module in plain for value in (vars(module), *vars(module).values())]
+    before = [
+        (module, container, container.copy() if container else ())
+        for module, container in attributes
+        if type(container) in _CHANGING
+    ]
 
     def put_back() -> None:
-        for module, each, entries in before:
+        for module, container, entries in before:
             # NNI changes these dicts when it wraps a module.
-            if (entries or each) and "_nni_wrapper" not in module._modules:
-                each.clear()
-                (each.extend if isinstance(each, list) else each.update)(entries)
+            if (entries or container) and "_nni_wrapper" not in module._modules:
+                container.clear()
+                if isinstance(container, list):
+                    container.extend(entries)
+                else:
+                    container.update(entries)
 
     return put_back
 
@@ -419,7 +434,7 @@ def _noted(modules: Iterable[nn.Module]) -> Callable[[], None]:
 @contextmanager
 def attributes_put_back(model: nn.Module) -> Iterator[None]:
     """Restore the attributes of modules after the block, and dicts, lists and sets in them; values aren't restored."""
-    put_back = _noted(model.modules())
+    put_back = _note_attributes(model.modules())
     try:
         yield
     finally:
@@ -464,12 +479,12 @@ def forget_evaluated(model: nn.Module) -> None:
     _put_modes(modes)
 
 
-def put_modes_of(given: nn.Module, dense: nn.Module) -> None:
+def put_modes_of(model: nn.Module, dense: nn.Module) -> None:
     """Put a smaller network, which is in evaluation mode, and its modules into the modes of the given model."""
-    own = dict(dense.named_modules(remove_duplicate=False))
-    if given.training:
+    modules = dict(dense.named_modules(remove_duplicate=False))
+    if model.training:
         _switch(dense, True)
-    _put_modes([(own[name], module.training) for name, module in given.named_modules() if name in own])
+    _put_modes([(modules[name], module.training) for name, module in model.named_modules() if name in modules])
 
 
 def _switch(model: nn.Module, mode: bool) -> None:
@@ -486,7 +501,7 @@ def _switch(model: nn.Module, mode: bool) -> None:
         return
     weights = _weights(model)
     values = [tensor.detach().clone() for tensor in weights]
-    put_attributes_back = _noted(modules)
+    put_attributes_back = _note_attributes(modules)
     try:
         method()
         now = _weights(model)
@@ -519,11 +534,11 @@ def _notes_mode(kind: type[nn.Module]) -> bool:
 
 def _weights(model: nn.Module) -> list[Tensor]:
     """List the parameters and persistent buffers of a model that have values."""
-    found: list[Tensor] = [*model.parameters()]
+    tensors: list[Tensor] = [*model.parameters()]
     for module in model.modules():
         passing = module._non_persistent_buffers_set
-        found += [each for name, each in module._buffers.items() if each is not None and name not in passing]
-    return [each for each in found if not is_lazy(each) and not each.is_meta]
+        tensors += [buffer for name, buffer in module._buffers.items() if buffer is not None and name not in passing]
+    return [tensor for tensor in tensors if not is_lazy(tensor) and not tensor.is_meta]
 
 
 def _put_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
@@ -542,13 +557,13 @@ def lent(model: nn.Module) -> Iterator[nn.Module]:
 
 def put_parameters(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
     """Replace a model's real and complex parameters; shared ones stay shared."""
-    made = dict[int, tuple[Tensor, nn.Parameter]]()  # with the old one, so that its id isn't used again
+    replacements = dict[int, tuple[Tensor, nn.Parameter]]()  # with the old one, so that its id isn't used again
     for module in model.modules():
         for name, old in list(module._parameters.items()):
             if old is not None and (old.is_floating_point() or old.is_complex()):
-                if id(old) not in made:
-                    made[id(old)] = old, nn.Parameter(make(old.detach()), requires_grad=False)
-                put_attribute(module, name, made[id(old)][1])
+                if id(old) not in replacements:
+                    replacements[id(old)] = old, nn.Parameter(make(old.detach()), requires_grad=False)
+                put_attribute(module, name, replacements[id(old)][1])
 
 
 def to_precision(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -573,8 +588,8 @@ def in_double(model: nn.Module) -> nn.Module:
         module._parameters["weight"] = weight
         kind = type(module)
         if kind not in _DOUBLING:
-            own = {"weight": property(_weight_in_double), "__module__": kind.__module__}
-            _DOUBLING[kind] = type(kind.__name__, (kind,), own)
+            members = {"weight": property(_weight_in_double), "__module__": kind.__module__}
+            _DOUBLING[kind] = type(kind.__name__, (kind,), members)
         module.__class__ = _DOUBLING[kind]
     return copied
 
@@ -584,6 +599,6 @@ _DOUBLING: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def _weight_in_double(module: nn.Module) -> Tensor:
-    own = module._parameters["weight"]
-    assert own is not None  # a layer without weight keeps its class
-    return own.double()
+    weight = module._parameters["weight"]
+    assert weight is not None  # a layer without weight keeps its class
+    return weight.double()

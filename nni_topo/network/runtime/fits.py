@@ -84,8 +84,8 @@ def structure_of(model: nn.Module, call: Call, name: str = "calibration") -> Cal
         check_fits(model, call, name)
         return call
     ran_by_list: dict[str, set[bool]] = {}
-    for each in _listed_modules(model):
-        ran_by_list.setdefault(each.rpartition(".")[0], set()).add(each in reached)
+    for module_name in _listed_modules(model):
+        ran_by_list.setdefault(module_name.rpartition(".")[0], set()).add(module_name in reached)
     is_partly_run = any(len(ran) > 1 for ran in ran_by_list.values())
     if batch_size(call) > 2 and is_partly_run and check_fits(model, call, name) > reached:
         return call
@@ -95,11 +95,11 @@ def structure_of(model: nn.Module, call: Call, name: str = "calibration") -> Cal
 def _listed_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules in `LISTS` that have parameters and accept hooks, by name."""
     return {
-        f"{name}.{key}".lstrip("."): entry
+        f"{name}.{key}".lstrip("."): child
         for name, module in model.named_modules()
         if isinstance(module, LISTS)
-        for key, entry in module.named_children()
-        if next(entry.parameters(), None) is not None and not isinstance(entry, torch.jit.ScriptModule)
+        for key, child in module.named_children()
+        if next(child.parameters(), None) is not None and not isinstance(child, torch.jit.ScriptModule)
     }
 
 
@@ -141,7 +141,8 @@ def with_whole_batches(model: nn.Module, calibration: Calibration, pattern: Sequ
     """
     if calibration.is_whole:
         return calibration
-    parts = [part for part in (calibration.in_parts(pattern) if pattern else calibration.split()) if part is not None]
+    split = calibration.in_parts(pattern) if pattern else calibration.split()
+    parts = [part for part in split if part is not None]
     first = next(calls(model, calibration))
     # With several inputs the values may decide, such as the lengths of sequences. The smallest parts take least time.
     most = _CUT if len(tensors_of(first)) > 1 else 1
@@ -178,7 +179,7 @@ def check_fits(model: nn.Module, call: Call, name: str = "calibration") -> set[s
         for kind, dimensions in _UNBATCHED:
             if isinstance(module, kind):
                 entering.append((module, partial(look, f"{type(module).__name__} {layer!r}", dimensions)))
-    entering += [(module, partial(note, each)) for each, module in _listed_modules(model).items()]
+    entering += [(module, partial(note, module_name)) for module_name, module in _listed_modules(model).items()]
     with fitting(0, name, call), left_alone(model), evaluation_mode(model), torch.no_grad(), watched(entering):
         args, kwargs = tree_map_only(Tensor, Tensor.clone, call)
         model(*args, **kwargs)
@@ -197,7 +198,11 @@ def check_samples_first(model: nn.Module, calibration: Iterable[Any]) -> None:
     A layer does so if its input's first size changes with the number of samples: a model may transpose its inputs.
     """
     call, name = next(calls(model, calibration)), name_of(calibration)
-    layers = {each: module for each, module in model.named_modules() if getattr(module, "batch_first", None) is False}
+    layers = {
+        layer_name: module
+        for layer_name, module in model.named_modules()
+        if getattr(module, "batch_first", None) is False
+    }
     count = min(_FEW, batch_size(call))
     if not layers or count < 2:
         return
@@ -210,7 +215,7 @@ def check_samples_first(model: nn.Module, calibration: Iterable[Any]) -> None:
     for some in (count, count - 1):
         seen: dict[str, int] = {}
         args, kwargs = taken(call, torch.arange(some))
-        entering = [(module, partial(look, seen, each)) for each, module in layers.items()]
+        entering = [(module, partial(look, seen, layer_name)) for layer_name, module in layers.items()]
         try:
             with left_alone(model), evaluation_mode(model), torch.no_grad(), watched(entering=entering):
                 model(*args, **kwargs)
@@ -219,10 +224,10 @@ def check_samples_first(model: nn.Module, calibration: Iterable[Any]) -> None:
                 raise
             return  # it needs a fixed number of samples; other checks report that
         lengths.append(seen)
-    for each, length in lengths[0].items():
-        if length == count and lengths[1].get(each) == count - 1:
+    for layer_name, length in lengths[0].items():
+        if length == count and lengths[1].get(layer_name) == count - 1:
             raise DataError(
                 f"{name} must have samples along the first dimension, got {described(call)}, whose first dimension "
-                f"{type(layers[each]).__name__} {each!r} takes for time, as batch_first=False says; "
+                f"{type(layers[layer_name]).__name__} {layer_name!r} takes for time, as batch_first=False says; "
                 "set batch_first=True, or put the model into a module that passes it x.transpose(0, 1) (batch 0)"
             )

@@ -158,10 +158,14 @@ def _bound_copy(evaluator: Evaluator, model: nn.Module, knob: str) -> Iterator[t
 
 def pruner_batches(calibration: Iterable[Any] | Evaluator | None, model: nn.Module) -> Calibration | None:
     """Return a pruner's calibration data, from batches or an evaluator as in `batches_of`; None if it has none."""
-    return None if calibration is None else batches_of(calibration, model)
+    if calibration is None:
+        return None
+    return batches_of(calibration, model)
 
 
 def counted_places(shape: tuple[int, ...]) -> Tensor | None:
     """Return which positions (samples, places) aren't padding; None if all count or padding is unknown."""
     real: Tensor | None = context().real
-    return None if real is None or real.shape != shape else real
+    if real is None or real.shape != shape:
+        return None
+    return real

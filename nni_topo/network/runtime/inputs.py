@@ -38,11 +38,13 @@ def arguments_of(example_inputs: Any, model: torch.nn.Module | None = None) -> C
     """
     call: Call
     if isinstance(example_inputs, Mapping):
-        given = dict(example_inputs)
-        call = ((given,), {}) if model is not None and is_argument(given, model) else ((), given)
+        named = dict(example_inputs)
+        call = ((named,), {}) if model is not None and is_argument(named, model) else ((), named)
     elif isinstance(example_inputs, (tuple, list)):
         is_one = model is not None and len(example_inputs) > 1 and takes_one_argument(model)
-        call = ((example_inputs,) if is_one and share_samples(example_inputs) else tuple(example_inputs), {})
+        call = (tuple(example_inputs), {})
+        if is_one and share_samples(example_inputs):
+            call = ((example_inputs,), {})
     else:
         call = ((example_inputs,), {})
     if not tensors_of(call):
@@ -56,11 +58,15 @@ def arguments_of(example_inputs: Any, model: torch.nn.Module | None = None) -> C
 def is_argument(mapping: Mapping[Any, Any], model: torch.nn.Module) -> bool:
     """Tell whether a mapping must be the single argument of a model, as in ``forward(self, batch)``."""
     parameters = _parameters_of(model)
-    if any(each.kind is each.VAR_KEYWORD for each in parameters):
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return False
-    if any(each.name in mapping and each.kind is not each.POSITIONAL_ONLY for each in parameters):
+    if any(parameter.name in mapping and parameter.kind is not parameter.POSITIONAL_ONLY for parameter in parameters):
         return False
-    required = [each for each in parameters if each.default is each.empty and each.kind is not each.VAR_POSITIONAL]
+    required = [
+        parameter
+        for parameter in parameters
+        if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_POSITIONAL
+    ]
     return len(required) == 1 and required[0].kind is not required[0].KEYWORD_ONLY
 
 
@@ -94,7 +100,9 @@ def share_samples(value: Any) -> bool:
 def required_arguments(model: torch.nn.Module) -> int:
     """Return the number of positional arguments that a model's forward requires."""
     by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(each.kind in by_position and each.default is each.empty for each in _parameters_of(model))
+    return sum(
+        parameter.kind in by_position and parameter.default is parameter.empty for parameter in _parameters_of(model)
+    )
 
 
 def _parameters_of(model: torch.nn.Module) -> list[inspect.Parameter]:
@@ -109,26 +117,30 @@ def model_within(model: torch.nn.Module) -> torch.nn.Module:
     """Return the inner model of a compiled model, or of one spread over devices; any other model itself."""
     within = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
     inner = getattr(model, within.get(type(model).__name__, ""), None)
-    return model_within(inner) if isinstance(inner, nn.Module) else model
+    if isinstance(inner, nn.Module):
+        return model_within(inner)
+    return model
 
 
 def on_device(tree: Any, device: torch.device, *, copy: bool = False) -> Any:
     """Move or copy the tensors of nested containers to a device, without their gradients."""
 
-    def moved(tensor: Tensor) -> Tensor:
+    def move(tensor: Tensor) -> Tensor:
         if tensor.is_meta and device.type != "meta":
             raise DataError("inputs of a model must be tensors with values, got one on the meta device (inputs)")
         return tensor.detach().to(device, copy=copy)
 
-    return tree_map_only(Tensor, moved, tree)
+    return tree_map_only(Tensor, move, tree)
 
 
 def copied_for(model: nn.Module, call: Call) -> Call:
     """Copy a call to a model's device, and cast its floats to the type of the parameters if all have one type."""
     call = on_device(call, device_of(model), copy=True)
-    types = {each.dtype for each in model.parameters() if each.is_floating_point()}
+    types = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     computed = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
-    return cast_floats(call, types.pop()) if len(types) == 1 and types <= computed else call
+    if len(types) == 1 and types <= computed:
+        return cast_floats(call, types.pop())
+    return call
 
 
 def bind_arguments(model: torch.nn.Module, call: Call) -> dict[str, Any]:
@@ -149,12 +161,14 @@ def call_by_name(model: torch.nn.Module, named: Mapping[str, Any]) -> Call:
     """Undo `bind_arguments`: pass ``x, /``, ``*inputs`` and arguments before them by position, others by name."""
     parameters = list(inspect.signature(model.forward).parameters.values())
     alone = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
-    places = [place for place, each in enumerate(parameters, 1) if each.kind in alone and each.name in named]
+    places = [
+        place for place, parameter in enumerate(parameters, 1) if parameter.kind in alone and parameter.name in named
+    ]
     args: list[Any] = []
     kwargs = dict(named)
-    for each in parameters[: max(places, default=0)]:
-        value = kwargs.pop(each.name, each.default)
-        args += value if each.kind is each.VAR_POSITIONAL else [value]
+    for parameter in parameters[: max(places, default=0)]:
+        value = kwargs.pop(parameter.name, parameter.default)
+        args += value if parameter.kind is parameter.VAR_POSITIONAL else [value]
     return tuple(args), kwargs
 
 
@@ -179,27 +193,27 @@ def real_positions(named: Mapping[str, Any]) -> Tensor | None:
 
 def tensors_of(tree: Any) -> list[torch.Tensor]:
     """List the tensors of nested tuples, lists, dicts and data classes in a fixed order."""
-    found: list[torch.Tensor] = []
-    _add_tensors(found, tree)
-    return found
+    tensors: list[torch.Tensor] = []
+    _add_tensors(tensors, tree)
+    return tensors
 
 
-def _add_tensors(found: list[torch.Tensor], tree: Any) -> None:
+def _add_tensors(tensors: list[torch.Tensor], tree: Any) -> None:
     kind = type(tree)
     if kind in _WITHOUT_TENSORS:
         return
     if isinstance(tree, Tensor):
-        found.append(tree)
+        tensors.append(tree)
     elif kind in (tuple, list, dict):  # the usual containers, without PyTorch's long way
-        for entry in tree.values() if kind is dict else tree:
-            _add_tensors(found, entry)
+        for element in tree.values() if kind is dict else tree:
+            _add_tensors(tensors, element)
     else:
         for leaf in tree_leaves(tree):
             if leaf is not tree:
-                _add_tensors(found, leaf)
+                _add_tensors(tensors, leaf)
             elif is_dataclass(leaf) and not isinstance(leaf, type):
                 # PyTorch's trees treat a data class as a leaf.
-                _add_tensors(found, [getattr(leaf, field.name, None) for field in fields(leaf)])
+                _add_tensors(tensors, [getattr(leaf, field.name, None) for field in fields(leaf)])
 
 
 def returned_tensors(output: Any) -> list[torch.Tensor]:
@@ -212,12 +226,12 @@ def returned_by_name(output: Any) -> list[tuple[str, torch.Tensor]]:
 
     Caches of Transformers are skipped, because they go back into the model. SpeedupError for an iterator.
     """
-    found: list[tuple[str, torch.Tensor]] = []
+    named_tensors: list[tuple[str, torch.Tensor]] = []
     seen = set[int]()  # ids of objects, which may refer to each other
 
     def look(value: Any, name: str) -> None:
         if isinstance(value, Tensor):
-            found.append((name or "output", value))
+            named_tensors.append((name or "output", value))
             return
         if value is None or isinstance(value, _NO_OUTPUTS) or id(value) in seen or _is_cache(value):
             return
@@ -233,12 +247,17 @@ def returned_by_name(output: Any) -> list[tuple[str, torch.Tensor]]:
             parts = enumerate(value)
         else:
             parts = getattr(value, "__dict__", {}).items()
-        for key, each in parts:
-            own = f"{name or 'output'}[{key}]" if isinstance(key, int) else f"{name}.{key}" if name else str(key)
-            look(each, own)
+        for key, part in parts:
+            if isinstance(key, int):
+                path = f"{name or 'output'}[{key}]"
+            elif name:
+                path = f"{name}.{key}"
+            else:
+                path = str(key)
+            look(part, path)
 
     look(output, "")
-    return found
+    return named_tensors
 
 
 def _is_cache(value: Any) -> bool:
@@ -288,13 +307,13 @@ def run_few(model: nn.Module, call: Call) -> Any:
 
 def call_in_precision(call: Call, dtype: torch.dtype) -> Call:
     """Return a call with its floats and complex numbers in single or double precision."""
-    cast: Call = tree_map_only(Tensor, lambda each: cast_tensor(each, dtype), call)
+    cast: Call = tree_map_only(Tensor, lambda tensor: cast_tensor(tensor, dtype), call)
     return cast
 
 
 def cast_floats(call: Call, dtype: torch.dtype) -> Call:
     """Return a call with its floats cast to another floating type."""
-    cast: Call = tree_map_only(Tensor, lambda each: each.to(dtype) if each.is_floating_point() else each, call)
+    cast: Call = tree_map_only(Tensor, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, call)
     return cast
 
 
@@ -311,7 +330,9 @@ def taken(call: Any, index: Tensor) -> Any:
 
     def take(tensor: Tensor) -> Tensor:
         has_samples = tensor.dim() > 0 and len(tensor) == count
-        return tensor[index.to(tensor.device)] if has_samples else tensor
+        if has_samples:
+            return tensor[index.to(tensor.device)]
+        return tensor
 
     return tree_map_only(Tensor, take, call)
 
@@ -343,10 +364,11 @@ def check_inputs(batch: Any, index: int, name: str) -> None:
     inputs = inputs_of(batch, index, name)
     for tensor in tensors_of(inputs):
         if tensor.numel() == 0:
-            entry = next((key for key, value in returned_by_name(inputs) if value is tensor), "output")
-            entry = entry.replace("output", "inputs", 1) if entry.startswith("output") else entry
-            what = f"an empty one: {entry} of shape {tuple(tensor.shape)}"
-            raise DataError(f"a batch must hold inputs, got {what} ({name}, batch {index})")
+            tensor_name = next((key for key, value in returned_by_name(inputs) if value is tensor), "output")
+            if tensor_name.startswith("output"):
+                tensor_name = tensor_name.replace("output", "inputs", 1)
+            description = f"an empty one: {tensor_name} of shape {tuple(tensor.shape)}"
+            raise DataError(f"a batch must hold inputs, got {description} ({name}, batch {index})")
         if tensor.layout != torch.strided or tensor.is_meta:
             kind = "meta" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
             raise DataError(f"inputs must be dense tensors with values, got a {kind} tensor ({name}, batch {index})")
@@ -373,15 +395,15 @@ def _bound(model: nn.Module, call: Call, index: int, name: str) -> Call:
     except (TypeError, ValueError):  # not written in Python
         return call
     args, kwargs = call
-    takes_any = any(each.kind is each.VAR_KEYWORD for each in signature.parameters.values())
-    known = {key: value for key, value in kwargs.items() if takes_any or key in signature.parameters}
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
+    accepted = {key: value for key, value in kwargs.items() if takes_any or key in signature.parameters}
     try:
-        signature.bind(*args, **(known or kwargs))
+        signature.bind(*args, **(accepted or kwargs))
     except TypeError as error:
         raise DataError(
             f"{name} must fit the model, got TypeError: {error} on {described(args or kwargs)} (batch {index})"
         ) from error
-    return args, known
+    return args, accepted
 
 
 def name_of(calibration: Iterable[Any]) -> str:
@@ -395,15 +417,15 @@ def _number(calibration: Iterable[Any], index: int) -> int:
     return number
 
 
-def described(given: Any) -> str:
+def described(tree: Any) -> str:
     """Describe tensors in nested containers by their types and shapes, and in mappings by their keys."""
-    if isinstance(given, Tensor):
-        return f"{str(given.dtype).removeprefix('torch.')} of shape {tuple(given.shape)}"
-    if isinstance(given, Mapping):
-        named = [f"{key!r}: {described(value)}" for key, value in given.items() if tensors_of(value)]
+    if isinstance(tree, Tensor):
+        return f"{str(tree.dtype).removeprefix('torch.')} of shape {tuple(tree.shape)}"
+    if isinstance(tree, Mapping):
+        named = [f"{key!r}: {described(value)}" for key, value in tree.items() if tensors_of(value)]
         return f"{{{', '.join(named)}}}"
-    entries = given if isinstance(given, (tuple, list)) else tensors_of(given)
-    return ", ".join(described(each) for each in entries if tensors_of(each))
+    entries = tree if isinstance(tree, (tuple, list)) else tensors_of(tree)
+    return ", ".join(described(element) for element in entries if tensors_of(element))
 
 
 @contextmanager
@@ -419,9 +441,11 @@ def fitting(batch: int, batches: Any = "calibration", call: Call | None = None) 
     except MODEL_ERRORS as error:
         if out_of_memory(error):
             raise
-        given = "" if call is None else f" on {described(call)}"
-        knob, batch = (batches, batch) if isinstance(batches, str) else (name_of(batches), _number(batches, batch))
-        raise DataError(f"{knob} must fit the model, got {raised(error)}{given} (batch {batch})") from error
+        suffix = "" if call is None else f" on {described(call)}"
+        knob = batches
+        if not isinstance(batches, str):
+            knob, batch = name_of(batches), _number(batches, batch)
+        raise DataError(f"{knob} must fit the model, got {raised(error)}{suffix} (batch {batch})") from error
 
 
 def check_inputs_last(call: Any, model: nn.Module) -> None:
@@ -441,12 +465,12 @@ def check_inputs_last(call: Any, model: nn.Module) -> None:
 def first_of_samples(call: Any) -> Tensor:
     """Return the first tensor of a call that has a dimension (of samples); the first tensor if none has."""
     tensors = tensors_of(call)
-    return next((each for each in tensors if each.dim()), tensors[0])
+    return next((tensor for tensor in tensors if tensor.dim()), tensors[0])
 
 
 def batch_size(call: Any) -> int:
     """Return the number of samples in a call; 1 if none of its tensors has dimensions."""
-    return next((len(each) for each in tensors_of(call) if each.dim()), 1)
+    return next((len(tensor) for tensor in tensors_of(call) if tensor.dim()), 1)
 
 
 def lists_of_samples(inputs: Any) -> list[Any]:
@@ -455,13 +479,19 @@ def lists_of_samples(inputs: Any) -> list[Any]:
     If another argument is a tensor of n samples, only lists of n tensors count, and not if each tensor has length n:
     the others hold states or levels of all samples. Nor do tensors of the same samples count, see `share_samples`.
     """
-    values = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (tuple, list)) else ()
+    values: Iterable[Any] = ()
+    if isinstance(inputs, Mapping):
+        values = inputs.values()
+    elif isinstance(inputs, (tuple, list)):
+        values = inputs
     count = next((len(value) for value in values if isinstance(value, Tensor) and value.dim()), None)
-    found = []
+    lists = []
     for value in values:
         if not isinstance(value, (tuple, list)) or not tensors_of(value) or share_samples(value):
             continue
         is_of_all = isinstance(value, tuple) or len(value) != count
-        if count is None or not (is_of_all or all(each.dim() and len(each) == count for each in tensors_of(value))):
-            found.append(value)
-    return found
+        if count is None or not (
+            is_of_all or all(tensor.dim() and len(tensor) == count for tensor in tensors_of(value))
+        ):
+            lists.append(value)
+    return lists

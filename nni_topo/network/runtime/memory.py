@@ -22,8 +22,8 @@ def free_memory() -> int:
     free: list[int] = [psutil.virtual_memory().available]
     with suppress(OSError, ValueError, KeyError):  # only Linux has control groups, and few have a limit
         group = Path("/sys/fs/cgroup")
-        held = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        free.append(int((group / "memory.max").read_text()) - int(held["anon"]))
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        free.append(int((group / "memory.max").read_text()) - int(statistics["anon"]))
     with suppress(ImportError):  # Windows has no such limits
         import resource
 
@@ -33,22 +33,25 @@ def free_memory() -> int:
     return max(0, min(free))
 
 
-def check_memory(needed: float, what: str, cure: str, place: str, free: int | None = None) -> None:
+def check_memory(needed: float, subject: str, cure: str, place: str, free: int | None = None) -> None:
     """Raise DataError with a ``cure`` unless ``needed`` bytes are free; ``free`` defaults to `free_memory`."""
     if needed <= _SMALL:
         return
-    free = free_memory() if free is None else free
+    if free is None:
+        free = free_memory()
     if needed > free:
         got = f"{needed / 2**30:.2f} GiB for {free / 2**30:.2f} GiB that are free"
-        raise DataError(f"{what} must fit into memory, got {got}: {cure} ({place})")
+        raise DataError(f"{subject} must fit into memory, got {got}: {cure} ({place})")
 
 
 def free_memory_of(device: torch.device) -> int:
     """Return the bytes that this process can allocate on a device; what PyTorch caches on a GPU isn't free."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return free_memory()
 
 
 def give_back_memory(model: nn.Module) -> None:
     """Free the traced graphs of a large model, which are reference cycles."""
-    if sum(each.numel() for each in model.parameters()) >= _LARGE:
+    if sum(parameter.numel() for parameter in model.parameters()) >= _LARGE:
         gc.collect()

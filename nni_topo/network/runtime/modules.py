@@ -39,10 +39,10 @@ def is_compiled_function(value: Any) -> bool:
 def has_compiled(model: nn.Module) -> bool:
     """Tell whether ``torch.compile`` or ``Module.compile`` has compiled a model, a part of it or a forward."""
     return any(
-        each._compiled_call_impl is not None
-        or is_compiled_module(each)
-        or is_compiled_function(vars(each).get("forward"))
-        for each in model.modules()
+        module._compiled_call_impl is not None
+        or is_compiled_module(module)
+        or is_compiled_function(vars(module).get("forward"))
+        for module in model.modules()
     )
 
 
@@ -58,4 +58,6 @@ def cast_tensor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast a tensor of floats, or of complex numbers, to single or double precision; return any other unchanged."""
     if tensor.is_complex():
         return tensor.to(dtype.to_complex())
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+    if tensor.is_floating_point():
+        return tensor.to(dtype)
+    return tensor

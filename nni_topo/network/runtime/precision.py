@@ -32,12 +32,12 @@ def in_full_precision() -> Iterator[None]:
     """Compute products of single-precision numbers in single precision within the block, whatever the settings."""
     # PyTorch has one setting for each operation, one for each library, and one for all.
     precisions = []
-    for each, library in zip(_OPERATIONS, _LIBRARIES, strict=True):
+    for operation, library in zip(_OPERATIONS, _LIBRARIES, strict=True):
         # An operation with the same setting as its library most likely has no setting of its own.
-        own = each.fp32_precision
-        precisions.append("none" if own == library.fp32_precision else own)
-    for each in _OPERATIONS:
-        each.fp32_precision = "ieee"
+        setting = operation.fp32_precision
+        precisions.append("none" if setting == library.fp32_precision else setting)
+    for operation in _OPERATIONS:
+        operation.fp32_precision = "ieee"
     # The older switches can't be read if they disagree with the settings of operations.
     products = torch.get_float32_matmul_precision()
     try:
@@ -46,16 +46,16 @@ def in_full_precision() -> Iterator[None]:
         convolutions = True
     torch.set_float32_matmul_precision("highest")
     _BACKENDS.cudnn.allow_tf32 = False
-    for each in _OPERATIONS:
-        each.fp32_precision = "ieee"
+    for operation in _OPERATIONS:
+        operation.fp32_precision = "ieee"
 
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(products)
         _BACKENDS.cudnn.allow_tf32 = convolutions
-        for each, precision in zip(_OPERATIONS, precisions, strict=True):
-            each.fp32_precision = precision
+        for operation, precision in zip(_OPERATIONS, precisions, strict=True):
+            operation.fp32_precision = precision
 
 
 _BACKENDS: Any = torch.backends  # PyTorch sets these attributes at import; type checkers don't know them
@@ -127,11 +127,17 @@ def _in_single(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return a function that computes in single precision, and returns half precision if it gets any."""
 
     def call(*args: Any, **kwargs: Any) -> Tensor:
-        half = [each.dtype for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.dtype in _HALF]
-        single: Any = tree_map_only(Tensor, lambda each: each.float() if each.dtype in _HALF else each, (args, kwargs))
+        half = [
+            value.dtype for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dtype in _HALF
+        ]
+        single: Any = tree_map_only(
+            Tensor, lambda tensor: tensor.float() if tensor.dtype in _HALF else tensor, (args, kwargs)
+        )
         with torch.autocast("cpu", enabled=False):
-            found = function(*single[0], **single[1])
-        return found.to(half[0]) if half else found
+            output = function(*single[0], **single[1])
+        if half:
+            return output.to(half[0])
+        return output
 
     return call
 
@@ -156,6 +162,6 @@ _CONVOLUTIONS: tuple[Any, ...] = (
 _IN_SINGLE: dict[Any, Any] = {
     functional.scaled_dot_product_attention: _attention,
     _multi_head: _with_attention,
-    **{each: _in_single(each) for each in _CONVOLUTIONS},
+    **{function: _in_single(function) for function in _CONVOLUTIONS},
 }
 """Replacements of functions that compute attention or convolutions."""

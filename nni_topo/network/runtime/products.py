@@ -59,22 +59,22 @@ class ProductsReused(TorchFunctionMode):
         if not weights or not all(map(_has_version, entering)):
             return func(*args, **named)
         calls = self._known.setdefault(tuple(key), [])
-        for versions, result in calls:
+        for versions, output in calls:
             if any(tensor._version != version for tensor, version in versions):
                 continue
             before = [tensor for tensor, _ in versions[: len(entering)]]
             if all(map(_is_equal, before, entering)):
-                return _copied(result)
-            if all(_is_twice(one, two, _dim(func)) for one, two in zip(before, entering, strict=True)):
-                return _twice(result, _dim(func))
-        result = func(*args, **named)
-        stored = [*entering, *tensors_of(result)]
+                return _copied(output)
+            if all(_is_twice(first, second, _dim(func)) for first, second in zip(before, entering, strict=True)):
+                return _twice(output, _dim(func))
+        output = func(*args, **named)
+        stored = [*entering, *tensors_of(output)]
         size = sum(tensor.nbytes for tensor in stored)
         if self._bytes + size <= _MOST_BYTES and all(map(_has_version, stored)):
             self._bytes += size
             self._weights += weights
-            calls.append(([(tensor, tensor._version) for tensor in stored], result))
-        return result
+            calls.append(([(tensor, tensor._version) for tensor in stored], output))
+        return output
 
 
 def _has_version(tensor: Tensor) -> bool:
@@ -88,27 +88,29 @@ def _dim(function: Any) -> int:
     return 1 if function is _ATTENTION else 0
 
 
-def _is_equal(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+def _is_equal(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and first.dtype == second.dtype and torch.equal(first, second)
 
 
-def _is_twice(one: Tensor, other: Tensor, dim: int) -> bool:
+def _is_twice(first: Tensor, second: Tensor, dim: int) -> bool:
     """Tell whether a tensor has all samples of another one twice."""
-    if one.dim() <= dim + 1 or other.dim() != one.dim() or other.shape[dim] != 2 * one.shape[dim]:
+    if first.dim() <= dim + 1 or second.dim() != first.dim() or second.shape[dim] != 2 * first.shape[dim]:
         return False
-    return all(_is_equal(one, half) for half in other.chunk(2, dim))
+    return all(_is_equal(first, half) for half in second.chunk(2, dim))
 
 
-def _copied(result: Any) -> Any:
+def _copied(output: Any) -> Any:
     """Return a copy of what a product returned, because a forward may write into it."""
-    if isinstance(result, tuple):
-        return tuple(map(_copied, result))
-    return None if result is None else result.clone()
+    if isinstance(output, tuple):
+        return tuple(map(_copied, output))
+    if output is None:
+        return None
+    return output.clone()
 
 
-def _twice(result: Any, dim: int) -> Any:
+def _twice(output: Any, dim: int) -> Any:
     """Return what a product returns for all samples twice."""
-    if not isinstance(result, tuple):
-        return torch.cat([result, result], dim)
-    states, shares = result  # of attention
+    if not isinstance(output, tuple):
+        return torch.cat([output, output], dim)
+    states, shares = output  # of attention
     return torch.cat([states, states], dim), None if shares is None else torch.cat([shares, shares])

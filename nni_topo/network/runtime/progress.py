@@ -23,7 +23,7 @@ LONG = 600.0
 
 
 def bar(
-    what: str, progress: bool | None, items: Iterable[Any] | None = None, *, total: int | None = None, done: int = 0
+    label: str, progress: bool | None, items: Iterable[Any] | None = None, *, total: int | None = None, done: int = 0
 ) -> tqdm[Any]:
     """Return a progress bar of tqdm; in a file, a pipe or a notebook it is updated every thirty seconds.
 
@@ -31,7 +31,7 @@ def bar(
     """
     return tqdm(
         items,
-        desc=what,
+        desc=label,
         total=total,
         initial=done,
         mininterval=0.1 if sys.stderr is not None and sys.stderr.isatty() else _PAUSE,
@@ -45,7 +45,9 @@ def duration(seconds: float) -> str:
     if seconds < 100.0:
         return f"{seconds:.2g} s"
     minutes = seconds / 60.0
-    return f"{minutes:.0f} minutes" if minutes < 100.0 else f"{minutes / 60.0:.2g} hours"
+    if minutes < 100.0:
+        return f"{minutes:.0f} minutes"
+    return f"{minutes / 60.0:.2g} hours"
 
 
 @contextmanager

@@ -42,13 +42,13 @@ def public(how: Running = _USUAL, /, **rules: Rule) -> Callable[[Callable[_Given
 
         @functools.wraps(function)
         def run(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
-            known: dict[str, Any] = {"is_quiet": context().is_quiet or kwargs.get("progress") is False}
+            settings: dict[str, Any] = {"is_quiet": context().is_quiet or kwargs.get("progress") is False}
             if how.leaves_out:
-                known["leaves_out"] = how.leaves_out
+                settings["leaves_out"] = how.leaves_out
             if context().told is None:
                 _filter_warnings()
-                known["told"] = set()
-            with in_context(**known), locked_by_threads():
+                settings["told"] = set()
+            with in_context(**settings), locked_by_threads():
                 return work(*args, **kwargs)
 
         return run
@@ -60,12 +60,12 @@ class _Once(logging.Filter):
     """Drops a warning that was logged before in the same call of a public function."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        told = context().told
-        if told is None or record.levelno < logging.WARNING:
+        texts = context().told
+        if texts is None or record.levelno < logging.WARNING:
             return True
         text = record.getMessage()
-        is_new = text not in told
-        told.add(text)
+        is_new = text not in texts
+        texts.add(text)
         return is_new
 
 

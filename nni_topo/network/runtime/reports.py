@@ -29,7 +29,9 @@ def give_report(model: nn.Module, report: ModelReport) -> bool:
 def report_of(model: nn.Module) -> ModelReport | None:
     """Return the latest report that the package gave a model; None if it gave it none."""
     report = getattr(model, "report", None)
-    return report if isinstance(report, ModelReport) else None
+    if isinstance(report, ModelReport):
+        return report
+    return None
 
 
 def hand_on_report(model: nn.Module, changed: nn.Module, how: str) -> None:
@@ -45,8 +47,8 @@ SOLVED_ON = "_nni_topo_solved_on"
 
 def solved_on(model: nn.Module) -> frozenset[bytes]:
     """Return the digests of the samples that a model's weights were solved on or learned from, as far as is known."""
-    found: frozenset[bytes] = vars(model).get(SOLVED_ON, frozenset())
-    return found
+    digests: frozenset[bytes] = vars(model).get(SOLVED_ON, frozenset())
+    return digests
 
 
 def tell_solved_on(model: nn.Module, digests: Iterable[bytes]) -> None:
@@ -73,7 +75,9 @@ def is_compensated(model: nn.Module) -> bool:
 
 def told_of_changes(changed_since: Sequence[str]) -> str:
     """Return a sentence on the changes since a report was written; empty if none were made."""
-    return f"changed since, and not in these figures: {', '.join(changed_since)}" if changed_since else ""
+    if changed_since:
+        return f"changed since, and not in these figures: {', '.join(changed_since)}"
+    return ""
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int = 1) -> str:

@@ -135,7 +135,9 @@ def in_training(model: nn.Module) -> nn.Module:
 def results_in_training(model: nn.Module, call: Call) -> tuple[Results, Results] | None:
     """Run a copy of a model in training mode, see `run_for_results`; None if that fails or there is no room for it."""
     try:
-        return run_for_results(in_training(model), call) if has_room_for([model]) else None
+        if not has_room_for([model]):
+            return None
+        return run_for_results(in_training(model), call)
     except Exception as error:  # a forward may raise anything, such as a detector's without targets
         _logger.debug("%s can't be run in training mode", type(model).__name__, exc_info=True)
         let_go(error)
@@ -158,12 +160,12 @@ def hands_over_more_in_training(model: nn.Module, call: Call, products: Products
         for name, tensor in fewer:
             by_name.setdefault(name, []).append(tensor)
         for name, tensor in more:
-            others = by_name.get(name)
-            if not others:
+            candidates = by_name.get(name)
+            if not candidates:
                 return True
-            other = others.pop(0)
-            if (tensor.shape, tensor.dtype) != (other.shape, other.dtype):
+            counterpart = candidates.pop(0)
+            if (tensor.shape, tensor.dtype) != (counterpart.shape, counterpart.dtype):
                 return True
-            if not torch.equal(tensor.nan_to_num(), other.nan_to_num()):
+            if not torch.equal(tensor.nan_to_num(), counterpart.nan_to_num()):
                 return True
     return False

@@ -59,10 +59,10 @@ class _OnCpu(TorchFunctionMode):
     """Puts tensors that the package makes without a device on the CPU; models make theirs as usual."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = kwargs or {}
-        if func in _device_constructors() and given.get("device") is None and _is_called_by_package():
-            given = {**given, "device": torch.device("cpu")}
-        return func(*args, **given)
+        keywords = kwargs or {}
+        if func in _device_constructors() and keywords.get("device") is None and _is_called_by_package():
+            keywords = {**keywords, "device": torch.device("cpu")}
+        return func(*args, **keywords)
 
 
 def _is_called_by_package() -> bool:
@@ -100,14 +100,16 @@ class DropoutOff(TorchFunctionMode):
     """Within the block, functions of PyTorch drop nothing, whatever mode they are called with."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, given = getattr(func, "__name__", ""), kwargs or {}
+        name, keywords = getattr(func, "__name__", ""), kwargs or {}
         if name == "scaled_dot_product_attention":
             if len(args) > 4:  # `dropout_p` is the fifth argument
-                return func(*args[:4], 0.0, *args[5:], **given)
-            return func(*args, **given | {"dropout_p": 0.0})
+                return func(*args[:4], 0.0, *args[5:], **keywords)
+            return func(*args, **keywords | {"dropout_p": 0.0})
         if name.rstrip("_").endswith(("dropout", "dropout1d", "dropout2d", "dropout3d")):
-            return args[0] if args else given["input"]
-        return func(*args, **given)
+            if args:
+                return args[0]
+            return keywords["input"]
+        return func(*args, **keywords)
 
 
 class DrawnInOrder(TorchFunctionMode):
@@ -117,12 +119,12 @@ class DrawnInOrder(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = kwargs or {}
+        keywords = kwargs or {}
         if func in (torch.randn_like, torch.rand_like):
-            given = {**given, "memory_format": torch.contiguous_format}
+            keywords = {**keywords, "memory_format": torch.contiguous_format}
         elif func in (torch.bernoulli, torch.normal, nn.functional.dropout):
             args = tree_map_only(Tensor, Tensor.contiguous, args)
-        return func(*args, **given)
+        return func(*args, **keywords)
 
 
 @contextmanager
@@ -158,11 +160,11 @@ def seed_torch(seed: int) -> None:
 
 def random_states() -> list[Tensor]:
     """Return the states of PyTorch's random generators."""
-    others = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return [torch.get_rng_state(), *others]
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *cuda_states]
 
 
 def drawn_since(states: list[Tensor]) -> bool:
     """Tell whether random numbers were drawn since PyTorch's generators had these states."""
     # CUDA may have been started since: then it has further states.
-    return not all(torch.equal(one, other) for one, other in zip(states, random_states(), strict=False))
+    return not all(torch.equal(before, now) for before, now in zip(states, random_states(), strict=False))
