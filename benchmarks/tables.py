@@ -167,6 +167,7 @@ def _export() -> Iterator[Callable[[str], str]]:
     yield lambda page: with_tables(page, module.SOURCE, module.tables(RECORDS / "runtimes"))
     yield _of_jsonl("export/bench_int8.py", "int8.jsonl", "tables")
     yield _of_jsonl("export/zoo_imports.py", "zoo_imports.jsonl")
+    yield _of_jsonl("files/vendors.py", "vendors.jsonl")
     yield _of_jsonl("export/bench_multiples.py", "multiples.jsonl")
 
 

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
 from nni_topo.disk import check_output_file, output_folder, path_of, whole_file
 from nni_topo.errors import ConfigError, DataError, ExportError
-from nni_topo.network.io.importing.facts import FileFacts, file_facts, of_other_sizes
+from nni_topo.network.io.importing.facts import FileFacts, batches_as_in_file, file_facts, of_other_sizes
 from nni_topo.network.io.onnx_recurrent import recurrent_operators
 from nni_topo.network.runtime.arguments import check_model
 from nni_topo.network.runtime.comparison import agree, difference, same_program
@@ -52,6 +52,7 @@ FORMATS: dict[str, Format] = {".onnx": "onnx", ".pt2": "torch.export"}
 _BATCH = 2  # batch size of the export if the file takes any
 _OTHER_BATCH = 3  # second batch size with which the file is checked
 _MULTIPLES = (1, 8, 16, 32)  # a network may take only sizes that are multiples of one of these
+_LARGEST = 2**31 - 2**20  # bytes of weights: a file of 2 GB can't be read, so larger weights go to one of their own
 _TINY = 1e-8  # the rewrite rules of onnxscript remove summands up to here
 _OPSET = 18  # the oldest that PyTorch writes
 _DIMS = all_of(whole(0), Sequence)
@@ -68,7 +69,7 @@ class Exported:
     path : Path
         The file.
     size : int
-        Its size in bytes.
+        Its size in bytes, with that of the weights beside it.
     error : float
         Largest difference between the outputs of the file, before it is converted to INT8, and those of the network,
         as a share of the largest output; at two sizes if a dimension is dynamic.
@@ -146,6 +147,8 @@ def export(
 
     Notes
     -----
+    Weights of 2 GB and more are written beside an ONNX file, as ``small.onnx.data``, and belong to it.
+
     ONNX needs ``pip install 'nni_topo[export]'``. onnxruntime can be slow if the channels of a convolution
     aren't a multiple of 4: prune with ``round_to=8``.
 
@@ -180,6 +183,9 @@ def export(
         raise ConfigError(
             f"dynamic_dims must hold 0 for INT8, whose file takes any batch size, got {dynamic_dims} (int8)"
         )
+    imported = file_facts(model) if isinstance(model, nn.Module) else None
+    if imported is not None and int8 is not None:
+        int8 = batches_as_in_file(imported.inputs, int8, "int8")[1]
     images = None if int8 is None else batches_of(int8, model, "int8")
     if format == "onnx":
         for name in ("onnx", "onnxscript", "onnxruntime"):
@@ -188,12 +194,17 @@ def export(
     check_model(model)
     net = evaluating(detached_copy(model))
     net.cpu()
-    facts = file_facts(net) if inputs is None else None
+    facts = imported if inputs is None else None
+    is_large = sum(tensor.nbytes for tensor in (*net.parameters(), *net.buffers())) >= _LARGEST
+    if is_large and int8 is not None:
+        raise ConfigError(f"an INT8 file must be made of less than {_LARGEST} bytes of weights, got more (int8)")
     if inputs is None:
         if facts is None:
             raise ConfigError("inputs must be given for a network that wasn't imported from a file, got none (export)")
         inputs = facts.example
         dynamic_dims = sorted({axis for each in facts.inputs for axis in each.free})
+        if int8 is not None and 0 not in dynamic_dims:
+            raise ConfigError("an INT8 file must take any batch size, got a network of a file with a fixed one (int8)")
     given = call = call_arguments(inputs, net)
     most = max(each.dim() for each in tensors_of(given))
     if missing := [dim for dim in dynamic_dims if dim >= most]:
@@ -256,11 +267,14 @@ def export(
                 written_as_onnx: Any = torch.onnx.export(
                     program, dynamo=True, verbose=False, opset_version=opset, optimize=not _has_tiny_numbers(program)
                 )
+                # Which lines of code each node comes from: it is longer than the graph, and has this machine's paths.
+                for node in written_as_onnx.model.graph.all_nodes():
+                    node.metadata_props.clear()
                 if facts is None or facts.kind != "onnx":
                     _name_outputs(written_as_onnx.model.graph, names)
                 if facts is not None:
                     _name_as_in_file(written_as_onnx.model, facts)
-                written_as_onnx.save(str(part), external_data=False)
+                written_as_onnx.save(str(part), external_data=is_large)
             with _export_errors("that onnxruntime can run; most of its operators take single precision only", net):
                 session = _session(part)
             error = _check(net, calls_to_check, lambda one: _run(session, one))
@@ -270,7 +284,12 @@ def export(
                 symbolic = not set(dynamic_dims) - {0}
                 _quantize(part, session, calls(net, learned), weight_bits, symbolic)
                 distance = _distance(net, _session(part), calls(net, held_out or learned))
-    return Exported(path, path.stat().st_size, error, distance)
+        weights = part.with_name(f"{part.name}.data")
+        size = part.stat().st_size
+        if weights.exists():
+            size += weights.stat().st_size
+            weights.replace(path.resolve().parent / weights.name)
+    return Exported(path, size, error, distance)
 
 
 def _import(name: str) -> Any:

@@ -30,7 +30,15 @@ from nni_topo.network.io.importing.layers import (
     transposed,
 )
 
-Arguments = dict[str, Any]
+
+class Arguments(dict[str, Any]):
+    """An operator's arguments by the names of its schema, and its name, for rows of several operators."""
+
+    def __init__(self, name: str, arguments: dict[str, Any]) -> None:
+        super().__init__(arguments)
+        self.name = name
+
+
 Row = Callable[[Building, Arguments], Any]
 """Converts a call; gets the operator's arguments by the names of its schema, and returns what it returns."""
 _Row = TypeVar("_Row", bound=Callable[..., Any])
@@ -210,21 +218,22 @@ def _call(
     if name in _CHECKS:
         return None
     names = [each.name for each in target._schema.arguments]
-    arguments = dict(zip(names, args, strict=False)) | kwargs
-    if (name == "copy_" or name not in _ROWS) and _base(name) != name:
+    arguments = Arguments(_base(name) if name not in _ROWS else name, dict(zip(names, args, strict=False)) | kwargs)
+    if (name == "copy_" or name not in _ROWS) and name != _base(name):
         first = node.args[0]
         assert isinstance(first, Node)
         if name in ("copy_", "index_put_", "fill_", "zero_") or isinstance(values[first.name], Constant):
             kept = {key: value for key, value in kwargs.items() if key not in _DROPPED}
             return building.call(name, *args, **kept)
         # The operator's own input has the new value for all later nodes.
-        result = _apply(building, _base(name), args, kwargs, arguments)
+        result = _apply(building, args, kwargs, arguments)
         values[first.name] = result
         return result
-    return _apply(building, name, args, kwargs, arguments)
+    return _apply(building, args, kwargs, arguments)
 
 
-def _apply(building: Building, name: str, args: Any, kwargs: Any, arguments: Arguments) -> Any:
+def _apply(building: Building, args: Any, kwargs: Any, arguments: Arguments) -> Any:
+    name = arguments.name
     if name in _ROWS:
         return _ROWS[name](building, arguments)
     kept = {key: value for key, value in kwargs.items() if key not in _DROPPED}
@@ -314,27 +323,19 @@ def _index(b: Building, a: Arguments) -> Any:
 
 
 @row("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax", "special_softmax", "special_log_softmax")
-def _softmax(b: Building, a: Arguments, log: bool = False) -> Any:
+def _softmax(b: Building, a: Arguments) -> Any:
     dtype = a.get("dtype") if isinstance(a.get("dtype"), torch.dtype) else None
-    return b.call(torch.log_softmax if log else torch.softmax, a["self"], a["dim"], dtype=dtype)
-
-
-for _name in ("log_softmax", "_log_softmax", "special_log_softmax"):
-    _ROWS[_name] = lambda b, a: _softmax(b, a, log=True)
+    return b.call(torch.log_softmax if "log" in a.name else torch.softmax, a["self"], a["dim"], dtype=dtype)
 
 
 @row("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution",
      "_convolution")  # fmt: skip
-def _convolution(b: Building, a: Arguments, transposed: bool = False) -> Any:
+def _convolution(b: Building, a: Arguments) -> Any:
     return convolution(
         b, a.get("input"), a["weight"], a.get("bias"), stride=a.get("stride", 1), padding=a.get("padding", 0),
-        dilation=a.get("dilation", 1), groups=a.get("groups", 1), transposed=a.get("transposed", transposed),
-        output_padding=a.get("output_padding", 0),
+        dilation=a.get("dilation", 1), groups=a.get("groups", 1), output_padding=a.get("output_padding", 0),
+        transposed=a.get("transposed", "transpose" in a.name),
     )  # fmt: skip
-
-
-for _name in ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"):
-    _ROWS[_name] = lambda b, a: _convolution(b, a, transposed=True)
 
 
 @row("linear")
@@ -376,19 +377,15 @@ def _transpose(b: Building, a: Arguments) -> Any:
      "_batch_norm_with_update")  # fmt: skip
 def _batch_norm(b: Building, a: Arguments) -> Any:
     x, weight, bias, mean, variance = (a.get(key) for key in ("input", "weight", "bias", "running_mean", "running_var"))
-    return batch_norm(b, x, weight, bias, mean, variance, a.get("eps", 1e-5))
-
-
-_ROWS["_native_batch_norm_legit_no_training"] = lambda b, a: (_batch_norm(b, a), None, None)
+    result = batch_norm(b, x, weight, bias, mean, variance, a.get("eps", 1e-5))
+    return result if a.name == "batch_norm" else (result, None, None, None)
 
 
 @row("layer_norm", "native_layer_norm")
 def _layer_norm(b: Building, a: Arguments) -> Any:
     shape, weight, bias = a["normalized_shape"], a.get("weight"), a.get("bias")
-    return layer_norm(b, a["input"], shape, weight, bias, a.get("eps", 1e-5))
-
-
-_ROWS["native_layer_norm"] = lambda b, a: (_layer_norm(b, a), None, None)
+    result = layer_norm(b, a["input"], shape, weight, bias, a.get("eps", 1e-5))
+    return result if a.name == "layer_norm" else (result, None, None)
 
 
 @row("rms_norm", "_fused_rms_norm")
@@ -399,14 +396,11 @@ def _rms_norm(b: Building, a: Arguments) -> Any:
     )
 
 
-@row("group_norm")
+@row("group_norm", "native_group_norm")
 def _group_norm(b: Building, a: Arguments) -> Any:
-    return group_norm(b, a["input"], a["num_groups"], a.get("weight"), a.get("bias"), a.get("eps", 1e-5))
-
-
-@row("native_group_norm")
-def _native_group_norm(b: Building, a: Arguments) -> Any:
-    return group_norm(b, a["input"], a["group"], a.get("weight"), a.get("bias"), a.get("eps", 1e-5)), None, None
+    groups = a["num_groups"] if a.name == "group_norm" else a["group"]
+    result = group_norm(b, a["input"], groups, a.get("weight"), a.get("bias"), a.get("eps", 1e-5))
+    return result if a.name == "group_norm" else (result, None, None)
 
 
 @row("instance_norm")
@@ -425,7 +419,7 @@ def _prelu(b: Building, a: Arguments) -> Any:
 
 
 @row("lstm", "gru", "rnn_tanh", "rnn_relu")
-def _recurrent(b: Building, a: Arguments, kind: str = "LSTM") -> Any:
+def _recurrent(b: Building, a: Arguments) -> Any:
     names = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"][: 4 if a["has_biases"] else 2]
     suffixes = [
         f"_l{layer}{end}" for layer in range(a["num_layers"]) for end in ("", "_reverse")[: 1 + a["bidirectional"]]
@@ -441,27 +435,22 @@ def _recurrent(b: Building, a: Arguments, kind: str = "LSTM") -> Any:
     knobs = {"num_layers": a["num_layers"], "bias": a["has_biases"], "bidirectional": a["bidirectional"]}
     if projected:
         knobs["proj_size"] = tensors[1].tensor.shape[1]
-    if kind.startswith("RNN"):
-        knobs["nonlinearity"], kind = kind[3:], "RNN"
-    return recurrent(
-        b, kind, a["input"], states, units, dict(zip(keys, tensors, strict=True)), batch_first=a["batch_first"], **knobs
-    )
-
-
-for _name, _kind in {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNNtanh", "rnn_relu": "RNNrelu"}.items():
-    _ROWS[_name] = lambda b, a, kind=_kind: _recurrent(b, a, kind)  # type: ignore[misc]
+    kind, _, nonlinearity = a.name.partition("_")
+    if nonlinearity:
+        knobs["nonlinearity"] = nonlinearity
+    tensors_by_name = dict(zip(keys, tensors, strict=True))
+    return recurrent(b, kind.upper(), a["input"], states, units, tensors_by_name, batch_first=a["batch_first"], **knobs)
 
 
 @row("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact1d",
      "_upsample_nearest_exact2d", "upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d",
      "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa")  # fmt: skip
-def _upsample(b: Building, a: Arguments, name: str = "") -> Any:
-    mode = next(
-        mode for mode in ("nearest_exact", "nearest", "bilinear", "trilinear", "bicubic", "linear") if mode in name
-    )
+def _upsample(b: Building, a: Arguments) -> Any:
+    modes = ("nearest_exact", "nearest", "bilinear", "trilinear", "bicubic", "linear")
+    mode = next(mode for mode in modes if mode in a.name)
     knobs: dict[str, Any] = {"mode": mode.replace("_", "-")}
     if "linear" in mode or "cubic" in mode:
-        knobs |= {"align_corners": a.get("align_corners", False), "antialias": name.endswith("_aa")}
+        knobs |= {"align_corners": a.get("align_corners", False), "antialias": a.name.endswith("_aa")}
     factors: Any = a.get("scale_factors")
     if factors is None and a.get("output_size") is None:
         factors = [a[key] for key in ("scales_d", "scales_h", "scales_w", "scales") if a.get(key) is not None]
@@ -472,18 +461,11 @@ def _upsample(b: Building, a: Arguments, name: str = "") -> Any:
     return b.call(functional.interpolate, a.get("self", a.get("input")), **knobs)
 
 
-for _name in [name for name, function in _ROWS.items() if function is _upsample]:
-    _ROWS[_name] = lambda b, a, name=_name: _upsample(b, a, name)  # type: ignore[misc]
-
-
 @row("reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d", "replication_pad2d",
      "replication_pad3d")  # fmt: skip
-def _pad(b: Building, a: Arguments, mode: str = "reflect") -> Any:
+def _pad(b: Building, a: Arguments) -> Any:
+    mode = "reflect" if a.name.startswith("reflection") else "replicate"
     return b.call(functional.pad, a["self"], list(a["padding"]), mode=mode)
-
-
-for _name in ("replication_pad1d", "replication_pad2d", "replication_pad3d"):
-    _ROWS[_name] = lambda b, a: _pad(b, a, "replicate")
 
 
 @row("pad", "constant_pad_nd")
@@ -500,16 +482,12 @@ def _max_pool(b: Building, a: Arguments) -> Any:
 
 
 @row("gelu", "glu", "leaky_relu", "elu", "hardtanh", "softplus", "celu", "threshold", "normalize", "one_hot")
-def _activation(b: Building, a: Arguments, name: str = "") -> Any:
+def _activation(b: Building, a: Arguments) -> Any:
     x, *others = a.values()
     names = {"glu": ["dim"], "leaky_relu": ["negative_slope"], "elu": ["alpha"], "hardtanh": ["min_val", "max_val"],
              "softplus": ["beta", "threshold"], "celu": ["alpha"], "threshold": ["threshold", "value"],
-             "gelu": ["approximate"], "one_hot": ["num_classes"]}.get(name, [])  # fmt: skip
-    return b.call(getattr(functional, name), x, **dict(zip(names, others, strict=False)))
-
-
-for _name in [name for name, function in _ROWS.items() if function is _activation]:
-    _ROWS[_name] = lambda b, a, name=_name: _activation(b, a, name)  # type: ignore[misc]
+             "gelu": ["approximate"], "one_hot": ["num_classes"]}.get(a.name, [])  # fmt: skip
+    return b.call(getattr(functional, a.name), x, **dict(zip(names, others, strict=False)))
 
 
 @row("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_efficient_attention")

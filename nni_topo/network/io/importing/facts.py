@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, dtype, nn
+
+from nni_topo.errors import ConfigError, DataError, hint_of
+from nni_topo.network.runtime.calibration import Calibration
 
 OWN_BATCHES = (2, 3)
 """Batch sizes for a file that takes any."""
@@ -54,6 +58,60 @@ def file_facts(model: nn.Module) -> FileFacts | None:
 def set_file_facts(model: Any, facts: FileFacts) -> None:
     """Let a network remember its file: PyTorch copies the ``meta`` of a GraphModule with it."""
     model.meta[_KEY] = facts
+
+
+def as_call(file_inputs: Sequence[FileInput], inputs: Any, place: str) -> list[Tensor]:
+    """Return inputs as tensors in the file's order; an error if they aren't the file's."""
+    names = [each.name for each in file_inputs]
+    if isinstance(inputs, Mapping):
+        arguments = {each.argument: each.name for each in file_inputs}
+        by_name = {arguments.get(str(name), str(name)): value for name, value in inputs.items()}
+        for name in by_name:
+            if name not in names:
+                raise ConfigError(f"inputs must be the file's, got {name!r}; {hint_of(name, names)} ({place})")
+        missing = [name for name in names if name not in by_name]
+        if missing:
+            raise ConfigError(f"inputs must be all of the file's, got none for {missing[0]!r} ({place})")
+        values = [by_name[name] for name in names]
+    else:
+        # A batch of (inputs, labels) begins with the inputs.
+        values = list(inputs) if isinstance(inputs, (tuple, list)) else [inputs]
+        if len(values) < len(names):
+            raise ConfigError(f"inputs must be all of the file's, {', '.join(names)}, got {len(values)} ({place})")
+        values = values[: len(names)]
+    tensors = list[Tensor]()
+    for value, each in zip(values, file_inputs, strict=True):
+        if not isinstance(value, (Tensor, np.ndarray)):
+            kind = type(value).__name__
+            raise DataError(f"inputs must be tensors or arrays, got {kind} (input {each.name!r}, {place})")
+        tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+        if tensor.dtype != each.dtype:
+            raise DataError(
+                f"inputs must have the file's type {str(each.dtype)[6:]}, got {str(tensor.dtype)[6:]} "
+                f"(input {each.name!r}, {place})"
+            )
+        fits = tensor.dim() == len(each.shape) and all(
+            # A file with a batch of one may become a network that takes any.
+            isinstance(size, str) or size == actual or axis == 0
+            for axis, (size, actual) in enumerate(zip(each.shape, tensor.shape, strict=False))
+        )
+        if not fits:
+            shape = ", ".join(map(str, each.shape))
+            raise DataError(
+                f"inputs must have the file's shape ({shape}), got {tuple(tensor.shape)} (input {each.name!r}, {place})"
+            )
+        tensors.append(tensor.detach())
+    return tensors
+
+
+def batches_as_in_file(file_inputs: Sequence[FileInput], images: Any, name: str) -> tuple[list[list[Tensor]], Any]:
+    """Return batches as tensors in the file's order, and as its network takes them; what isn't batches, unchanged."""
+    if not isinstance(images, Iterable) or isinstance(images, (str, Mapping)):
+        return [], images
+    calls = [as_call(file_inputs, batch, f"batch {place} of {name}") for place, batch in enumerate(images)]
+    arguments = [each.argument for each in file_inputs]
+    batches = [call[0] if len(call) == 1 else dict(zip(arguments, call, strict=True)) for call in calls]
+    return calls, images.with_batches(batches) if isinstance(images, Calibration) else batches
 
 
 def few_samples(inputs: Sequence[FileInput], tensors: Sequence[Tensor]) -> list[Tensor]:

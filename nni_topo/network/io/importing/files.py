@@ -6,7 +6,7 @@ import functools
 import inspect
 import logging
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from nni_topo.disk import path_of
-from nni_topo.errors import ConfigError, DataError, ExportError, NniTopoError, hint_of, raised, shown
+from nni_topo.errors import ConfigError, DataError, ExportError, NniTopoError, raised, shown
 from nni_topo.network.io.exporting import quietly
 from nni_topo.network.io.importing import aten
 from nni_topo.network.io.importing.building import Building
@@ -25,6 +25,8 @@ from nni_topo.network.io.importing.facts import (
     OWN_BATCHES,
     FileFacts,
     FileInput,
+    as_call,
+    batches_as_in_file,
     few_samples,
     file_facts,
     of_other_sizes,
@@ -32,6 +34,7 @@ from nni_topo.network.io.importing.facts import (
 )
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.comparison import difference, same_program
+from nni_topo.network.runtime.inputs import tensors_of
 
 _logger = logging.getLogger(__name__)
 _Given = ParamSpec("_Given")
@@ -42,6 +45,7 @@ TORCHSCRIPT = (
     "layers: write it as ONNX by torch.onnx.export(scripted, inputs, 'model.onnx', dynamo=False) and pass that file"
 )
 _GUESSES = (64, 224, 32, 16, 128, 7, 256, 640)  # sizes of other free axes that a file may take, most likely first
+_ONE_BATCH = "its file takes one batch size, and it computes something else for samples together"
 _HALF = (torch.float16, torch.bfloat16)
 _CLOSE_IN_HALF = 1e-2  # of the largest output
 
@@ -159,7 +163,7 @@ class OnnxFile(Source):
 
     kind = "onnx"
 
-    def __init__(self, model: Any, folder: Path | None = None) -> None:
+    def __init__(self, model: Any, path: Path | None = None) -> None:
         import onnx
         import onnx.inliner
 
@@ -169,11 +173,11 @@ class OnnxFile(Source):
         try:
             if model.functions:
                 model = onnx.inliner.inline_local_functions(model)
-            if folder is None:
-                onnx.checker.check_model(model)
+            # By its path a file may be larger than 2 GB.
+            onnx.checker.check_model(model if path is None else str(path))
         except Exception as error:
             raise DataError(f"a file must hold a valid ONNX network, got {raised(error)} (from_file)") from error
-        self.model, self._folder, self.opset = model, folder, opset
+        self.model, self._path, self.opset = model, path, opset
         operators.check_operators(model.graph, {"", "ai.onnx"})
         held = {each.name for each in model.graph.initializer}
         inputs = [each for each in model.graph.input if each.name not in held]
@@ -200,7 +204,7 @@ class OnnxFile(Source):
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the outputs."""
         if self._session is None:
-            self._session = self._open(self.model)
+            self._session = self._open(self.model if self._path is None else self._path)
         return self._run(self._session, tensors, None)
 
     def convert(self, building: Building, inputs: list[list[Tensor]]) -> Any:
@@ -234,7 +238,8 @@ class OnnxFile(Source):
         options.log_severity_level = 4  # what fails is raised, and some sizes are tried that a file may refuse
         options.intra_op_num_threads = options.inter_op_num_threads = torch.get_num_threads()
         try:
-            return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            file = str(model) if isinstance(model, Path) else model.SerializeToString()
+            return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise DataError(f"a file must be one that onnxruntime runs, got {raised(error)} (from_file)") from error
 
@@ -268,7 +273,7 @@ def source_of(model: Any) -> Source:
         import onnx
 
         try:
-            return OnnxFile(onnx.load(str(path)))
+            return OnnxFile(onnx.load(str(path)), path)
         except (NniTopoError, OSError):
             raise
         except Exception as error:
@@ -328,13 +333,15 @@ def from_file(model: Any, inputs: Any = None) -> GraphModule:
     torch.fx.GraphModule
         Convolutions, linear and recurrent layers, norms and embeddings are PyTorch's modules, named after the file's
         tensors or nodes; all else is PyTorch's functions. It is in evaluation mode: a file has no dropout. Its
-        inputs are called as in the file, and several outputs of ONNX are a dict by their names.
+        inputs are called as in the file, and several outputs of ONNX are a dict by their names. Of a file with branches
+        it has those that the inputs choose.
 
     Raises
     ------
     ConfigError
         If the file has an operator that can't be converted, which the message names, holds integers in place of
-        floats, or is TorchScript; if inputs aren't the file's; if the packages for ONNX are missing.
+        floats, or is TorchScript; if inputs aren't the file's, or are missing where the value of one chooses a branch;
+        if the packages for ONNX are missing.
     DataError
         If the file is damaged, or the inputs have another type or shape than the file's.
     ExportError
@@ -392,50 +399,6 @@ def _check_settings(settings: Sequence[str], source: Source, inputs: Any, call: 
         )  # fmt: skip
 
 
-def as_call(source_inputs: Sequence[FileInput], inputs: Any, place: str) -> list[Tensor]:
-    """Return inputs as tensors in the file's order; an error if they aren't the file's."""
-    names = [each.name for each in source_inputs]
-    if isinstance(inputs, Mapping):
-        arguments = {each.argument: each.name for each in source_inputs}
-        by_name = {arguments.get(str(name), str(name)): value for name, value in inputs.items()}
-        for name in by_name:
-            if name not in names:
-                raise ConfigError(f"inputs must be the file's, got {name!r}; {hint_of(name, names)} ({place})")
-        missing = [name for name in names if name not in by_name]
-        if missing:
-            raise ConfigError(f"inputs must be all of the file's, got none for {missing[0]!r} ({place})")
-        values = [by_name[name] for name in names]
-    else:
-        # A batch of (inputs, labels) begins with the inputs.
-        values = list(inputs) if isinstance(inputs, (tuple, list)) else [inputs]
-        if len(values) < len(names):
-            raise ConfigError(f"inputs must be all of the file's, {', '.join(names)}, got {len(values)} ({place})")
-        values = values[: len(names)]
-    tensors = list[Tensor]()
-    for value, each in zip(values, source_inputs, strict=True):
-        if not isinstance(value, (Tensor, np.ndarray)):
-            kind = type(value).__name__
-            raise DataError(f"inputs must be tensors or arrays, got {kind} (input {each.name!r}, {place})")
-        tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
-        if tensor.dtype != each.dtype:
-            raise DataError(
-                f"inputs must have the file's type {str(each.dtype)[6:]}, got {str(tensor.dtype)[6:]} "
-                f"(input {each.name!r}, {place})"
-            )
-        fits = tensor.dim() == len(each.shape) and all(
-            # A file with a batch of one may become a network that takes any.
-            isinstance(size, str) or size == actual or axis == 0
-            for axis, (size, actual) in enumerate(zip(each.shape, tensor.shape, strict=False))
-        )
-        if not fits:
-            shape = ", ".join(map(str, each.shape))
-            raise DataError(
-                f"inputs must have the file's shape ({shape}), got {tuple(tensor.shape)} (input {each.name!r}, {place})"
-            )
-        tensors.append(tensor.detach())
-    return tensors
-
-
 def _example_calls(source: Source, inputs: Any) -> list[list[Tensor]]:
     """Return the inputs, or random ones, and others of another size if the file takes them."""
     generator = torch.Generator().manual_seed(0)
@@ -461,6 +424,8 @@ def _example_calls(source: Source, inputs: Any) -> list[list[Tensor]]:
     for first in tries:
         try:
             source.run(first)
+        except NniTopoError:  # onnxruntime doesn't load it
+            raise
         except Exception as error:  # of onnxruntime or of the program
             failure = error
             continue
@@ -551,17 +516,13 @@ def taking_files(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
         model, images = (bound.arguments.get(name) for name in ("model", "images"))
         if is_file(model):
             source = source_of(model)
-            is_read = isinstance(images, Iterable) and not isinstance(images, (str, Mapping))
-            calls = list[list[Tensor]]()
-            batches: Any = images if is_read else ()
-            for place, batch in enumerate(batches):
-                calls.append(as_call(source.inputs, batch, f"batch {place} of images"))
+            calls, data = batches_as_in_file(source.inputs, images, "images")
             network = _imported(source, calls[0] if calls else None)
             _check_same_settings(network, calls)
-            bound.arguments["model"] = network
-            if is_read:
-                batches = [_as_batch(source.inputs, call) for call in calls]
-                bound.arguments["images"] = images.with_batches(batches) if isinstance(images, Calibration) else batches
+            if not _takes_any_batch(network, calls):
+                _check_batch_sizes(source.inputs, calls)
+                data = Calibration.of(data, "images").as_whole_batches(_ONE_BATCH)
+            bound.arguments |= {"model": network} | ({"images": data} if "images" in bound.arguments else {})
         return function(*bound.args, **bound.kwargs)
 
     return run
@@ -580,7 +541,35 @@ def _check_same_settings(network: GraphModule, calls: Sequence[Sequence[Tensor]]
                 )
 
 
-def _as_batch(inputs: Sequence[FileInput], tensors: list[Tensor]) -> Any:
-    if len(tensors) == 1:
-        return tensors[0]
-    return {each.argument: tensor for each, tensor in zip(inputs, tensors, strict=True)}
+def _takes_any_batch(network: GraphModule, calls: Sequence[Sequence[Tensor]]) -> bool:
+    """Tell whether a network computes the same for samples one by one and together; its file may take one alone."""
+    facts = file_facts(network)
+    assert facts is not None
+    fixed = [place for place, each in enumerate(facts.inputs) if each.shape and isinstance(each.shape[0], int)]
+    if not fixed or not calls:
+        return True
+    samples = len(calls[0][fixed[0]])
+    if samples > 1:
+        parts = [[tensor[[n]] if place in fixed else tensor for place, tensor in enumerate(calls[0])] for n in (0, 1)]
+    else:
+        parts = [list(call) for call in calls[:2]]
+    with torch.no_grad():
+        try:
+            joined = [
+                torch.cat(pair) if place in fixed else pair[0] for place, pair in enumerate(zip(*parts, strict=True))
+            ]
+            together = tensors_of(network(*joined))
+            one_by_one = [torch.cat(pair) for pair in zip(*(tensors_of(network(*part)) for part in parts), strict=True)]
+        except Exception:  # the network, or joining its outputs, may raise anything
+            return False
+    return largest_difference(one_by_one, together) <= same_program(network.parameters())
+
+
+def _check_batch_sizes(inputs: Sequence[FileInput], calls: Sequence[Sequence[Tensor]]) -> None:
+    for place, call in enumerate(calls):
+        for each, tensor in zip(inputs, call, strict=True):
+            if each.shape and isinstance(each.shape[0], int) and len(tensor) != each.shape[0]:
+                raise DataError(
+                    f"batches must have the size of the file's, {each.shape[0]}, because it computes something else "
+                    f"for samples together, got {len(tensor)} (input {each.name!r}, batch {place} of images)"
+                )

@@ -65,14 +65,17 @@ _SAME: dict[str, Any] = {
     "Abs": torch.abs, "Acos": torch.acos, "Acosh": torch.acosh, "And": torch.logical_and, "Asin": torch.asin,
     "Asinh": torch.asinh, "Atan": torch.atan, "Atanh": torch.atanh, "BitwiseAnd": torch.bitwise_and,
     "BitwiseNot": torch.bitwise_not, "BitwiseOr": torch.bitwise_or, "BitwiseXor": torch.bitwise_xor,
-    "Ceil": torch.ceil, "Cos": torch.cos, "Cosh": torch.cosh, "Equal": torch.eq, "Erf": torch.erf, "Exp": torch.exp,
-    "Floor": torch.floor, "Greater": torch.gt, "GreaterOrEqual": torch.ge, "HardSwish": functional.hardswish,
-    "IsInf": torch.isinf, "IsNaN": torch.isnan, "Less": torch.lt, "LessOrEqual": torch.le, "Log": torch.log,
-    "Mish": functional.mish, "Neg": torch.neg, "Not": torch.logical_not, "Or": torch.logical_or,
+    "Ceil": torch.ceil, "Cos": torch.cos, "Cosh": torch.cosh, "Erf": torch.erf, "Exp": torch.exp,
+    "Floor": torch.floor, "HardSwish": functional.hardswish, "IsInf": torch.isinf, "IsNaN": torch.isnan,
+    "Log": torch.log, "Mish": functional.mish, "Neg": torch.neg, "Not": torch.logical_not, "Or": torch.logical_or,
     "Reciprocal": torch.reciprocal, "Relu": functional.relu, "Round": torch.round, "Sigmoid": torch.sigmoid,
     "Sign": torch.sign, "Sin": torch.sin, "Sinh": torch.sinh, "Softplus": functional.softplus,
     "Softsign": functional.softsign, "Sqrt": torch.sqrt, "Tan": torch.tan, "Tanh": torch.tanh,
     "Xor": torch.logical_xor,
+}  # fmt: skip
+_OF_SIZES: dict[str, Any] = {
+    "Abs": abs, "And": operator.and_, "Ceil": math.ceil, "Floor": math.floor, "Max": max, "Min": min,
+    "Neg": operator.neg, "Not": operator.not_, "Or": operator.or_, "Sqrt": math.sqrt,
 }  # fmt: skip
 _BINARY: dict[str, tuple[Any, Any]] = {  # of tensors, and of sizes
     "Add": (torch.add, operator.add), "Sub": (torch.sub, operator.sub), "Mul": (torch.mul, operator.mul),
@@ -170,7 +173,11 @@ def convert(building: Building, graph: Any, values: dict[str, Any], opset: int) 
 
 
 def module_name(node: str, kind: str) -> str:
-    """Return the name of a layer after a node, such as ``layer1.0.conv1`` for ``/layer1/layer1.0/conv1/Conv``."""
+    """Return the name of a layer after a node, such as ``layer1.0.conv1`` for ``/layer1/layer1.0/conv1/Conv``.
+
+    TensorFlow joins the names of nodes that it has made one.
+    """
+    node = node.partition(";")[0]
     parts = [part for part in node.split("/") if part]
     if len(parts) > 1 and parts[-1].startswith(kind):
         parts.pop()
@@ -217,9 +224,6 @@ def sizes_of(b: Building, value: Any) -> list[Any]:
         return value
     if is_sizes(b, value):
         return [value]
-    if not b.depends_on_inputs(value) and b.values(value, 0).numel() <= _MANY:
-        flat = b.values(value, 0).reshape(-1)
-        return [b.call("item", b.call(operator.getitem, b.call("flatten", value), place)) for place in range(len(flat))]
     return [
         b.call("item", b.call(operator.getitem, b.call("flatten", value), place))
         for place in range(b.values(value, 0).numel())
@@ -261,35 +265,18 @@ def _elementwise(b: Building, function: Callable[..., Any], values: list[Any]) -
     length = max([len(each) for each in lists if isinstance(each, list)], default=None)
     if length is None:
         return b.call(function, *lists)
-    columns = [
-        each * length
-        if isinstance(each, list) and len(each) == 1
-        else each
-        if isinstance(each, list)
-        else [each] * length
-        for each in lists
-    ]
+    columns = list[list[Any]]()
+    for each in lists:
+        entries = each if isinstance(each, list) else [each]
+        columns.append(entries * length if len(entries) == 1 else entries)
     return [b.call(function, *entries) for entries in zip(*columns, strict=True)]
 
 
 @row(*_SAME)
 def _same(b: Building, one: Operator) -> Any:
-    values = one.inputs
-    if one.kind in _BINARY:
-        return _binary(b, one)
-    if _like_sizes(b, values) and one.kind in ("Not", "And", "Or", "Neg", "Abs", "Sqrt", "Floor", "Ceil"):
-        functions: dict[str, Any] = {
-            "Not": operator.not_,
-            "And": operator.and_,
-            "Or": operator.or_,
-            "Neg": operator.neg,
-            "Abs": abs,
-            "Sqrt": math.sqrt,
-            "Floor": math.floor,
-            "Ceil": math.ceil,
-        }
-        return _elementwise(b, functions[one.kind], values)
-    return b.call(_SAME[one.kind], *[tensor_of(b, value) for value in values])
+    if _like_sizes(b, one.inputs) and one.kind in _OF_SIZES:
+        return _elementwise(b, _OF_SIZES[one.kind], one.inputs)
+    return b.call(_SAME[one.kind], *[tensor_of(b, value) for value in one.inputs])
 
 
 @row(*_BINARY)
@@ -320,8 +307,8 @@ def _binary(b: Building, one: Operator) -> Any:
 
 @row("Max", "Min", "Sum", "Mean")
 def _variadic(b: Building, one: Operator) -> Any:
-    if _like_sizes(b, one.inputs) and one.kind in ("Max", "Min"):
-        return _elementwise(b, {"Max": max, "Min": min}[one.kind], one.inputs)
+    if _like_sizes(b, one.inputs) and one.kind in _OF_SIZES:
+        return _elementwise(b, _OF_SIZES[one.kind], one.inputs)
     function = {"Max": torch.maximum, "Min": torch.minimum}.get(one.kind, torch.add)
     total = functools.reduce(
         lambda left, right: b.call(function, left, right), [tensor_of(b, each) for each in one.inputs]
@@ -715,26 +702,31 @@ def _clip(b: Building, one: Operator) -> Any:
     return b.call(torch.clamp, x, low, high)
 
 
-@row("LeakyRelu", "Elu", "Celu", "HardSigmoid", "Gelu", "ThresholdedRelu", "Swish", "Selu")
+# Activations whose first parameter is alpha, and its default.
+_WITH_ALPHA: dict[str, tuple[Any, float]] = {
+    "LeakyRelu": (functional.leaky_relu, 0.01), "Elu": (functional.elu, 1.0), "Celu": (functional.celu, 1.0),
+}  # fmt: skip
+
+
+@row(*_WITH_ALPHA, "HardSigmoid", "Gelu", "ThresholdedRelu", "Swish", "Selu")
 def _activation(b: Building, one: Operator) -> Any:
-    x, alpha = one.inputs[0], one.attribute("alpha")
-    if one.kind == "LeakyRelu":
-        return b.call(functional.leaky_relu, x, 0.01 if alpha is None else alpha)
-    if one.kind in ("Elu", "Celu"):
-        return b.call(functional.elu if one.kind == "Elu" else functional.celu, x, 1.0 if alpha is None else alpha)
+    x = one.inputs[0]
+    if one.kind in _WITH_ALPHA:
+        function, default = _WITH_ALPHA[one.kind]
+        return b.call(function, x, one.attribute("alpha", default))
     if one.kind == "Gelu":
         return b.call(functional.gelu, x, approximate=one.attribute("approximate", "none"))
     if one.kind == "ThresholdedRelu":
-        return b.call(functional.threshold, x, 1.0 if alpha is None else alpha, 0.0)
-    if one.kind == "Swish" and alpha in (None, 1.0):
-        return b.call(functional.silu, x)
-    if one.kind == "Selu" and not one.attributes:
-        return b.call(functional.selu, x)
+        return b.call(functional.threshold, x, one.attribute("alpha", 1.0), 0.0)
     if one.kind == "HardSigmoid":
-        alpha, beta = 0.2 if alpha is None else alpha, one.attribute("beta", 0.5)
+        alpha, beta = one.attribute("alpha", 0.2), one.attribute("beta", 0.5)
         if math.isclose(alpha, 1 / 6, rel_tol=1e-5) and beta == 0.5:
             return b.call(functional.hardsigmoid, x)
         return b.call(torch.clamp, b.call(torch.add, b.call(torch.mul, x, alpha), beta), 0.0, 1.0)
+    if one.kind == "Swish" and one.attribute("alpha", 1.0) == 1.0:
+        return b.call(functional.silu, x)
+    if one.kind == "Selu" and not one.attributes:
+        return b.call(functional.selu, x)
     raise ConfigError(f"{one.kind} must have its usual parameters ({one.name}, from_file)")
 
 
@@ -991,7 +983,6 @@ def _recurrent(b: Building, one: Operator) -> Any:
     units, direction = one.attribute("hidden_size"), one.attribute("direction", "forward")
     refused = {
         "sequence lengths": lengths is not None and len(set(b.values(lengths, 0).tolist())) > 1,
-        "the direction reverse": direction == "reverse",
         "peepholes": one.get(7) is not None,
         "a layout with the batch first": bool(one.attribute("layout", 0)),
         "linear_before_reset=0": one.kind == "GRU" and not one.attribute("linear_before_reset", 0),
@@ -1008,6 +999,7 @@ def _recurrent(b: Building, one: Operator) -> Any:
     def gates(matrix: Tensor) -> Tensor:
         return torch.cat([matrix.split(units)[gate] for gate in order])
 
+    x = b.call("flip", x, (0,)) if direction == "reverse" else x
     tensors = dict[str, Constant]()
     directions = weights.tensor.shape[0]
     for place, end in zip(range(directions), ("", "_reverse")):  # noqa: B905
@@ -1019,6 +1011,7 @@ def _recurrent(b: Building, one: Operator) -> Any:
     outputs, *last = recurrent(
         b, one.kind, x, states, units, tensors, bias=biases is not None, bidirectional=directions == 2,
     )  # fmt: skip
+    outputs = b.call("flip", outputs, (0,)) if direction == "reverse" else outputs
     if directions == 1:
         return (b.call("unsqueeze", outputs, 1), *last)
     split = b.call("unflatten", outputs, -1, (2, -1))

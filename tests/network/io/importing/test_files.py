@@ -123,7 +123,45 @@ def test_a_file_in_half_precision_comes_back_in_it(tmp_path):
     torch.onnx.export(program(torch.float16), dynamo=True, verbose=False).save(tmp_path / "half.onnx")
     network = nni_topo.from_file(tmp_path / "half.onnx", IMAGES.half())
     nni_topo.export(network, tmp_path / "again.onnx")
-    assert onnx.load(tmp_path / "again.onnx").graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
+    graph = onnx.load(tmp_path / "again.onnx").graph
+    assert graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
+    floats = {each.data_type for each in graph.initializer} - {onnx.TensorProto.INT64}
+    assert floats == {onnx.TensorProto.FLOAT16}
+
+
+def test_weights_may_lie_beside_the_file(files, tmp_path, monkeypatch):
+    path = tmp_path / "split.onnx"
+    onnx.save(onnx.load(files / "old.onnx"), path, save_as_external_data=True, location="weights", size_threshold=0)
+    network = nni_topo.from_file(path)
+    np.testing.assert_allclose(network(IMAGES).detach(), Net().eval()(IMAGES).detach(), rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr("nni_topo.network.io.exporting._LARGEST", 1000)
+    done = nni_topo.export(network, tmp_path / "large" / "small.onnx")
+    assert {each.name for each in done.path.parent.iterdir()} == {"small.onnx", "small.onnx.data"}
+    assert done.size == sum(each.stat().st_size for each in done.path.parent.iterdir())
+    again = nni_topo.from_file(done.path)
+    np.testing.assert_allclose(again(IMAGES).detach(), network(IMAGES).detach(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ConfigError, match="less than 1000 bytes of weights"):
+        nni_topo.export(network, tmp_path / "int8.onnx", int8=[IMAGES])
+    (tmp_path / "weights").unlink()
+    with pytest.raises(DataError, match="a file must hold"):
+        nni_topo.from_file(path)
+
+
+def test_a_network_of_a_file_becomes_int8(files, tmp_path):
+    network = nni_topo.from_file(files / "old.onnx")
+    batches = [{"image.1": each.numpy()} for each in IMAGES.split(16)]
+    done = nni_topo.export(network, tmp_path / "int8.onnx", int8=batches)
+    assert done.int8_distance < 0.05
+    kinds = {node.op_type for node in onnx.load(done.path).graph.node}
+    assert "DequantizeLinear" in kinds
+    with pytest.raises(ConfigError, match="int8"):
+        nni_topo.export(network, tmp_path / "other.onnx", int8=True)
+    with pytest.raises(DataError, match=r"float32, got float64 \(input 'image.1', batch 0 of int8\)"):
+        nni_topo.export(network, tmp_path / "other.onnx", int8=[IMAGES.double()])
+    fixed = torch.export.export(Net().eval(), (IMAGES[:1],))
+    with pytest.raises(ConfigError, match="must take any batch size"):
+        nni_topo.export(nni_topo.from_file(fixed), tmp_path / "other.onnx", int8=[IMAGES])
+    assert not (tmp_path / "other.onnx").exists()
 
 
 def test_the_command_writes_a_file_and_a_report(files, tmp_path, capsys):
@@ -194,6 +232,10 @@ def test_bad_files_are_errors_in_words(files, tmp_path):
     for name in ("cut.onnx", "cut.pt2"):
         with pytest.raises(DataError, match="a file must hold"):
             nni_topo.from_file(tmp_path / name)
+    newer = onnx.load(files / "old.onnx")
+    newer.opset_import[0].version = 99
+    with pytest.raises(DataError, match="must be one that onnxruntime runs"):
+        nni_topo.from_file(newer)
     with pytest.raises(ConfigError, match=r"must end in .onnx or .pt2, got .pth"):
         nni_topo.from_file(tmp_path / "weights.pth")
     with pytest.raises(DataError, match="a file must exist"):
@@ -315,6 +357,26 @@ def test_a_branch_needs_one_choice():
     model.graph.node.insert(1, onnx.helper.make_node("Cast", ["most"], ["is_one"], to=onnx.TensorProto.BOOL))
     with pytest.raises(ConfigError, match=r"must not depend on the inputs' values \(by rate"):
         nni_topo.from_file(model, calls_of_branching(1)[0])
+
+
+class First(nn.Module):
+    """The classes of the first sample alone, whatever comes with it."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = Net()
+
+    def forward(self, image):
+        """Map images ``(n, 1, 8, 8)`` to ``(1, 4)``."""
+        return self.net(image[:1])
+
+
+def test_a_file_of_one_sample_that_reads_one_alone_is_shrunk_sample_by_sample(tmp_path):
+    fixed = torch.export.export(First().eval(), (IMAGES[:1],))
+    small = nni_topo.shrink(fixed, IMAGES.split(1), {"flops": 0.5}, distill={"steps": 2}, progress=False)
+    assert small.report.stages[-1].macs < 0.6 * small.report.stages[0].macs
+    with pytest.raises(DataError, match=r"the size of the file's, 1, .*got 32 \(input 'image', batch 0 of images\)"):
+        nni_topo.shrink(fixed, IMAGES.split(32), {"flops": 0.5})
 
 
 def test_a_network_that_differs_is_refused_with_the_first_operator(files, monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import nni_topo
+from nni_topo.errors import ConfigError
 from nni_topo.network.io.importing import operators
 
 onnx = pytest.importorskip("onnx")
@@ -128,7 +129,8 @@ CASES: dict[str, list[tuple[dict[str, np.ndarray], list[object], dict[str, objec
              ({"x": values(5, 2, 3)}, ["x", values(2, 16, 3), values(2, 16, 4), values(2, 32), None, values(2, 2, 4),
                                        values(2, 2, 4)], {"hidden_size": 4, "direction": "bidirectional"}, 3)],
     "GRU": [({"x": values(5, 2, 3)}, ["x", values(1, 12, 3), values(1, 12, 4), values(1, 24)],
-             {"hidden_size": 4, "linear_before_reset": 1}, 2)],
+             {"hidden_size": 4, "linear_before_reset": 1, "direction": direction}, 2)
+            for direction in ("forward", "reverse")],
     "RNN": [({"x": values(5, 2, 3)}, ["x", values(1, 4, 3), values(1, 4, 4)], {"hidden_size": 4}, 2)],
     "Range": [({"x": X}, [np.int64(0), np.int64(5), np.int64(2)], {}, 1)],
     "ConstantOfShape": [({"x": X}, [ints(2, 3)], {}, 1)],
@@ -189,6 +191,12 @@ def test_an_operator_computes_what_onnxruntime_computes(kind):
         session = runtime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
         for one, other in zip(session.run(None, inputs), actual, strict=True):
             np.testing.assert_allclose(one, other.detach().numpy(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_recurrent_layer_that_pytorch_lacks_is_refused_by_name():
+    inputs, constants = {"x": values(5, 2, 3)}, ["x", values(1, 12, 3), values(1, 12, 4)]
+    with pytest.raises(ConfigError, match=r"got linear_before_reset=0 \(one, from_file\)"):
+        nni_topo.from_file(file_of("GRU", inputs, constants, {"hidden_size": 4}, 2), inputs)
 
 
 def test_a_product_and_a_sum_are_one_linear_layer():
