@@ -193,7 +193,7 @@ def _check_apart(images: dict[str, str], other_images: dict[str, str], purpose: 
 
 
 def _no_images(got: str, folder: Path) -> DataError:
-    rule = "an image folder must hold one folder per class with at least one image, as docs/sources.md shows"
+    rule = "an image folder must hold one folder per class with at least one image, as docs/start.md shows"
     return DataError(f"{rule}, got: {got} ({folder})")
 
 
