@@ -90,7 +90,7 @@ def made_sections(path):
 def tables_of_block(block, page):
     """The rows of the tables that a block links to, and their titles, as the records make them."""
     lines = [line.strip() for path, anchor in linked(block, page) for line in made_sections(path)[anchor].splitlines()]
-    return "\n".join(line for line in lines if line.startswith(("|", "**")))
+    return "\n".join(line for line in lines if line.startswith(("|", "**", "#")))
 
 
 @pytest.mark.parametrize("page", QUOTING, ids=lambda page: page.stem)

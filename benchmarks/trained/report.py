@@ -134,7 +134,7 @@ def _by_allocation(network: str, records: list[Record]) -> str:
         f"python -m benchmarks.trained.run {network} --out benchmarks/records/trained --shares {shares} --allocations"
     )
     names_of = " ".join(shlex.quote(name) for name in dict.fromkeys(record["allocation"] for record in records))
-    title = "**EfficientNet-Lite0: `shrink` by the allocation of its budget, and with `depth=True`**"
+    title = "### EfficientNet-Lite0: `shrink` by the allocation of its budget, and with `depth=True`"
     return f"{title}\n\n{markdown_table(head, lines, text_columns=2)}\n\n`{command} {names_of}`"
 
 
@@ -157,7 +157,7 @@ def _by_images(network: str, share: float, records: list[Record]) -> str:
         "CPU s",
         MEASURED_ON,
     ]
-    title = f"**{TITLES[network].format(share=share)}: `{OURS}` and `compensate` by number of {what}**"
+    title = f"### {TITLES[network].format(share=share)}: `{OURS}` and `compensate` by number of {what}"
     counts = " ".join(str(record["images"]) for record in records)
     command = f"python -m benchmarks.trained.run {network} --out benchmarks/records/trained --images {counts}"
     return f"{title}\n\n{markdown_table(head, lines, text_columns=0)}\n\n`{command}`"
@@ -211,7 +211,7 @@ def _table(network: str, share: float, found: dict[tuple[str, str], Record], siz
         head += [f"ms (unpruned {sizes['l1']['milliseconds_unpruned']:.0f}; {timed_on})", "`from_pretrained`"]
     head.append(MEASURED_ON)
     return (
-        f"**{TITLES[network].format(share=share)}**\n\n{markdown_table(head, lines, text_columns=2)}\n\n{_said(first)}"
+        f"### {TITLES[network].format(share=share)}\n\n{markdown_table(head, lines, text_columns=2)}\n\n{_said(first)}"
     )
 
 
