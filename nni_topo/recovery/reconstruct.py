@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from nni_topo.maths.least_squares.normal import Fit, NormalEquations, fit
 from nni_topo.maths.least_squares.windows import Windows
+from nni_topo.network.graph.nodes import tensor_shape
 from nni_topo.network.layers.kinds import by_output, through_norms
 from nni_topo.recovery.networks import Networks
 from nni_topo.recovery.plan import Equation, Plan
@@ -42,9 +43,11 @@ from nni_topo.recovery.samples import (
     output_rows,
     position_count,
 )
-from nni_topo.rules import check_fields, whole
+from nni_topo.rules import NONE, check_fields, whole
 
 _DEAD_SCALE = 1e-6
+_REFINED_BELOW = 0.175  # share of the multiply-accumulates; benchmarks/selection/README.md says where it comes from
+_STEPS = 2  # of refining, where the number isn't given
 
 
 @dataclass(frozen=True)
@@ -52,21 +55,37 @@ class Reconstruct(RecoveryMethod):
     """Solve each layer after removed channels again, to reproduce its unpruned output or the sum it goes into."""
 
     # Number of refining steps, at least 0, for each layer before a ReLU. They count only what the ReLU lets through,
-    # and use the ridge of the first step. They help if few channels are kept.
-    refine: int = 2
+    # and use the ridge of the first step. They help if few channels are kept. None: two if the layers to solve keep
+    # less than 17.5 % of their multiply-accumulates, else none.
+    refine: int | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self, "reconstruct", refine=whole(0))
+        check_fields(self, "reconstruct", refine=whole(0) | NONE)
 
     def tasks(self, plan: Plan, networks: Networks) -> list[Task]:
         """Return one task for each equation, followed by the tasks that refine it."""
+        refining_steps = self.refine
+        if refining_steps is None:
+            refining_steps = _STEPS if kept_share(plan, networks) < _REFINED_BELOW else 0
         tasks: list[Task] = []
         for equation in plan.equations:
-            steps = 1 + self.refine * equation.rectified
+            steps = 1 + refining_steps * equation.rectified
             tasks += [
                 ReconstructTask(equation, networks.pruned, networks.result, refines=step > 0) for step in range(steps)
             ]
         return tasks
+
+
+def kept_share(plan: Plan, networks: Networks) -> float:
+    """Return the share of the multiply-accumulates that the layers to solve keep; 1.0 if there is none."""
+    kept = full = 0
+    for equation in plan.equations:
+        module: Any = networks.unpruned.get_submodule(equation.layer.name)
+        positions = position_count(module, tensor_shape(equation.place) or ())
+        weights_between_kept = equation.layer.columns.numel() * equation.layer.rows.shape[1]
+        kept += positions * weights_between_kept * module.weight[0, 0].numel()
+        full += positions * module.weight.numel()
+    return kept / full if full else 1.0
 
 
 class ReconstructTask(Task):

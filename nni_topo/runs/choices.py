@@ -64,10 +64,10 @@ class CompensationChoice:
 
     images: int = 1024
     method: str = "reconstruct"
-    refine: int = 2
+    refine: int | None = None  # steps of refining; None: as nni_topo.recovery.Reconstruct chooses
 
     def __post_init__(self) -> None:
-        check_fields(self, "compensate", images=whole(1), refine=whole(0))
+        check_fields(self, "compensate", images=whole(1), refine=whole(0) | NONE)
         RECOVERIES.info(self.method, "compensate", "method")
 
 

@@ -165,7 +165,7 @@ DEALT = {"budget": {"flops": 0.4, "allocation": "topological"}}
 @pytest.mark.parametrize(
     ("build", "names", "rule", "knobs", "expected"),
     [
-        (toy_model, "stem inner hidden", HALF, {"sequential": True}, "01101100 01101100 1010101000011101"),
+        (toy_model, "stem inner hidden", HALF, {"sequential": True}, "01101100 01101100 1010100100011101"),
         (branches, "0 2 5", HALF, {}, "01011001 10011001 000111"),
         (branches, "0 2 5", HALF, {"sequential": True}, "01011001 01010101 000111"),
         (branches, "0 2 5", BELOW, {}, "01111011 10111101 111111"),

@@ -151,6 +151,19 @@ def test_each_refinement_lowers_the_error_behind_the_relu(images):
     assert errors[1] < 0.99 * errors[0]
 
 
+@pytest.mark.parametrize(("kept", "steps"), [(1, 2), (2, 0)])
+def test_layers_are_refined_twice_where_less_than_17_5_percent_of_their_products_are_left(images, kept, steps):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(96, 2)
+    ).double().eval()  # fmt: skip
+    # The second convolution has 16 * 6 * 8 * 9 = 6,912 products, of which the kept eighths stay, the last layer 192:
+    # 14.9 % with one channel of eight, 27 % with two.
+    masks = {"0": {"weight": (torch.arange(8) < kept).double()[:, None, None, None]}}
+    layers = compensation(net, masks, images).report.layers
+    assert [layer.place for layer in layers] == ["_2", *["relu(_2)"] * steps, "_5"]
+
+
 def test_at_a_sum_the_solution_is_numpys(images):
     class Sum(nn.Module):
         def __init__(self):
