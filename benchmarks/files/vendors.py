@@ -24,8 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 from scipy import stats
@@ -333,6 +331,8 @@ NETWORKS: dict[str, Callable[[], Network]] = {
 
 def runs(file: Path | bytes) -> Run:
     """Return what runs a file in onnxruntime on one thread."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 4
@@ -371,6 +371,8 @@ def by_shrink(path: Path, batches: list[Feed], folder: str) -> Path:
 
 def by_onnxsim(path: Path, batches: list[Feed], most_macs: float, is_tuned: bool) -> tuple[bytes, float]:
     """Return the file of onnxsim's structured pruning with at least so many MACs, and its sparsity."""
+    import onnx
+
     onnxsim = importlib.import_module("onnxsim")
     model = onnx.load(str(path))
     before = macs_of(model, batches[0])
@@ -392,6 +394,8 @@ def by_onnxsim(path: Path, batches: list[Feed], most_macs: float, is_tuned: bool
 
 def measure(packages: Path, name: str, method: str, records: dict[str, Any]) -> dict[str, Any]:
     """Prune one file by one method, and measure it beside the unpruned one."""
+    import onnx
+
     torch.manual_seed(0)
     network, record = NETWORKS[name](), {"model": f"{name}, {method}", "name": name, "method": method}
     path = packages / network.file

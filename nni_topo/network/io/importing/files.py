@@ -545,8 +545,12 @@ def _takes_any_batch(network: GraphModule, calls: Sequence[Sequence[Tensor]]) ->
     """Tell whether a network computes the same for samples one by one and together; its file may take one alone."""
     facts = file_facts(network)
     assert facts is not None
-    fixed = [place for place, each in enumerate(facts.inputs) if each.shape and isinstance(each.shape[0], int)]
-    if not fixed or not calls:
+    if not calls or any(0 in each.free for each in facts.inputs):
+        return True
+    sizes = [each.shape[0] if each.shape else 0 for each in facts.inputs]
+    batch = next((size for size in sizes if size), 0)
+    fixed = [place for place, size in enumerate(sizes) if size == batch]  # others hold states or settings
+    if not batch:
         return True
     samples = len(calls[0][fixed[0]])
     if samples > 1:
@@ -568,7 +572,7 @@ def _takes_any_batch(network: GraphModule, calls: Sequence[Sequence[Tensor]]) ->
 def _check_batch_sizes(inputs: Sequence[FileInput], calls: Sequence[Sequence[Tensor]]) -> None:
     for place, call in enumerate(calls):
         for each, tensor in zip(inputs, call, strict=True):
-            if each.shape and isinstance(each.shape[0], int) and len(tensor) != each.shape[0]:
+            if each.shape and len(tensor) != each.shape[0]:
                 raise DataError(
                     f"batches must have the size of the file's, {each.shape[0]}, because it computes something else "
                     f"for samples together, got {len(tensor)} (input {each.name!r}, batch {place} of images)"
