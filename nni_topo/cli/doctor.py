@@ -73,17 +73,21 @@ class Doctor(Verb):
             except importlib.metadata.PackageNotFoundError:
                 yield Finding(need.name, "broken", "isn't installed", install)
                 continue
-            fits = need.specifier.contains(version, prereleases=True)
-            yield Finding(need.name, "ok" if fits else "broken", version, "" if fits else install)
+            if need.specifier.contains(version, prereleases=True):
+                yield Finding(need.name, "ok", version)
+            else:
+                yield Finding(need.name, "broken", version, install)
 
         # whether torchvision was built for the installed torch
         torch_version, vision = (importlib.metadata.version(name) for name in ("torch", "torchvision"))
         needs = [Requirement(text) for text in importlib.metadata.requires("torchvision") or ()]
         required_torch = next((need.specifier for need in needs if need.name == "torch"), None)
-        fits = required_torch is None or required_torch.contains(torch_version, prereleases=True)
-        remedy = "" if fits else f"pip install 'torch{required_torch}', or the torchvision of this torch"
-        state = "ok" if fits else "broken"
-        yield Finding("torch and torchvision", state, f"{torch_version} with {vision}", remedy)
+        versions = f"{torch_version} with {vision}"
+        if required_torch is None or required_torch.contains(torch_version, prereleases=True):
+            yield Finding("torch and torchvision", "ok", versions)
+        else:
+            remedy = f"pip install 'torch{required_torch}', or the torchvision of this torch"
+            yield Finding("torch and torchvision", "broken", versions, remedy)
 
         if failed := compat.enable().failed:
             remedy = "see docs/compatibility.md for supported versions"

@@ -84,9 +84,11 @@ class Run(Verb):
         save_best(best, metrics, self.out)
         report = write_report(self.out)
         where = f"dense model and config_list: {self.out / 'best'} · all trials: {self.out} · report: {report}"
-        bad = [Text(f"{len(failed)} of {len(trials)} trials failed", "red")] if failed else []
+        lines: list[Any] = [*_in_lines(best, metrics), where]
+        if failed:
+            lines.append(Text(f"{len(failed)} of {len(trials)} trials failed", "red"))
         everything = {**document, "trials": [trial.to_dict() for trial in trials]}
-        self.put_out(console, everything, [*_in_lines(best, metrics), where, *bad])
+        self.put_out(console, everything, lines)
         return 1 if failed else 0
 
 

@@ -155,8 +155,9 @@ class Compare(DataVerb):
         if name == SCRATCH or is_baseline(name):
             return PrunerChoice(name)
         info = pruner_info(name)
-        needs_data = any(need.startswith("calibration") for need in info.needs)
-        return PrunerChoice(info.name, calibration=self.calibration if needs_data else 0)
+        if any(need.startswith("calibration") for need in info.needs):
+            return PrunerChoice(info.name, calibration=self.calibration)
+        return PrunerChoice(info.name, calibration=0)
 
 
 def _run_plan(plan: ComparisonPlan, out: Path, console: Console, *, as_json: bool) -> int:
@@ -380,7 +381,8 @@ class Shrink(TrainedVerb):
         DistillationChoice(self.images, seconds=self.distill_seconds)
         check_knobs(place, {"tolerance": self.tolerance}, KNOBS)
         settings = Settings(pruner=self.pruner, compensate=self.method, depth=self.depth, place=place)
-        settings.check_together(asked_budget(budget, self.tolerance), "" if self.tolerance is None else TOLERANCE)
+        why_several = "" if self.tolerance is None else TOLERANCE
+        settings.check_together(asked_budget(budget, self.tolerance), why_several)
 
     def _budget(self) -> str | dict[str, Any] | None:
         """Return the shares to keep; with a tolerance the name of the cost to minimise, or None."""

@@ -176,7 +176,8 @@ def _images_below(folder: str) -> Iterator[tuple[str, str]]:
             elif not child.name.lower().endswith(_SUFFIXES):
                 continue
             elif child.is_file(follow_symlinks=False):
-                yield child.path, child.path if place == real else os.path.join(real, child.name)
+                real_path = child.path if place == real else os.path.join(real, child.name)
+                yield child.path, real_path
             elif os.path.isfile(child.path):
                 yield child.path, os.path.realpath(child.path)
             else:

@@ -24,7 +24,8 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(width, width, bias=bias)
         half = self.head_dim // 2
-        self.register_buffer("inv_freq", 10000.0 ** (-torch.arange(half) / half) if causal else None, persistent=False)
+        frequencies = 10000.0 ** (-torch.arange(half) / half) if causal else None
+        self.register_buffer("inv_freq", frequencies, persistent=False)
 
     def forward(self, states: Tensor) -> Tensor:
         """Compute self-attention of states ``(n, places, width)``; the output has the same shape."""

@@ -191,9 +191,13 @@ def _tokenize(texts: list[str], tokenizer: str | None, path: Path) -> list[Any]:
         loaded_tokenizer.pad_token = loaded_tokenizer.eos_token
     longest = loaded_tokenizer.model_max_length
     is_limited = longest < _UNLIMITED
-    cut = sum(len(ids) > longest for ids in loaded_tokenizer(texts, verbose=False)["input_ids"]) if is_limited else 0
-    if cut:
-        _logger.warning("%d of %d texts are cut to the %d tokens that the tokenizer allows", cut, len(texts), longest)
+    if is_limited:
+        token_ids = loaded_tokenizer(texts, verbose=False)["input_ids"]
+        cut = sum(len(ids) > longest for ids in token_ids)
+        if cut:
+            _logger.warning(
+                "%d of %d texts are cut to the %d tokens that the tokenizer allows", cut, len(texts), longest
+            )
     parts = [texts[at : at + SAMPLES] for at in range(0, len(texts), SAMPLES)]
     return [dict(loaded_tokenizer(part, padding=True, truncation=is_limited, return_tensors="pt")) for part in parts]
 

@@ -102,7 +102,9 @@ class SubsetFitness:
     def _score(self, subsets: BoolArray) -> FloatArray:
         if self._is_cover:
             largest, mean = covers(self._distances, subsets)
-            return largest if self.criterion == "hausdorff" else mean
+            if self.criterion == "hausdorff":
+                return largest
+            return mean
         losses = list[FloatArray]()
         higher = [degree for degree in self.homology_dimensions if degree > 0]
         if higher:
