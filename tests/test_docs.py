@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import builtins
 import configparser
 import importlib.util
 import linecache
 import os
 import re
 import subprocess
+import symtable
 import sys
 import types
 from pathlib import Path
@@ -329,3 +331,32 @@ def test_the_site_has_every_page_and_groups_of_at_most_six_that_tell_how_to():
     assert sorted(named) == sorted({path.name for path in PROJECT.glob("docs/*.md")} | made | results)
     (how_to,) = (entry["How to"] for entry in nav if "How to" in entry)
     assert all(len(pages(group)) <= 6 for group in how_to)
+
+
+def names_of(code: str) -> tuple[set[str], set[str]]:
+    """The names that a block reads and that Python doesn't have, and those that it defines."""
+    read, defined = set(), set()
+
+    def walk(table, *, is_top):
+        for symbol in table.get_symbols():
+            if is_top and (symbol.is_assigned() or symbol.is_imported()):
+                defined.add(symbol.get_name())
+            if symbol.is_referenced() and (is_top or symbol.is_global()):
+                read.add(symbol.get_name())
+        for child in table.get_children():
+            walk(child, is_top=False)
+
+    walk(symtable.symtable(code, "block", "exec"), is_top=True)
+    return read - {*dir(builtins)}, defined
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if snippets(page) and page.stem != "CONTRIBUTING"], ids=lambda page: page.stem
+)
+def test_a_block_that_uses_what_no_block_defines_begins_with_what_is_the_readers(page):
+    known = {"__name__"}
+    for code in snippets(page):
+        read, defined = names_of(code)
+        told = set(re.findall(r"(\w+):", re.match(r"(?:#.*\n)*", code)[0]))
+        assert read - known - defined <= told, f"{page.name}: {code.partition(chr(10))[0]}"
+        known |= defined
