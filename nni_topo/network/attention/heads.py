@@ -206,7 +206,9 @@ def _attention(name: str, module: Any) -> Attention | None:
             key: dim for key, dim in _BY_HEAD.items() if key in parameters and parameters[key].shape[dim] == count
         }
         # All heads must share all other parameters, such as those of norms of queries and keys.
-        by_name = {*names, *by_head} if out is None else {*names, *by_head, out}
+        by_name = {*names, *by_head}
+        if out is not None:
+            by_name.add(out)
         known_parts = {path.partition(".")[0] for path in by_name}
         shared_parameters: list[Tensor] = []
         for key, parameter in module.named_parameters(recurse=False):

@@ -387,11 +387,11 @@ class Propagation(torch.fx.Interpreter):
             elif not any(torch.equal(tensor, state) for state in states_of_all):
                 needed.append(tensor)
         kept_outputs = op.all_kept(needed, reasons.needs_all_channels(op.node, attention.name))
-        context, *further = tensors_of(kept_outputs)
+        context, *further_outputs = tensors_of(kept_outputs)
         if op.node.op != "call_module" or attention.out is None:  # else it comes from the output projection
             context = torch.from_numpy(context_ids).expand(context.shape)
         outputs = [context]
-        for output in further:
+        for output in further_outputs:
             is_by_head = output.dim() == 4 and output.shape[1] == heads  # attention weights
             if is_by_head:
                 output = torch.from_numpy(first).view(-1, 1, 1).expand(output.shape)

@@ -170,8 +170,8 @@ class Operation:
         for operand in full:
             varying.update(_varying(operand))
         coupled = [operand for operand in full if all(operand.shape[d] == shape[d] for d in varying)]
-        for follower in coupled[1:]:
-            self.couple(coupled[0], follower)
+        for operand in coupled[1:]:
+            self.couple(coupled[0], operand)
         output_ids = full[0]
         if coupled:
             output_ids = coupled[0]
@@ -595,15 +595,15 @@ def _taken_apart(op: Operation, moved_ids: Tensor, sizes: Any) -> Tensor:
     fixed_sizes = [
         (isinstance(sizes[d], int) or is_computed_of_attributes(sizes[d])) and sizes[d] != -1 for d in places
     ]
-    first, *following = fixed_sizes
+    first_is_fixed, *later_are_fixed = fixed_sizes
     is_counted = isinstance(sizes[places[0]], TracedInt)
     rows = moved_ids.movedim(places, list(range(len(places)))).flatten(len(places))[..., 0].flatten(1).numpy()
-    if first and len(following) == 1 and not following[0]:
+    if first_is_fixed and len(later_are_fixed) == 1 and not later_are_fixed[0]:
         where = described(op.node)
         op.channels.blocks.append(Blocks([list(rows)], may_vanish=False, moves=True, place=where, counted=is_counted))
         op.channels.reorders = True
-    elif all(following) and (
-        not first or (is_counted and not any(isinstance(sizes[d], TracedInt) for d in places[1:]))
+    elif all(later_are_fixed) and (
+        not first_is_fixed or (is_counted and not any(isinstance(sizes[d], TracedInt) for d in places[1:]))
     ):
         op.channels.tie(rows[:, :1], rows)
     return moved_ids
@@ -1460,12 +1460,9 @@ def _own_convolution(op: Operation) -> Any:
 
 def _product_by_head(op: Operation, first_factor: Tensor, second_factor: Tensor) -> Any:
     """Follow matrix products, one for each head: each head is removed as a whole."""
-    heads_at = {
-        d - factor.dim()
-        for factor in (first_factor, second_factor)
-        for d in range(factor.dim() - 2)
-        if varies(factor, d)
-    }
+    heads_at = set[int]()
+    for factor in (first_factor, second_factor):
+        heads_at |= {d - factor.dim() for d in range(factor.dim() - 2) if varies(factor, d)}
     at = heads_at.pop()
     # A factor without channels there is the same for all heads, or belongs to heads that all stay.
     by_head = list[Tensor]()
@@ -1569,12 +1566,12 @@ def _einstein_sum(op: Operation) -> Any:
             keep_operand(at)
     # An operand with one channel per head (attention weights) is coupled with an operand that holds the head's channels
     # (values), as in "bhij,bhjd->bhid", and needs no more checks: the head is removed as a whole.
-    remaining = list[int]()
+    remaining_operands = list[int]()
     for at, letters in enumerate(operands):
         head_letters = letters_of_channels(at)
         wider = [wide for wide in range(len(operands)) if head_letters < letters_of_channels(wide) <= set(output)]
         if len(head_letters) != 1 or not wider:
-            remaining.append(at)
+            remaining_operands.append(at)
             continue
         (letter,) = head_letters
         shares = compress(entering_ids[at]).movedim(letters.index(letter), 0).flatten(1)
@@ -1582,7 +1579,10 @@ def _einstein_sum(op: Operation) -> Any:
             channels = compress(entering_ids[wide]).movedim(operands[wide].index(letter), 0).flatten(1)
             op.couple(channels[:, :1], channels)
             op.couple(shares[:, 0], channels[:, 0])
-    operands, entering_ids = [operands[at] for at in remaining], [entering_ids[at] for at in remaining]
+    operands, entering_ids = (
+        [operands[at] for at in remaining_operands],
+        [entering_ids[at] for at in remaining_operands],
+    )
     # Operands' ids, by the letters of their channel dimensions: in the output's order, summed letters last.
     coupled: dict[str, list[Tensor]] = {}
     holding: list[str] = []
@@ -1616,8 +1616,8 @@ def _einstein_sum(op: Operation) -> Any:
             # The other operands keep their entries for removed channels, so removed channels must arrive as zeros.
             op.channels.summed.add(op.node.name)
     for entering in coupled.values():
-        for following in entering[1:]:
-            op.couple(entering[0], following)
+        for later_ids in entering[1:]:
+            op.couple(entering[0], later_ids)
     return output_ids
 
 

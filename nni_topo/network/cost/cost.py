@@ -242,7 +242,8 @@ class _Factor:
         for place, d in enumerate(dims):
             if d is None:
                 ids = ids.unsqueeze(place)
-        return _Factor(ids, tuple(1 if d is None else next(shape) for d in dims))
+        sizes = [1 if d is None else next(shape) for d in dims]
+        return _Factor(ids, tuple(sizes))
 
 
 class Product:

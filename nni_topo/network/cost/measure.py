@@ -119,7 +119,8 @@ def counted_run(model: nn.Module, call: Call, names: Iterable[str] = ()) -> tupl
         if out_of_memory(error):
             raise
     lists = lists_of_samples([*call[0], *call[1].values()])
-    return call, len(lists[0]) if lists else batch_size(call), run(*call)
+    samples = len(lists[0]) if lists else batch_size(call)
+    return call, samples, run(*call)
 
 
 class _Counter(TorchDispatchMode):

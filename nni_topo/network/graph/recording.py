@@ -629,11 +629,11 @@ class _Recorder(TorchFunctionMode):
             value.written = True
             if value.source is None:
                 return value.copied()  # the forward may keep the number itself
-            first, second = value.source
-            if isinstance(first, Tensor):
-                number = self.graph.call_method("size", (self._node(first), second))
+            origin, dim_or_operands = value.source
+            if isinstance(origin, Tensor):
+                number = self.graph.call_method("size", (self._node(origin), dim_or_operands))
             else:
-                number = self.graph.call_function(first, tuple(map(self._argument, second)))
+                number = self.graph.call_function(origin, tuple(map(self._argument, dim_or_operands)))
             self.numbers.add(number)
             return number
         if isinstance(value, np.generic):

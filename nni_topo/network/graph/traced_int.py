@@ -299,8 +299,8 @@ def _compute_noting(name: str, *operands: Any) -> Any:
             continue
         if name in _TO_FLOATS:
             operand.note_number()
-    size, *further = operands
-    for number in further if size.unshown is not None else ():
+    size, *further_operands = operands
+    for number in further_operands if size.unshown is not None else ():
         if not isinstance(number, int) or (isinstance(number, TracedInt) and number.place is None):
             continue
         if name in _ORDERS and _is_behind_the_samples(size):
@@ -334,18 +334,18 @@ def _is_checked(name: str, operands: tuple[Any, ...]) -> bool:
 
 def _is_behind_the_samples(size: TracedInt) -> bool:
     """Tell whether a size is the size of a tensor's dimension after the first, or computed from such a size."""
-    first, second = size.source or (None, ())
-    if isinstance(first, Tensor):
-        return bool(second % max(first.dim(), 1))
-    return any(isinstance(operand, TracedInt) and _is_behind_the_samples(operand) for operand in second)
+    origin, dim_or_operands = size.source or (None, ())
+    if isinstance(origin, Tensor):
+        return bool(dim_or_operands % max(origin.dim(), 1))
+    return any(isinstance(operand, TracedInt) and _is_behind_the_samples(operand) for operand in dim_or_operands)
 
 
 def _is_of_samples(size: TracedInt, parameter_ids: Collection[int]) -> bool:
     """Tell whether a size is the number of samples, or computed from that and from numbers that don't change."""
-    first, second = size.source or (None, ())
-    if isinstance(first, Tensor):
-        return not second % max(first.dim(), 1) and id(first) not in parameter_ids
-    sizes = [operand for operand in second if isinstance(operand, TracedInt) and operand.unshown is not None]
+    origin, dim_or_operands = size.source or (None, ())
+    if isinstance(origin, Tensor):
+        return not dim_or_operands % max(origin.dim(), 1) and id(origin) not in parameter_ids
+    sizes = [operand for operand in dim_or_operands if isinstance(operand, TracedInt) and operand.unshown is not None]
     return bool(sizes) and all(_is_of_samples(operand, parameter_ids) for operand in sizes)
 
 

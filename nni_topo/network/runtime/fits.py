@@ -94,13 +94,15 @@ def structure_of(model: nn.Module, call: Call, name: str = "calibration") -> Cal
 
 def _listed_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules in `LISTS` that have parameters and accept hooks, by name."""
-    return {
-        f"{name}.{key}".lstrip("."): child
-        for name, module in model.named_modules()
-        if isinstance(module, LISTS)
-        for key, child in module.named_children()
-        if next(child.parameters(), None) is not None and not isinstance(child, torch.jit.ScriptModule)
-    }
+    children = dict[str, nn.Module]()
+    for name, module in model.named_modules():
+        if not isinstance(module, LISTS):
+            continue
+        for key, child in module.named_children():
+            has_parameters = next(child.parameters(), None) is not None
+            if has_parameters and not isinstance(child, torch.jit.ScriptModule):
+                children[f"{name}.{key}".lstrip(".")] = child
+    return children
 
 
 def call_arguments(example_inputs: Any, model: nn.Module) -> Call:

@@ -544,9 +544,9 @@ class _DryRun:
     def _masked(self, node: Node, value: Any) -> Any:
         """Zero the pruned channels in a node's output, if it is a layer, parameter or attention."""
         if self._is_attention(node):
-            (context, *further), spec = tree_flatten(value)
+            (context, *further_outputs), spec = tree_flatten(value)
             pruned = ~self._stays(tree_flatten(self.flow.ids[node.name])[0][0]).to(context.device)
-            return tree_unflatten([context.masked_fill(pruned.expand(context.shape), 0), *further], spec)
+            return tree_unflatten([context.masked_fill(pruned.expand(context.shape), 0), *further_outputs], spec)
         if node.op not in ("call_module", "get_attr") or not isinstance(value, Tensor):
             return value
         sources = self.flow.layers if node.op == "call_module" else self.flow.free_parameters
@@ -643,10 +643,10 @@ class _DryRun:
             while level and not blamed:
                 seen.update(level)
                 blamed = self._pruned([self.flow.group_ids(ids) for ids in self._ids_of(level)])
-                before = (
-                    grandparent for parent in level for grandparent in parent.all_input_nodes if grandparent not in seen
-                )
-                level = list(dict.fromkeys(before))
+                before = dict[Node, None]()
+                for parent in level:
+                    before.update(dict.fromkeys(source for source in parent.all_input_nodes if source not in seen))
+                level = list(before)
             blamed = blamed or self._removed()
         if len(alive) and reason.kind == "result_depends":
             reason = reasons.nonzero_values(node, self._source(node))

@@ -36,9 +36,13 @@ def multihead(
 ) -> tuple[Tensor, Tensor | None]:
     """Compute what ``nn.MultiheadAttention`` does, layer by layer, for any number of heads."""
     del is_causal  # only a hint: the mask says it too
-    is_single, states = query.dim() == 2, [query] if query is key is value else [query, key, value]
-    if is_single or not self.batch_first:
-        states = [tensor.unsqueeze(0) if is_single else tensor.transpose(0, 1) for tensor in states]
+    is_single, states = query.dim() == 2, [query, key, value]
+    if query is key is value:
+        states = [query]
+    if is_single:
+        states = [tensor.unsqueeze(0) for tensor in states]
+    elif not self.batch_first:
+        states = [tensor.transpose(0, 1) for tensor in states]
     entering = states * 3 if len(states) == 1 else states
     heads = [projection.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for projection in projected(self, *entering)]
     mask: Tensor | None = None
@@ -50,7 +54,8 @@ def multihead(
     if key_padding_mask is not None:
         padding = _additive(key_padding_mask, heads[0]).reshape(len(heads[0]), 1, 1, -1)
         mask = padding if mask is None else mask + padding
-    dropout, shares = self.dropout if self.training else 0.0, None
+    dropout = self.dropout if self.training else 0.0
+    shares: Tensor | None = None
     if need_weights:
         scores = heads[0] @ heads[1].transpose(2, 3) / self.head_dim**0.5
         if mask is not None:
@@ -64,8 +69,10 @@ def multihead(
     else:
         context = functional.scaled_dot_product_attention(heads[0], heads[1], heads[2], mask, dropout)
     mixed = (mix or self.out_proj)(context.transpose(1, 2).flatten(2))
-    if is_single or not self.batch_first:
-        mixed = mixed.squeeze(0) if is_single else mixed.transpose(0, 1)
+    if is_single:
+        mixed = mixed.squeeze(0)
+    elif not self.batch_first:
+        mixed = mixed.transpose(0, 1)
     return mixed, shares
 
 
