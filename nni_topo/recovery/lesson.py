@@ -27,7 +27,7 @@ from nni_topo.network.runtime.inputs import (
     described,
     on_device,
     real_positions_of,
-    taken,
+    take_samples,
     tensors_of,
 )
 from nni_topo.network.runtime.memory import free_memory_of
@@ -127,7 +127,7 @@ class Lesson:
         wanted = self._wanted(one)
         few = cast_floats(few, self._place[1])
         with evaluation_mode(student), torch.no_grad():
-            call = few if self._pool.are_whole else taken(few, one)
+            call = few if self._pool.are_whole else take_samples(few, one)
             found = self._read(student(*call[0], **call[1]), call, Reading(student, few, **knobs))
         shapes, expected = ([tuple(each.shape[1:]) for each in tensors] for tensors in (found, wanted))
         if shapes != expected:
@@ -268,10 +268,10 @@ class Lesson:
                 if self._block_names:
                     wanted = list[Tensor]()
                 elif view:
-                    wanted = self._views[view](partial(taken, call), chosen, self.precision)
+                    wanted = self._views[view](partial(take_samples, call), chosen, self.precision)
                 else:
                     wanted = self._wanted(index[chosen], self.precision)
-                yield taken(call, chosen), wanted
+                yield take_samples(call, chosen), wanted
 
     def _whole_batches(
         self, index: Tensor, generator: torch.Generator, seed: int, augment: Augment | None, blend: bool
@@ -553,7 +553,7 @@ def _augmented(call: Call, augment: Augment, seed: int) -> Call:
     with random_state_kept():
         seed_torch(seed)
         for index in _together(torch.arange(batch_size(call))):
-            part = taken(call, index)
+            part = take_samples(call, index)
             given = as_in_batch(part)
             seen = augment(given)
             # A model may take one mapping as its argument; then the returned mapping is that argument, too.

@@ -28,7 +28,7 @@ from nni_topo.network.runtime.inputs import (
     on_device,
     returned_by_name,
     returned_tensors,
-    taken,
+    take_samples,
     tensors_of,
 )
 from nni_topo.network.runtime.modules import device_of
@@ -289,14 +289,14 @@ class Reading:
         self.kinds: tuple[OutputKind, ...] = ()
         is_cut = not are_whole and batch_size(call) > 1 and not lists_of_samples((*call[0], *call[1].values()))
         count = min(READ, batch_size(call))
-        few = taken(call, torch.arange(count)) if is_cut else call
+        few = take_samples(call, torch.arange(count)) if is_cut else call
         with evaluation_mode(model), torch.no_grad(), operations_noted(model) as operations:
             answer = model(*few[0], **few[1])
             entries = self._entries(answer, few)
         if is_cut:
             # One run can't distinguish outputs from a tensor that happens to be as long, such as anchors of shape
             # (1, n, 4) beside the output for one image.
-            fewer = taken(call, torch.arange(count - 1))
+            fewer = take_samples(call, torch.arange(count - 1))
             with evaluation_mode(model), torch.no_grad():
                 others = self._entries(model(*fewer[0], **fewer[1]), fewer)
             if len(entries) == len(others):  # otherwise the number of tensors depends on the samples

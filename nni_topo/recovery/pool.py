@@ -12,7 +12,7 @@ from nni_topo.context import advice
 from nni_topo.errors import DataError, raised
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.fits import failure_on
-from nni_topo.network.runtime.inputs import Call, batch_size, calls, lists_of_samples, taken
+from nni_topo.network.runtime.inputs import Call, batch_size, calls, lists_of_samples, take_samples
 from nni_topo.network.runtime.memory import check_memory
 
 _COPIES = 3
@@ -37,7 +37,7 @@ class Pool:
 
     def of(self, index: Tensor) -> Call:
         """Return the call for some units; of whole batches for one alone."""
-        return self._calls[int(index)] if self.are_whole else taken(self._calls[0], index)
+        return self._calls[int(index)] if self.are_whole else take_samples(self._calls[0], index)
 
     def few(self, samples: int) -> Call:
         """Return a call for the first samples, or for the first whole batch."""
@@ -123,7 +123,7 @@ def inputs_to_compare(nets: Mapping[str, nn.Module], images: Sequence[Calibratio
         # The first samples and the last ones: a batch may be sorted, with the longest sample in front.
         numbers = torch.arange(count)
         for index in (numbers[:1], numbers[:2], numbers[-2:], numbers[-1:]):
-            error = failure_on(net, taken(call, index))
+            error = failure_on(net, take_samples(call, index))
             if error is not None:
                 return parts, f"of {count} samples it got {len(index)} and raised {raised(error)} ({name})"
     return call, ""

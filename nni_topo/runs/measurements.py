@@ -15,7 +15,7 @@ from torch import nn
 from nni_topo.context import advice
 from nni_topo.errors import ConfigError, listed, raised
 from nni_topo.network.cost.measure import count_macs, count_params
-from nni_topo.network.runtime.copies import evaluating, evaluation_mode, leaves_models_alone, lent
+from nni_topo.network.runtime.copies import evaluating, evaluation_mode, leaves_models_alone, lent_copy
 from nni_topo.network.runtime.fits import first_call
 from nni_topo.network.runtime.inputs import bind_arguments, returned_by_name, tensors_of
 from nni_topo.network.speedup.dense_report import LayerChannels
@@ -197,7 +197,7 @@ def evaluated(evaluate: Callable[[nn.Module], float], net: nn.Module, name: str)
     An error of `evaluate` is logged with the name, and raised again.
     """
     try:
-        with lent(net) as copied:
+        with lent_copy(net) as copied:
             given: Any = evaluate(evaluating(copied))
     except Exception as error:
         _logger.warning("evaluate failed for the %s network: %s", name, raised(error))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nni_topo.disk import path_of, read_json, reading, write_json
 from nni_topo.errors import DataError
 from nni_topo.network.cost.cost import NetworkCost
-from nni_topo.network.cost.measure import count_params, median_of, memory_kept, now, thread_count, timed
+from nni_topo.network.cost.measure import count_params, measure_seconds, median_of, memory_kept, now, thread_count
 from nni_topo.network.layers.derived import has_own_forward, head, is_followed
 from nni_topo.network.layers.kinds import (
     RECURRENT,
@@ -296,7 +296,7 @@ def _timed_grid(module: Any, size: tuple[int, ...]) -> _Grid:
                 outputs = _first_of_groups(groups, full_output, outgoing)
             cut("", layer, inputs.to(weight.device), outputs.to(weight.device))
             ones = torch.ones((*size[:dim], width, *size[dim + 1 :]), device=weight.device, dtype=weight.dtype)
-            seconds[i, j] = median_of([timed(partial(layer, ones), ones) for _ in range(_RUNS + 1)])
+            seconds[i, j] = median_of([measure_seconds(partial(layer, ones), ones) for _ in range(_RUNS + 1)])
     return entering, leaving, np.maximum.accumulate(np.maximum.accumulate(seconds, axis=0), axis=1)
 
 

@@ -32,7 +32,7 @@ from nni_topo.network.runtime.inputs import (
     first_of_samples,
     fitting,
     lists_of_samples,
-    taken,
+    take_samples,
     tensors_of,
 )
 from nni_topo.network.runtime.public import Running, public
@@ -112,7 +112,7 @@ def counted_run(model: nn.Module, call: Call, names: Iterable[str] = ()) -> tupl
         return counted
 
     # Fails if the forward needs a fixed number of samples, or takes a list of images, which can't be cut.
-    first: Call = taken(call, torch.arange(1))
+    first: Call = take_samples(call, torch.arange(1))
     try:
         return first, 1, run(*first)
     except Exception as error:
@@ -369,12 +369,12 @@ def _rounds(
             generator.shuffle(order)
             seconds = {}
             for name in order:
-                seconds[name] = timed(partial(models[name], *args, **kwargs), first)
+                seconds[name] = measure_seconds(partial(models[name], *args, **kwargs), first)
             rounds.append(tuple(seconds[name] for name in models))
     return rounds
 
 
-def timed(run: Callable[[], object], tensor: Tensor) -> float:
+def measure_seconds(run: Callable[[], object], tensor: Tensor) -> float:
     """Return the seconds that ``run`` takes; ``tensor``: one on the device that it works on."""
     began, start = time.perf_counter(), now(tensor)
     run()

@@ -38,7 +38,7 @@ from nni_topo.network.runtime.inputs import (
     calls,
     returned_by_name,
     returned_tensors,
-    taken,
+    take_samples,
     tensors_of,
 )
 from nni_topo.network.runtime.precision import in_full_precision
@@ -212,7 +212,7 @@ def export(
             f"dynamic_dims must be dimensions of the inputs, got {missing[0]} of {most} dimensions (export)"
         )
     if 0 in dynamic_dims and facts is None:
-        call = taken(given, torch.arange(_BATCH) % batch_size(given))
+        call = take_samples(given, torch.arange(_BATCH) % batch_size(given))
     try:
         check_fits(net, call, "inputs")
     except DataError:
@@ -341,7 +341,7 @@ def quietly() -> Iterator[None]:
 def _other_sizes(net: nn.Module, call: Call, dims: Sequence[int]) -> Call:
     """Return a call with other sizes in the dimensions, on which a network runs; ExportError if none is found."""
     if 0 in dims:
-        call = taken(call, torch.arange(_OTHER_BATCH) % batch_size(call))
+        call = take_samples(call, torch.arange(_OTHER_BATCH) % batch_size(call))
     places, samples = [dim for dim in dims if dim], batch_size(call)
     if not places:
         return call

@@ -21,7 +21,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_map, tree_map_only
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.runtime.inputs import batch_size, check_inputs, inputs_of, lists_of_samples, taken, tensors_of
+from nni_topo.network.runtime.inputs import (
+    batch_size,
+    check_inputs,
+    inputs_of,
+    lists_of_samples,
+    take_samples,
+    tensors_of,
+)
 from nni_topo.network.runtime.memory import free_memory
 from nni_topo.network.runtime.progress import bar
 from nni_topo.rules import FLAG, NONE, whole
@@ -430,7 +437,7 @@ class Calibration(Sequence[Any]):
         except (ValueError, RuntimeError):  # their shapes differ
             return subset
         places = torch.arange(len(samples)).split(max(self.sizes))
-        return self._of_read([(taken(joined, place),) for place in places], [*map(len, places)], subset._labels)
+        return self._of_read([(take_samples(joined, place),) for place in places], [*map(len, places)], subset._labels)
 
     def _subset(self, rows: Sequence[tuple[int, Tensor | None]]) -> Calibration:
         """Return samples, given by batch and indices within the batch (None: all), without copying them."""
@@ -449,7 +456,7 @@ class Calibration(Sequence[Any]):
             index, indices = rows[at]
             if indices is None:
                 return batches[index]
-            return taken(batches[index], indices)
+            return take_samples(batches[index], indices)
 
         sizes = [self._sizes[index] if indices is None else len(indices) for index, indices in rows]
         subset = self._of_read(_Views(len(rows), make), sizes, labels)

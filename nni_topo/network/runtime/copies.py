@@ -549,7 +549,7 @@ def _put_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
 
 
 @contextmanager
-def lent(model: nn.Module) -> Iterator[nn.Module]:
+def lent_copy(model: nn.Module) -> Iterator[nn.Module]:
     """Yield a copy of a network for a user's function, which may train it; the random states are restored."""
     with random_state_kept(), _copies([model]) as copies:
         yield copies[model]

@@ -28,7 +28,7 @@ from nni_topo.network.runtime.inputs import (
     fitting,
     name_of,
     on_device,
-    taken,
+    take_samples,
     tensors_of,
 )
 from nni_topo.network.runtime.modules import device_of
@@ -76,7 +76,7 @@ def structure_call(model: nn.Module, calibration: Iterable[Any]) -> Call:
 def structure_of(model: nn.Module, call: Call, name: str = "calibration") -> Call:
     """Return a call's first two samples; the whole call if the model needs it, or runs more layers on it."""
     # Tracing takes time and memory for each sample.
-    few: Call = taken(call, torch.arange(min(2, batch_size(call))))
+    few: Call = take_samples(call, torch.arange(min(2, batch_size(call))))
     try:
         reached = check_fits(model, few, name)
     except DataError:
@@ -216,7 +216,7 @@ def check_samples_first(model: nn.Module, calibration: Iterable[Any]) -> None:
     lengths: list[dict[str, int]] = []
     for some in (count, count - 1):
         seen: dict[str, int] = {}
-        args, kwargs = taken(call, torch.arange(some))
+        args, kwargs = take_samples(call, torch.arange(some))
         entering = [(module, partial(look, seen, layer_name)) for layer_name, module in layers.items()]
         try:
             with left_alone(model), evaluation_mode(model), torch.no_grad(), watched(entering=entering):

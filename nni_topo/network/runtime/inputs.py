@@ -291,7 +291,7 @@ def random_like(call: Call, generator: torch.Generator) -> Call:
 
 def first_samples(call: Call) -> Call:
     """Return a call with its first two samples; the call itself if it has no more."""
-    return taken(call, torch.arange(2)) if batch_size(call) > 2 else call
+    return take_samples(call, torch.arange(2)) if batch_size(call) > 2 else call
 
 
 def run_few(model: nn.Module, call: Call) -> Any:
@@ -324,7 +324,7 @@ def let_go(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-def taken(call: Any, index: Tensor) -> Any:
+def take_samples(call: Any, index: Tensor) -> Any:
     """Return a call with some of its samples. ``index``: int64, their indices, or bool, (samples,)."""
     count = batch_size(call)
 

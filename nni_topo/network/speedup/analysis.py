@@ -31,7 +31,7 @@ from nni_topo.network.layers.kinds import CONVOLUTIONS, TRANSPOSED
 from nni_topo.network.layers.norms import channel_dim
 from nni_topo.network.runtime.copies import detached_copy, evaluating, put_parameters, unwrapped_copy
 from nni_topo.network.runtime.fits import call_arguments
-from nni_topo.network.runtime.inputs import Call, batch_size, first_samples, taken, tensors_of
+from nni_topo.network.runtime.inputs import Call, batch_size, first_samples, take_samples, tensors_of
 from nni_topo.network.runtime.products import ProductsReused
 from nni_topo.network.runtime.results import hands_over_more_in_training, mode_readers, put_in_training
 from nni_topo.network.runtime.switches import DropoutOff, as_written, random_state_kept
@@ -389,7 +389,7 @@ def _calls_by_samples(model: nn.Module, call: Call, of_samples: tuple[Check, ...
         for n_samples in range(1, max(3 * samples, _SMALL) + 1):  # many more samples might not fit into memory
             if bool(function(factor * n_samples, number)) == expected:
                 continue
-            tried = taken(call, torch.arange(n_samples) % samples)
+            tried = take_samples(call, torch.arange(n_samples) % samples)
             if _runs_on(copied, tried):
                 calls[n_samples] = tried
             break

@@ -31,7 +31,7 @@ from nni_topo.network.runtime.inputs import (
     first_samples,
     random_like,
     returned_tensors,
-    taken,
+    take_samples,
     tensors_of,
 )
 from nni_topo.network.runtime.public import public
@@ -183,7 +183,7 @@ def _together(call: Call, variations: tuple[_Variation, ...]) -> Call | None:
     for tensor in tensors_of(call):
         if tensor.is_floating_point() and (tensor.dim() == 0 or len(tensor) != size):
             return None
-    sample = taken(call, torch.arange(1))
+    sample = take_samples(call, torch.arange(1))
 
     def join(*same: Any) -> Any:
         has_samples = isinstance(same[0], torch.Tensor) and same[0].dim() > 0 and len(same[0]) == 1

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.runtime.inputs import Call, batch_size, bind_arguments, on_device, real_positions, taken
+from nni_topo.network.runtime.inputs import Call, batch_size, bind_arguments, on_device, real_positions, take_samples
 from nni_topo.runs.streaming.skeleton import Skeleton, states_in, states_of
 
 UNPRUNED, PADDING_MASK = "unpruned_states", "attention_mask"
@@ -103,7 +103,7 @@ def entering(
     size = batch_size(given[largest])
     if size > 1:
         # A tensor that is shorter or missing with one sample fewer has an entry for each sample.
-        fewer, *_ = _flat(skeleton, taken(given[largest], torch.arange(size - 1)), index)
+        fewer, *_ = _flat(skeleton, take_samples(given[largest], torch.arange(size - 1)), index)
         for place, (value, other) in enumerate(zip(rows[largest], fewer, strict=True)):
             may_have = _is_tensor(value) and value.dim() > 0 and len(value) == size
             if may_have and (not _is_tensor(other) or len(other) == size - 1):

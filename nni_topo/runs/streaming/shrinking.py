@@ -32,7 +32,7 @@ from nni_topo.network.runtime.inputs import (
     fitting,
     on_device,
     real_positions_of,
-    taken,
+    take_samples,
 )
 from nni_topo.network.runtime.memory import check_memory, free_memory_of
 from nni_topo.network.runtime.progress import bar
@@ -536,7 +536,7 @@ class _Run:
         """
         states = self._journal.states(1)[0]
         few = torch.arange(min(_COMPARED, len(states[STATES])))
-        call, entered = taken(self._calls[0], few), states[STATES][few].to(self._skeleton.device)
+        call, entered = take_samples(self._calls[0], few), states[STATES][few].to(self._skeleton.device)
         wide = torch.promote_types(entered.dtype, torch.float32)
         entered = entered.to(wide)
         place = f"{self._skeleton.name_of(index)}, {type(self._skeleton.model).__name__}"

@@ -19,7 +19,7 @@ from nni_topo.disk import read_json, reading
 from nni_topo.errors import ConfigError, DataError, listed, raised
 from nni_topo.network.layers.kinds import with_linear_layers
 from nni_topo.network.runtime.copies import evaluating
-from nni_topo.network.runtime.inputs import Call, on_device, taken, tensors_of
+from nni_topo.network.runtime.inputs import Call, on_device, take_samples, tensors_of
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -192,7 +192,7 @@ class Skeleton:
 
     def learn_output(self, call: Call) -> None:
         """Run the first block on one sample to find whether blocks return a tensor or a tuple."""
-        args, kwargs = self.entering(taken(call, torch.arange(1)), 0)
+        args, kwargs = self.entering(take_samples(call, torch.arange(1)), 0)
         with torch.no_grad():
             output = self.block(0)(*args, **kwargs)
         if not isinstance(output, (Tensor, tuple)):

@@ -19,7 +19,7 @@ from nni_topo import zoo
 from nni_topo.errors import DataError
 from nni_topo.network.layers.kinds import CONVOLUTIONS, check_names
 from nni_topo.network.runtime.arguments import INPUTS, MODEL
-from nni_topo.network.runtime.copies import detached_copy, lent
+from nni_topo.network.runtime.copies import detached_copy, lent_copy
 from nni_topo.network.runtime.public import public
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dependency import groups_of
@@ -163,7 +163,7 @@ def sensitivity(
     analysis = Analysis.on(model, example_inputs)
 
     def score(net: nn.Module) -> float:
-        with lent(net) as copied:
+        with lent_copy(net) as copied:
             value = check_result("evaluate", evaluate(copied), "sensitivity")
         if not math.isfinite(value):
             raise DataError(f"an evaluation must return a finite number, got {value} (sensitivity)")
