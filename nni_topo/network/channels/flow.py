@@ -557,10 +557,11 @@ class ChannelFlow(Propagation):
         firsts = sorted(layer.first for layer in self.layers.values())
         waiting = list[tuple[np.ndarray, bool]]()  # group ids, (blocks, channels of a block); whether of several layers
         for blocks in self.blocks:
-            for side in blocks.sides if blocks.may_vanish else ():
-                ids = self.group_ids(np.stack(side))
-                if len(side) > 1 and moved_ids.isdisjoint(ids.ravel().tolist()):
-                    waiting.append((ids, len(np.unique(np.searchsorted(firsts, ids, "right"))) > 1))
+            if blocks.may_vanish:
+                for side in blocks.sides:
+                    ids = self.group_ids(np.stack(side))
+                    if len(side) > 1 and moved_ids.isdisjoint(ids.ravel().tolist()):
+                        waiting.append((ids, len(np.unique(np.searchsorted(firsts, ids, "right"))) > 1))
         class_ids, reached = np.arange(self.size), np.zeros(self.size, dtype=np.bool_)
         while True:
             joining = [ids for ids, is_of_several in waiting if is_of_several or reached[ids].any()]
@@ -1102,9 +1103,10 @@ class ChannelFlow(Propagation):
             if picks and isinstance(ids, Tensor) and ids.numel():
                 reads.append((np.unique(self.group_ids(ids.numpy())), place(node)))
         for blocks in self.blocks:
-            for block in blocks.sides[0] if blocks.is_filled else ():
-                block_ids = block[block != FIXED]
-                reads.append((np.unique(self.group_ids(block_ids)), blocks.place))
+            if blocks.is_filled:
+                for block in blocks.sides[0]:
+                    block_ids = block[block != FIXED]
+                    reads.append((np.unique(self.group_ids(block_ids)), blocks.place))
         return reads
 
     def units(self, name: str) -> np.ndarray:

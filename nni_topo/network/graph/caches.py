@@ -66,9 +66,10 @@ def _replace_caches(at_end: ExitStack, frame: FrameType) -> bool:
             named = {*code.co_names, *(constant for constant in code.co_consts if type(constant) is str)}
             space = caller.f_globals
             values = [*(space[name] for name in named & space.keys()), *caller.f_locals.values()]
-            for value in values if caller is frame else ():
-                if type(value) is FunctionType:  # it may return a cached one
-                    roots.append(value.__globals__)
+            if caller is frame:
+                for value in values:
+                    if type(value) is FunctionType:  # it may return a cached one
+                        roots.append(value.__globals__)
             roots += [space, *values]
             names |= named
         caller = caller.f_back
@@ -168,8 +169,9 @@ def release(numbers: list[TracedInt], model: nn.Module, spaces: Iterable[dict[st
     """
     for attributes in map(vars, numbers):
         attributes.clear()
-    for module in model.modules() if _still_held(numbers) else ():
-        _without_traced(vars(module))
+    if _still_held(numbers):
+        for module in model.modules():
+            _without_traced(vars(module))
     targets: list[Any] = _still_held(numbers)
     seen = {id(numbers), id(targets)}
     while targets:

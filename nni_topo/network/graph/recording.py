@@ -465,9 +465,10 @@ class _Recorder(TorchFunctionMode):
         the inputs' values. A tensor that the next run reads is a cache of the forward's own, or its state.
         """
         computed = set[Node]()  # from the inputs' values
-        for node in self.graph.nodes if stored else ():
-            if node.op == "placeholder" or not (node in self.numbers or computed.isdisjoint(node.all_input_nodes)):
-                computed.add(node)
+        if stored:
+            for node in self.graph.nodes:
+                if node.op == "placeholder" or not (node in self.numbers or computed.isdisjoint(node.all_input_nodes)):
+                    computed.add(node)
         leftovers = Results()
         for name, tensor in stored:
             reference = self._within.get(id(tensor), (None, ""))[0]
@@ -493,7 +494,9 @@ class _Recorder(TorchFunctionMode):
 
     def _check_choice(self, model: nn.Module) -> None:
         """Raise if a value chose some modules of a list and left others out, which the graph can't show."""
-        for name, module in model.named_modules() if self._chosen or self._deciding else ():
+        if not (self._chosen or self._deciding):
+            return
+        for name, module in model.named_modules():
             if not isinstance(module, LISTS):
                 continue
             # Lists have no forward, so the module around the outermost list chooses.

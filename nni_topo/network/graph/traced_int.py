@@ -300,13 +300,14 @@ def _compute_noting(name: str, *operands: Any) -> Any:
         if name in _TO_FLOATS:
             operand.note_number()
     size, *further_operands = operands
-    for number in further_operands if size.unshown is not None else ():
-        if not isinstance(number, int) or (isinstance(number, TracedInt) and number.place is None):
-            continue
-        if name in _ORDERS and _is_behind_the_samples(size):
-            size.unshown.compared.append((_CHECKING[name], plain(size), plain(number)))
-        elif name in _CHECKING and name != "__rmod__" and _is_of_samples(size, size.unshown.parameter_ids):
-            size.unshown.of_samples.append((_CHECKING[name], plain(size), plain(number)))
+    if size.unshown is not None:
+        for number in further_operands:
+            if not isinstance(number, int) or (isinstance(number, TracedInt) and number.place is None):
+                continue
+            if name in _ORDERS and _is_behind_the_samples(size):
+                size.unshown.compared.append((_CHECKING[name], plain(size), plain(number)))
+            elif name in _CHECKING and name != "__rmod__" and _is_of_samples(size, size.unshown.parameter_ids):
+                size.unshown.of_samples.append((_CHECKING[name], plain(size), plain(number)))
     return value
 
 
@@ -506,11 +507,12 @@ def attribute_channels(
 
 def _found_equal(node: Node, ids: dict[str, Any]) -> Iterator[tuple[Place, int, np.ndarray]]:
     """Yield attributes that a forward found equal to a number of channels: place, parts, and the channels' ids."""
-    for size, number in (node.args, node.args[::-1]) if node.target in (operator.eq, operator.ne) else ():
-        if isinstance(number, TracedInt) and number.place is not None and number.per is None:
-            channels = counted_by(size, ids)
-            if channels is not None and len(channels) == plain(number):
-                yield number.place, number.parts, channels
+    if node.target in (operator.eq, operator.ne):
+        for size, number in (node.args, node.args[::-1]):
+            if isinstance(number, TracedInt) and number.place is not None and number.per is None:
+                channels = counted_by(size, ids)
+                if channels is not None and len(channels) == plain(number):
+                    yield number.place, number.parts, channels
 
 
 def counted_by(size: Any, ids: dict[str, Any]) -> np.ndarray | None:

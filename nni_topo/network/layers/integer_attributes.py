@@ -63,9 +63,10 @@ def numbers_read(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Any]]:
     wouldn't reach.
     """
     for name, module in model.named_modules():
-        for key, value in () if is_of_torch(module) else list(vars(module).items()):
-            if key not in _TABLES and numbers_in(value) is not None:
-                yield module, name, key, value
+        if not is_of_torch(module):
+            for key, value in list(vars(module).items()):
+                if key not in _TABLES and numbers_in(value) is not None:
+                    yield module, name, key, value
     holders: dict[int, list[str]] = defaultdict(list)
     configs = dict[int, Any]()
     for name, module in model.named_modules():
@@ -101,9 +102,10 @@ LAYER_WIDTHS = ("in_channels", "out_channels", "in_features", "out_features", "n
 def layer_widths(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, int]]:
     """Yield the widths that layers of torch.nn hold, as a forward may read them: module, name, key, value."""
     for name, module in model.named_modules():
-        for key in LAYER_WIDTHS if is_of_torch(module) else ():
-            if type(vars(module).get(key)) is int:
-                yield module, name, key, vars(module)[key]
+        if is_of_torch(module):
+            for key in LAYER_WIDTHS:
+                if type(vars(module).get(key)) is int:
+                    yield module, name, key, vars(module)[key]
 
 
 def is_of_torch(module: nn.Module) -> bool:

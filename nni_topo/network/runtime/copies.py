@@ -446,8 +446,9 @@ def evaluation_mode(*models: nn.Module) -> Iterator[None]:
     """Put models into evaluation mode within the block, and restore the mode of every module afterwards."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     are_training = [model for model in models if model.training]
-    for model in models if any(was_training for _, was_training in modes) else ():
-        _switch(model, False)
+    if any(was_training for _, was_training in modes):
+        for model in models:
+            _switch(model, False)
     try:
         yield
     finally:

@@ -344,13 +344,14 @@ def inputs_of(batch: Any, index: int = 0, name: str = "calibration") -> Any:
             raise DataError(f"a batch must hold an input, got an empty one ({name}, batch {index})")
         batch = batch[0]
     inputs = dict(batch) if isinstance(batch, Mapping) else batch
-    for leaf in () if isinstance(inputs, Tensor) else tree_leaves(inputs):
-        # Tensors in other containers can't be split into samples.
-        if (is_dataclass(leaf) and not isinstance(leaf, type)) or _is_cache(leaf):
-            raise ConfigError(
-                "the inputs of a batch must be tensors, alone or in tuples, lists or mappings, got a "
-                f"{type(leaf).__name__} ({name}, batch {index})"
-            )
+    if not isinstance(inputs, Tensor):
+        for leaf in tree_leaves(inputs):
+            # Tensors in other containers can't be split into samples.
+            if (is_dataclass(leaf) and not isinstance(leaf, type)) or _is_cache(leaf):
+                raise ConfigError(
+                    "the inputs of a batch must be tensors, alone or in tuples, lists or mappings, got a "
+                    f"{type(leaf).__name__} ({name}, batch {index})"
+                )
     if not tensors_of(inputs):
         raise ConfigError(
             "the input of a batch must be a tensor, or a tuple or mapping with a tensor in it, got "

@@ -46,10 +46,11 @@ def package_settings(as_compiled: bool) -> Iterator[None]:
         settings.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))  # an interruption may come in `no_grad`
         if torch.is_inference_mode_enabled():
             settings.enter_context(torch.inference_mode(False))
-        for kind in () if as_compiled else sorted(kinds):
-            # `cache_enabled` of one device holds for all.
-            if torch.is_autocast_enabled(kind) or (kind == "cpu" and is_within_autocast()):
-                settings.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
+        if not as_compiled:
+            for kind in sorted(kinds):
+                # `cache_enabled` of one device holds for all.
+                if torch.is_autocast_enabled(kind) or (kind == "cpu" and is_within_autocast()):
+                    settings.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
         if not as_compiled and torch.get_default_device().type != "cpu":
             settings.enter_context(_OnCpu())
         yield

@@ -299,10 +299,11 @@ def groups_of(
     for name in [*layers, *norms]:
         if FIXED in flow.class_ids_of(name):
             in_part[name] = flow.why_pinned(name)
-    for name, why in left_out.items() if strict else ():
-        if why != (reasons.model_output(),):
-            text = reasons.join_texts(why)
-            raise ConfigError(f"every selected layer must be able to lose channels, got {name}: {text}")
+    if strict:
+        for name, why in left_out.items():
+            if why != (reasons.model_output(),):
+                text = reasons.join_texts(why)
+                raise ConfigError(f"every selected layer must be able to lose channels, got {name}: {text}")
     group_settings = _settings(flow, projections, by_row | projections.keys(), norms)
     followers = _followers(flow)
     entries = []

@@ -136,7 +136,9 @@ def _hold_checked(flow: ChannelFlow, unprunable: dict[int, Reason]) -> None:
         if is_of_weight or UNSHOWN not in node.meta or not _counted_channels(flow, [*numbers, node]):
             del checks[node]
     drawing = np.random.default_rng(1)
-    for kept_share in _SHARES if checks else ():
+    if not checks:
+        return
+    for kept_share in _SHARES:
         is_kept = _draw(flow, unprunable, drawing, {}, in_parts=False, kept_share=kept_share)
         sizes = flow.sizes_kept(is_kept)
         for check, numbers in checks.items():
@@ -310,11 +312,12 @@ def _draw(
     Every layer keeps at least one output channel and one input channel.
     """
     is_kept: np.ndarray = drawing.random(flow.size) < kept_share
-    for blocks in flow.blocks if in_parts else ():
-        for block in blocks.all:
-            group_ids = flow.group_ids(block)
-            is_kept[group_ids] = False
-            is_kept[drawing.permutation(group_ids)[: (len(group_ids) + 1) // 2]] = True
+    if in_parts:
+        for blocks in flow.blocks:
+            for block in blocks.all:
+                group_ids = flow.group_ids(block)
+                is_kept[group_ids] = False
+                is_kept[drawing.permutation(group_ids)[: (len(group_ids) + 1) // 2]] = True
     for name, share in halves.items():
         is_kept[flow.group_ids_of(name)] = chosen_of(
             share.segments, share.counts, drawing.permutation(len(share.segments))
