@@ -245,7 +245,7 @@ class Propagation(torch.fx.Interpreter):
         if op.rule is not None and op.rule.moves:
             return self._applied(op, op.rule.apply)
         if isinstance(module, nn.PReLU) and (module.num_parameters == 1 or not varies(first, 1)):
-            return op.keep_places()  # all channels share one slope, or the slopes of the places
+            return op.pass_through()  # all channels share one slope, or the slopes of the places
         if isinstance(module, nn.GroupNorm) and module.num_groups < module.num_channels:
             # A norm's groups must have equal sizes after pruning, too.
             side = np.split(self._channels.per_channel(first, 1), module.num_groups)
@@ -260,7 +260,7 @@ class Propagation(torch.fx.Interpreter):
                 of_channels = [d for d in range(first.dim() - dims, first.dim()) if varies(first, d)]
                 if not of_channels:
                     self.guessed.add(op.node.name)
-                    return op.keep_places()  # it works over places, and treats each channel separately
+                    return op.pass_through()  # it works over places, and treats each channel separately
                 if len(of_channels) > 1:
                     first = op.whole_rows(first, of_channels[1:])
                 # Each entry has the id of its channel. Along the dimensions before them ids usually don't differ.
@@ -292,7 +292,7 @@ class Propagation(torch.fx.Interpreter):
             return self._applied(op, op.rule.apply)
         if isinstance(module, tuple(RULES)) or not (any(True for _ in module.parameters()) or is_normalizing(module)):
             self.guessed.add(op.node.name)
-        return op.keep_places()
+        return op.pass_through()
 
     def _on_nothing(self, op: Operation, name: str) -> Any:
         """Keep the channels of a module that gets an empty tensor in all of its calls, and those before it.

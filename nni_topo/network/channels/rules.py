@@ -158,7 +158,7 @@ class Operation:
         expanded = iter(leaves)
         return tree_map_only(Tensor, lambda _: next(expanded), outputs)
 
-    def keep_places(self, ids: list[Tensor] | None = None) -> Any:
+    def pass_through(self, ids: list[Tensor] | None = None) -> Any:
         """Leave channels where they are, as most operators do; keep them if the shapes don't fit."""
         return self.expand_to_outputs(self.ids if ids is None else ids, carry)
 
@@ -205,7 +205,7 @@ class Operation:
         may_meet = meets or not any(node.op == "get_attr" for node in self.node.all_input_nodes)
         if self.shape is not None and len(ids) > 1 and may_meet and meet_alike(ids, self.shape):
             return self.couple_elementwise(ids, self.shape)
-        return self.keep_places(ids)
+        return self.pass_through(ids)
 
     def along(self, dims: tuple[int, ...], *, adds: bool = False, reduces: bool = False) -> Any:
         """Follow an operator that works along dimensions, counted from 0, and needs all entries unless it ``adds``.
@@ -222,7 +222,7 @@ class Operation:
         if len(self.ids) > 1 and self.shape is not None and meet_alike(self.ids, self.shape):
             return self.couple_elementwise(self.ids, self.shape)
         if len(self.ids) > 1:
-            return self.keep_places()
+            return self.pass_through()
         if not reduces:
             # If it returns fewer entries than it reads (topk), the operation is the reason, not the way it is called.
             reason = reasons.result_depends(self.node) if channel_dims and not adds else None
