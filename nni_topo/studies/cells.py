@@ -53,13 +53,16 @@ def run_cell(cell: Cell, out: Path) -> Record:
     speedup_began = time.perf_counter()
     with _measure_cpu(cpu, "speedup"):
         dense, _ = made_dense(start, pruned.masks)
+    text_figures = {}
+    if start.data.is_text:
+        text_figures = start.figures(start.net, "before")
     # Accuracies are in [0, 1] on the test images, times in seconds, latencies median milliseconds of a batch.
     record: Record = {
         **cell_facts(cell),
         "sparse_ratios": ratios,
         **costs(start, dense),
         "accuracy_before": start.accuracy,
-        **(start.figures(start.net, "before") if start.data.is_text else {}),
+        **text_figures,
         "prune_seconds": pruned.seconds,
         "speedup_seconds": time.perf_counter() - speedup_began,
         **latencies(start, dense),

@@ -89,8 +89,11 @@ class ComparisonPlan:
                 retrain = replace(retrain, schedule="constant")
             retrain = changed_recipe(retrain, changes)
             for target, pruner in itertools.product(self.targets, self.pruners):
-                compensate = self.compensate if pruner.compensate is None else pruner.compensate or None
-                distill = self.distill if pruner.distill is None else pruner.distill or None
+                compensate, distill = self.compensate, self.distill
+                if pruner.compensate is not None:
+                    compensate = pruner.compensate or None
+                if pruner.distill is not None:
+                    distill = pruner.distill or None
                 yield Cell(model, data, pruner, target, seed, train, retrain, self.device, compensate, distill, until)
 
 

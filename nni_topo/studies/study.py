@@ -160,11 +160,11 @@ def save_figures(folder: str | Path, figures: Mapping[str, Figure]) -> list[Path
     return list(files.values())
 
 
-Found = TypeVar("Found", bound=Findings)
+FindingsType = TypeVar("FindingsType", bound=Findings)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study(Verb, Generic[Found]):
+class Study(Verb, Generic[FindingsType]):
     """A verb of ``nni-topo analyze``: :meth:`find` computes the findings, :meth:`show` formats them for printing.
 
     The verb's name is the name of the study's file or folder in ``nni_topo/studies/analysis``; no table lists it.
@@ -180,11 +180,11 @@ class Study(Verb, Generic[Found]):
     def check(self) -> None:
         """Check the fields before anything is loaded or trained; ConfigError if one is out of its range."""
 
-    def find(self, tell: Tell) -> Found:
+    def find(self, tell: Tell) -> FindingsType:
         """Compute the findings; ``tell`` prints a line about progress."""
         raise NotImplementedError
 
-    def show(self, findings: Found) -> Iterator[RenderableType]:
+    def show(self, findings: FindingsType) -> Iterator[RenderableType]:
         """Yield the findings as tables and lines."""
         raise NotImplementedError
 
@@ -203,5 +203,5 @@ class Study(Verb, Generic[Found]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainedStudy(TrainedVerb, Study[Found]):
+class TrainedStudy(TrainedVerb, Study[FindingsType]):
     """A study of a trained model."""

@@ -183,8 +183,9 @@ def critical_compression_ratio(
         else:
             # between one input plane and one output plane
             entering, leaving = sizes[layer.name]
-            padded = padded_size(layer.module, leaving if convention == "tables" else entering)
+            padded = padded_size(layer.module, entering)
             if convention == "tables":
+                padded = padded_size(layer.module, leaving)
                 leaving = tuple(max(1, size - width + 1) for size, width in zip(padded, kernel, strict=True))
             positions = math.prod(leaving)
             edges, tree = math.prod(kernel) * positions, math.prod(padded) + positions - 1

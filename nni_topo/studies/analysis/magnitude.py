@@ -100,7 +100,8 @@ class MagnitudeStudy(Findings):
         }
         for axis, (quantity, (label, unpruned)) in zip(axes, drawn.items(), strict=True):
             for index, (key, values_by_ratio) in enumerate(series[quantity].items()):
-                own_color = _COLORS.get((key[0], key[1] if quantity == "accuracy" else "all"))
+                part = key[1] if quantity == "accuracy" else "all"
+                own_color = _COLORS.get((key[0], part))
                 color, style = own_color or f"C{index % 10}", _STYLES.get(key[-1], ".-")
                 ratios, values = list(values_by_ratio), list(values_by_ratio.values())
                 axis.plot(ratios, [float(np.mean(seeds)) for seeds in values], style, color=color, label=", ".join(key))
@@ -108,7 +109,8 @@ class MagnitudeStudy(Findings):
                     lowest, highest = list(map(min, values)), list(map(max, values))
                     axis.fill_between(ratios, lowest, highest, alpha=0.1, linewidth=0, color=color)
             axis.axhline(float(np.mean(unpruned)), color="0.5", linewidth=0.8)
-            finish(axis, "ratio", label, yscale="log" if quantity in ("params", "bytes") else "linear")
+            yscale: Any = "log" if quantity in ("params", "bytes") else "linear"
+            finish(axis, "ratio", label, yscale=yscale)
         return {"magnitude": figure}
 
 
@@ -140,7 +142,8 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
             raise ConfigError(f"rounds must be in [1, epochs], got {self.rounds} of {self.epochs} epochs (magnitude)")
 
     def find(self, tell: Tell) -> MagnitudeStudy:
-        ways, ratios = tuple(WORDS) if self.epochs else ("direct",), sorted(set(self.ratios))
+        ways = tuple(WORDS) if self.epochs else ("direct",)
+        ratios = sorted(set(self.ratios))
         rows, baselines, sensitivities = [], [], []
         for seed in range(self.seed, self.seed + self.seeds):
             start = replace(self, seed=seed).start(self.images)

@@ -18,7 +18,7 @@ from nni_topo.runs.choices import PrunerChoice, Target
 from nni_topo.runs.provenance import Record
 from nni_topo.runs.run import Start, prune
 from nni_topo.runs.widths import inner_layers
-from nni_topo.studies.study import Findings, Found, Names, Tell, TrainedStudy
+from nni_topo.studies.study import Findings, FindingsType, Names, Tell, TrainedStudy
 
 # name in place of a pruner's: masks of random single weights
 CONNECTIONS = "connections"
@@ -38,7 +38,7 @@ class PointsStudy(Findings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrunersStudy(TrainedStudy[Found]):
+class PrunersStudy(TrainedStudy[FindingsType]):
     """A study of one trained network under several pruners, ratios and seeds."""
 
     pruners: Names = (CONNECTIONS, "level", "random", "cluster", "subcluster")  # connections: random single weights

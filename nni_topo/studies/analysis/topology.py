@@ -166,13 +166,16 @@ def study_topology(
         deaths = topology.h0_deaths(distances)
         if deaths.mean() > 0:
             deaths = deaths / deaths.mean()
+        tolerance = 0.0
+        if count < unit.blocks:
+            tolerance = float(deaths[count] / 2.0)
         layer = LayerTopology(
             name=unit.name,
             points=unit.blocks,
             kept=count,
             share=count / unit.blocks,
             deaths=deaths,
-            tolerance=float(deaths[count] / 2.0) if count < unit.blocks else 0.0,
+            tolerance=tolerance,
             diagrams_before=before,
             diagrams_after=after,
             bottleneck={d: topology.bottleneck_distance(before[d], after[d]) for d in degrees},
