@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from nni_topo.context import advice
 from nni_topo.errors import ConfigError, listed
 from nni_topo.network.attention.config import described_layers
 from nni_topo.network.channels import reasons
@@ -23,8 +24,6 @@ from nni_topo.network.speedup.dependency import (
 from nni_topo.pruners.checks import matched_modules
 from nni_topo.runs.settings import Layers, free_widths
 from nni_topo.runs.widths import sorted_layers
-
-_NO_CONFIG = "the config of Transformers can't describe fewer channels, as it does with equal blocks"
 
 
 class NoneDescribedError(ConfigError):
@@ -83,7 +82,9 @@ def layers_to_prune(analysis: Analysis, layers: Layers | None, *, is_described: 
                     f"a model of Transformers must have layers for which its config can describe fewer channels, got "
                     f"none in {type(model).__name__}; {free_widths()} (shrink)"
                 )
-            unpruned = unpruned | dict.fromkeys((name for name in named if name not in kept), _NO_CONFIG)
+            how = advice("{'equal_blocks': False} in the budget", "--no-equal-blocks")
+            no_config = f"the config of Transformers can't describe fewer channels ({how})"
+            unpruned = unpruned | dict.fromkeys((name for name in named if name not in kept), no_config)
             # Layers that are left out may keep channels of others from being removed.
             prunable = _without_held(analysis, [{"op_names": kept}], unpruned, is_default)
             entries, unpruned = prunable.entries, prunable.unpruned
