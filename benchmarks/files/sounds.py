@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import multiprocessing
 from typing import Any, Literal
 
 import numpy as np
@@ -89,6 +90,12 @@ class Voices:
 @functools.cache
 def utterances(part: Part, count: int) -> tuple[Sound, ...]:
     """Return sentences by voices of the part, at other speeds and pitches."""
+    # In a process of its own: the library's next sentence depends on those that it has spoken.
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(_spoken, (part, count))
+
+
+def _spoken(part: Part, count: int) -> tuple[Sound, ...]:
     voices, random = Voices(), generator(part)
     spoken = []
     for place in range(count):

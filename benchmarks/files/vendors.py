@@ -48,6 +48,8 @@ Feed = dict[str, NDArray[Any]]
 Run = Callable[[Feed], list[NDArray[Any]]]
 KEPT = 0.5
 METHODS = ("shrink", "onnxsim", "onnxsim, fine-tuned")
+OF_CONVOLUTIONS = "shrink of the convolutions alone"
+"""For plcmos, most of whose layers are small."""
 TITLES = {
     "silero_vad": "silero-vad 6.2.3, voice activity",
     "swift_f0": "swift-f0 0.3.0, pitch",
@@ -363,9 +365,9 @@ def macs_of(file: Any, feed: Feed) -> int:
     return count_macs(network, tuple(torch.from_numpy(np.array(value)) for value in feed.values()))
 
 
-def by_shrink(path: Path, batches: list[Feed], folder: str) -> Path:
+def by_shrink(path: Path, batches: list[Feed], folder: str, layers: Any = None) -> Path:
     """Return the smaller file of `shrink` and `export`."""
-    small = nni_topo.shrink(path, batches, {"flops": KEPT}, distill=False, progress=False)
+    small = nni_topo.shrink(path, batches, {"flops": KEPT}, layers=layers, distill=False, progress=False)
     return nni_topo.export(small, f"{folder}/small.onnx").path
 
 
@@ -406,8 +408,9 @@ def measure(packages: Path, name: str, method: str, records: dict[str, Any]) -> 
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         try:
-            if method == "shrink":
-                file: Any = by_shrink(path, batches, folder)
+            if method in ("shrink", OF_CONVOLUTIONS):
+                layers = None if method == "shrink" else [{"op_types": ["Conv2d", "Conv1d"]}]
+                file: Any = by_shrink(path, batches, folder, layers)
             else:
                 macs = records[f"{name}, shrink"]["macs"]
                 file, record["sparsity"] = by_onnxsim(path, batches, macs, "tuned" in method)
@@ -435,7 +438,7 @@ def measure(packages: Path, name: str, method: str, records: dict[str, Any]) -> 
 def table(records: list[dict[str, Any]]) -> str:
     """Return a row for each file and method."""
     lines = [
-        "| file | method | MACs | quality on its task | agreement | ms of one thread | size, KB |",
+        "| file | method | MACs | quality on its task (unpruned) | agreement | ms of one thread | size, KB |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for name, title in TITLES.items():
@@ -451,9 +454,10 @@ def table(records: list[dict[str, Any]]) -> str:
             if each["outcome"] != "done":
                 lines.append(f"| {title} | {each['method']} | {each['outcome']} | | | | |")
                 continue
+            quality = f"{each['quality']:.3f} ({each['quality_before']:.3f}) | {each['agreement']:.3f}"
             lines.append(
-                f"| {title} | {each['method']} | {100 * each['macs'] / each['macs_before']:.1f} % | "
-                f"{each['quality']:.3f} | {each['agreement']:.3f} | {each['ms']:.2f} | {each['bytes'] / 1024:.0f} |"
+                f"| {title} | {each['method']} | {100 * each['macs'] / each['macs_before']:.1f} % | {quality} | "
+                f"{each['ms']:.2f} | {each['bytes'] / 1024:.0f} |"
             )
     measured = [name for name in TITLES if any(each["name"] == name for each in records)]
     notes_below = [
@@ -473,9 +477,9 @@ def main() -> None:
     sys.path.append(str(options.packages))
     torch.set_num_threads(1)
     done = read_lines(options.out)
-    for method in METHODS:
+    for method in (*METHODS, OF_CONVOLUTIONS):
         for name in options.only:
-            if f"{name}, {method}" not in done:
+            if f"{name}, {method}" not in done and (name == "plcmos" or method in METHODS):
                 record = measure(options.packages, name, method, done)
                 done[record["model"]] = record
                 append_line(options.out, record)
