@@ -32,8 +32,8 @@ def batch_norms(model: nn.Module) -> tuple[dict[str, _BatchNorm], dict[str, _Bat
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm) and module.track_running_stats
     }
-    kept = {name: norm for name, norm in norms.items() if f"{name}.weight" in frozen}
-    return {name: norm for name, norm in norms.items() if name not in kept}, kept
+    frozen_norms = {name: norm for name, norm in norms.items() if f"{name}.weight" in frozen}
+    return {name: norm for name, norm in norms.items() if name not in frozen_norms}, frozen_norms
 
 
 @public(model=MODEL, calibration=BATCHES)

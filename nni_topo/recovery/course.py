@@ -215,8 +215,8 @@ class _Timing:
         """Return the used share of the steps, or of the time if that is larger."""
         if self._clock.seconds is None:
             return of_steps
-        taken = self._clock.spent - self._spent_before
-        return max(of_steps, taken / max(taken + self._clock.left, 1e-9))
+        spent = self._clock.spent - self._spent_before
+        return max(of_steps, spent / max(spent + self._clock.left, 1e-9))
 
 
 @dataclass(frozen=True)
@@ -239,8 +239,8 @@ def learn(training: Training, judge: Judge, rate: float, before: Judgement, prog
     course.run(progress)
     is_out_of_time = course.is_out_of_time or clock.left <= 0.0
     if course.is_given_up and not course.gains_nothing:
-        told = "learning rate %g is given up after %d of %d steps: the loss on held-out samples has grown"
-        _logger.info(told, rate, course.done, training.total)
+        message = "learning rate %g is given up after %d of %d steps: the loss on held-out samples has grown"
+        _logger.info(message, rate, course.done, training.total)
     if not course.done:
         return Learned(course, is_out_of_time=is_out_of_time)
     student, after = judge.at_end(course.student, training.is_normed)

@@ -49,7 +49,7 @@ from nni_topo.recovery.lesson import (
 )
 from nni_topo.recovery.outputs import Outputs
 from nni_topo.recovery.pool import Pool, are_joinable
-from nni_topo.recovery.rates import Trial, find_rate, timed
+from nni_topo.recovery.rates import Trial, find_rate, median_seconds
 from nni_topo.recovery.report import signed_like
 from nni_topo.recovery.verdict import ROUNDING, Distillation
 from nni_topo.rules import FLAG, FUNCTION, NONE, SEED, number, one_of, taking, whole
@@ -220,15 +220,15 @@ def _figures(before: Judgement, trial: Trial, learned: Learned) -> dict[str, Any
 
 def _with_weights(dense: nn.Module, split: HeldOutSplit, learned: Learned) -> nn.Module:
     """Return a copy of the network, with the learned weights unless they are discarded."""
-    result: nn.Module = detached_copy(dense)
+    distilled: nn.Module = detached_copy(dense)
     if learned.student is not None and not learned.is_discarded:
         learned_values = named_tensors(learned.student)
         with torch.no_grad():
-            for name, tensor in named_tensors(result).items():
+            for name, tensor in named_tensors(distilled).items():
                 tensor.copy_(learned_values[name])
-        hand_on_report(dense, result, "distilled (nni_topo.distill)")
-        tell_solved_on(result, split.digests_learned)
-    return result
+        hand_on_report(dense, distilled, "distilled (nni_topo.distill)")
+        tell_solved_on(distilled, split.digests_learned)
+    return distilled
 
 
 @signed_like(distillation)
@@ -374,9 +374,9 @@ def _check_gradients(lesson: Lesson, student: nn.Module, few: Tensor) -> None:
     ConfigError if they have gradients only in single precision.
     """
     precision, lesson.precision = lesson.precision, "float32"
-    call, wanted = next(lesson.batches(few, len(few), 0, None, False))
+    call, targets = next(lesson.batches(few, len(few), 0, None, False))
     with learning(student):
-        loss = lesson.objective(student, call, wanted)
+        loss = lesson.objective(student, call, targets)
         if not loss.requires_grad:
             raise GradientError(
                 "a network that is distilled must compute gradients, got outputs without any: its forward runs under "
@@ -393,7 +393,7 @@ def _check_gradients(lesson: Lesson, student: nn.Module, few: Tensor) -> None:
         if precision != "float32":
             try:
                 lesson.answer(call, precision)
-                lesson.objective(student, call, wanted).backward()
+                lesson.objective(student, call, targets).backward()
             except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
                 raise not_under_autocast(precision, error, "distill") from error
     student.zero_grad(set_to_none=True)
@@ -424,7 +424,7 @@ def check_can_learn(
     _check_gradients(lesson, student, units[:2])
     # On few samples, because the model may need more memory for a whole batch than the smaller one will.
     few = units[:1] if pool.are_whole else units[:_TIMED]
-    batch, wanted = next(lesson.batches(few, len(few), 0, None, False))
+    batch, targets = next(lesson.batches(few, len(few), 0, None, False))
     with learning(student):
-        seconds = timed(lambda: lesson.objective(student, batch, wanted).backward(), student)
+        seconds = median_seconds(lambda: lesson.objective(student, batch, targets).backward(), student)
     return seconds / pool.samples(few)

@@ -77,16 +77,16 @@ def held_out_split(
     order = torch.randperm(counts[0], generator=torch.Generator().manual_seed(seed))
     if len(counts) > 1:
         drawn = torch.randperm(counts[1], generator=torch.Generator().manual_seed(seed))
-        held, learned = counts[0] + drawn, order
+        judging_numbers, learned = counts[0] + drawn, order
     else:
-        held, learned = order[is_held[order]], order[~is_held[order]]
-    if not len(learned) or not len(held):
+        judging_numbers, learned = order[is_held[order]], order[~is_held[order]]
+    if not len(learned) or not len(judging_numbers):
         raise DataError(f"distillation must have at least two samples, one to judge by, got {len(order)} (images)")
     is_learned = torch.ones(data[0].samples, dtype=torch.bool) if held_out is not None else ~is_held
     return HeldOutSplit(
         inputs=inputs,
         pool=Pool(inputs),
-        held=held,
+        held=judging_numbers,
         learned=learned,
         images=sum(part.samples for part in data),
         solved_on=int((is_solved_on(dense, data[-1]) & is_held).sum()),
@@ -107,10 +107,10 @@ def is_solved_on(model: nn.Module, images: Calibration) -> Tensor:
 
     If samples have groups, or batches stay whole, these are all samples of each of them on which weights were solved.
     """
-    known = solved_on(model)
-    if not known:
+    digests_solved_on = solved_on(model)
+    if not digests_solved_on:
         return torch.zeros(images.samples, dtype=torch.bool)
-    is_known = torch.tensor([digest in known for digest in images.digests])
+    is_known = torch.tensor([digest in digests_solved_on for digest in images.digests])
     return torch.isin(images.units, images.units[is_known])
 
 
@@ -127,9 +127,9 @@ def samples_to_judge_on(model: nn.Module, images: Calibration) -> Tensor:
     fresh = ~is_solved_on(model, images)
     if bool(fresh[eighth].all()) or not fresh.any():
         return eighth
-    others = units[fresh].unique()
-    every = len(others) // max(1, len(units[eighth].unique())) or 1
-    return torch.isin(units, others[every - 1 :: every])
+    fresh_units = units[fresh].unique()
+    every = len(fresh_units) // max(1, len(units[eighth].unique())) or 1
+    return torch.isin(units, fresh_units[every - 1 :: every])
 
 
 def too_few_batches(count: int, why: str) -> ConfigError:

@@ -50,7 +50,7 @@ from nni_topo.recovery.outputs import (
     shared_blocks,
     unpadded,
 )
-from nni_topo.recovery.pool import Pool, have_one_shape, inputs_to_compare, joined, without_distillation
+from nni_topo.recovery.pool import Pool, have_one_shape, inputs_to_compare, join_calls, without_distillation
 
 Objective = Literal["auto", "kl", "binary", "squares", "cosine"]
 Augment = Callable[[Any], Any]
@@ -111,42 +111,44 @@ class Lesson:
         self._pool, self._temperature, self._outputs = Pool(pool), temperature, outputs
         self.precision = precision  # of the steps; judgements are in the precision of the parameters
         # Device and type of the trained parameters; complex weights have real inputs.
-        floats = [each for each in student.parameters() if each.is_floating_point()]
-        trained = next((each for each in floats if each.requires_grad), floats[0])
+        floats = [parameter for parameter in student.parameters() if parameter.is_floating_point()]
+        trained = next((parameter for parameter in floats if parameter.requires_grad), floats[0])
         self._place = trained.device, trained.dtype
         self._answers = self._lazy_outputs(self._pool.count)
         # Shared by all courses, which learn from the same images.
         self._views: dict[int, _LazyOutputs | _OutputsOfBatches] = {}
         # Which outputs are compared, and how.
-        one = torch.arange(1)
+        first_sample = torch.arange(1)
         few = self._pool.few(READ)
         call = on_device(few, device_of(self._unpruned))
         knobs: Any = {"outputs": outputs, "objective": objective, "are_whole": self._pool.are_whole}
         self._reading = Reading(self._unpruned, call, **knobs)
         self.named = self._reading.named
-        wanted = self._wanted(one)
+        targets = self._targets_of(first_sample)
         few = cast_floats(few, self._place[1])
         with evaluation_mode(student), torch.no_grad():
-            call = few if self._pool.are_whole else take_samples(few, one)
-            found = self._read(student(*call[0], **call[1]), call, Reading(student, few, **knobs))
-        shapes, expected = ([tuple(each.shape[1:]) for each in tensors] for tensors in (found, wanted))
+            call = few if self._pool.are_whole else take_samples(few, first_sample)
+            student_outputs = self._read(student(*call[0], **call[1]), call, Reading(student, few, **knobs))
+        shapes, expected = ([tuple(output.shape[1:]) for output in tensors] for tensors in (student_outputs, targets))
         if shapes != expected:
             raise ConfigError(f"both models must give outputs of the same shapes, got {shapes} and {expected} (dense)")
-        self._together = max(_FEWEST, _NUMBERS // max(1, sum(each.numel() for each in wanted)))  # most samples at once
+        self._together = max(
+            _FEWEST, _NUMBERS // max(1, sum(target.numel() for target in targets))
+        )  # most samples at once
         if kinds:
             self._reading.kinds = kinds
         else:
             self._reading.settle(self._values(torch.arange(self._pool.count) if learned is None else learned))
-        self.kinds = [self._reading.kind(place) for place in range(len(wanted))]
+        self.kinds = [self._reading.kind(place) for place in range(len(targets))]
         self.objective_name = " and ".join(dict.fromkeys(kind.objective for kind in self.kinds))
-        self.read_as = self._reading.sentence(wanted)
+        self.read_as = self._reading.sentence(targets)
         if objective == "cosine" and any(len(shape) != 1 for shape in shapes):
             raise ConfigError(
                 f"objective='cosine' must have one vector for each sample, got outputs of shapes {expected}: outputs= "
                 "says how they become one (objective)"
             )
         # Scales of distances, for judging and for the steps' loss.
-        self._count = len(wanted)  # number of outputs
+        self._count = len(targets)  # number of outputs
         self._scales = self._learned_scales = self._variances(torch.arange(self._pool.count))
         self._weights_of_distance = [0.0] * self._count
         self._blocks = blocks  # weight of the loss of the blocks' outputs
@@ -156,13 +158,13 @@ class Lesson:
                 f"blocks must be 0 where no block's output has the same shape in both models, got {blocks} (blocks)"
             )
 
-    def split(self, held: Tensor, learned: Tensor) -> None:
+    def split(self, held_out: Tensor, learned: Tensor) -> None:
         """Set the scales of distances: from the held-out images to judge, as in reports, from the others for the steps.
 
         A single image has no variance, so it sets no scale.
         """
-        if self._pool.samples(held) > 1:
-            self._scales = self._variances(held)
+        if self._pool.samples(held_out) > 1:
+            self._scales = self._variances(held_out)
         if self._pool.samples(learned) > 1:
             self._learned_scales = self._variances(learned, of_scores=True)
             # The distance of a network with constant outputs is about 1; its divergence depends on the scale of the
@@ -178,15 +180,15 @@ class Lesson:
         sums = torch.zeros(self._count, 4, dtype=torch.float64, device="cpu")
         with evaluation_mode(student), torch.no_grad():
             for part in self._pool.together(index, _AT_ONCE):
-                found, wanted = self._compared(student, self._pool.of(part), self._wanted(part))
-                distances = mean_distances(found, wanted, self._scales)
-                losses = self._losses(found, wanted, distances)
-                for place, (kind, mine, theirs) in enumerate(zip(self.kinds, found, wanted, strict=True)):
+                outputs, targets = self._compared(student, self._pool.of(part), self._targets_of(part))
+                distances = mean_distances(outputs, targets, self._scales)
+                losses = self._losses(outputs, targets, distances)
+                for place, (kind, output, target) in enumerate(zip(self.kinds, outputs, targets, strict=True)):
                     agreed = math.nan
                     if kind.has_answer:
-                        agreed = float((kind.answers(mine) == kind.answers(theirs)).double().mean())
+                        agreed = float((kind.answers(output) == kind.answers(target)).double().mean())
                     row = sums.new_tensor([float(losses[place]), float(distances[place]), agreed, 1.0])
-                    sums[place] += mine.numel() * row
+                    sums[place] += output.numel() * row
         means = sums[:, :3] / sums[:, 3:]
         loss, distance = means[:, :2].mean(0).tolist()
         agreed = float(means[:, 2].nanmean())
@@ -198,35 +200,35 @@ class Lesson:
         return math.fsum(self._losses_of_a_constant(index)) / self._count
 
     def _losses_of_a_constant(self, index: Tensor) -> list[float]:
-        wanted, losses = self._rows(self._pool.first(index, min(_AT_ONCE, self._together))), []
-        for kind, theirs, scale in zip(self.kinds, wanted, self._scales, strict=True):
+        targets, losses = self._rows(self._pool.first(index, min(_AT_ONCE, self._together))), []
+        for kind, target, scale in zip(self.kinds, targets, self._scales, strict=True):
             if kind.holds == "classes":
                 # Where scores lie far apart, a class may have a probability of 0 on all images.
-                likely = (kind.scores(theirs) / self._temperature).softmax(-1).flatten(0, -2).mean(0)
-                mine = self._temperature * likely.clamp_min(torch.finfo(likely.dtype).tiny).log()
-                loss = self._divergence(kind, mine.expand_as(theirs), kind.scores(theirs))
+                likely = (kind.scores(target) / self._temperature).softmax(-1).flatten(0, -2).mean(0)
+                constant = self._temperature * likely.clamp_min(torch.finfo(likely.dtype).tiny).log()
+                loss = self._divergence(kind, constant.expand_as(target), kind.scores(target))
             elif kind.holds == "decisions":
-                epsilon = torch.finfo(theirs.dtype).eps
-                likely = (kind.scores(theirs) / self._temperature).sigmoid().mean(0)
-                mine = self._temperature * likely.clamp(epsilon, 1.0 - epsilon).logit()
-                loss = self._divergence(kind, mine.expand_as(theirs), kind.scores(theirs))
+                epsilon = torch.finfo(target.dtype).eps
+                likely = (kind.scores(target) / self._temperature).sigmoid().mean(0)
+                constant = self._temperature * likely.clamp(epsilon, 1.0 - epsilon).logit()
+                loss = self._divergence(kind, constant.expand_as(target), kind.scores(target))
             else:
-                mean = theirs.mean(0).expand_as(theirs)
-                loss = self._loss(kind, mean, theirs, mean_distances([mean], [theirs], [scale])[0])
+                mean = target.mean(0).expand_as(target)
+                loss = self._loss(kind, mean, target, mean_distances([mean], [target], [scale])[0])
             losses.append(float(loss))
         return losses
 
-    def objective(self, student: nn.Module, call: Call, wanted: list[Tensor]) -> Tensor:
-        """Return the mean loss on a call whose outputs should be `wanted`, with the loss of the blocks."""
+    def objective(self, student: nn.Module, call: Call, targets: list[Tensor]) -> Tensor:
+        """Return the mean loss on a call whose outputs should be `targets`, with the loss of the blocks."""
         names = self._block_names
         if names:
-            with blocks_seen(self._unpruned, names) as theirs:
-                wanted = self.answer(call, self.precision)
-        with blocks_seen(student, names) as mine:
-            found, wanted = self._compared(student, call, wanted, self.precision)
+            with blocks_seen(self._unpruned, names) as target_blocks:
+                targets = self.answer(call, self.precision)
+        with blocks_seen(student, names) as student_blocks:
+            outputs, targets = self._compared(student, call, targets, self.precision)
         # Probabilities of unlikely classes hardly differ; their scores do, whatever the last operation is.
-        distances = mean_distances(self._scores(found), self._scores(wanted), self._learned_scales)
-        losses = self._losses(found, wanted, distances)
+        distances = mean_distances(self._scores(outputs), self._scores(targets), self._learned_scales)
+        losses = self._losses(outputs, targets, distances)
         # The divergence hardly depends on the scores of unlikely classes, and not at all on a constant added to all
         # scores. Without the distance these would drift.
         weighted = zip(losses, self._weights_of_distance, distances, strict=True)
@@ -237,14 +239,14 @@ class Lesson:
         real = real_positions_of(student, call)
         off = []
         for name in names:
-            state = mine[name].to(torch.promote_types(mine[name].dtype, self._place[1]))
-            one, other = (
-                each.flatten(0, -2) if each.dim() > 2 and real is not None else each
-                for each in unpadded([state, theirs[name].to(state)], real)
+            state = student_blocks[name].to(torch.promote_types(student_blocks[name].dtype, self._place[1]))
+            student_rows, target_rows = (
+                block_output.flatten(0, -2) if block_output.dim() > 2 and real is not None else block_output
+                for block_output in unpadded([state, target_blocks[name].to(state)], real)
             )
             # Divided by the variance over this batch, so that all blocks have the same weight.
-            variance = (other - other.mean(0)).square().mean() + _LEAST_VARIANCE
-            off.append((one - other).square().mean() / variance)
+            variance = (target_rows - target_rows.mean(0)).square().mean() + _LEAST_VARIANCE
+            off.append((student_rows - target_rows).square().mean() / variance)
         return loss + self._blocks * torch.stack(off).mean()
 
     def batches(self, index: Tensor, size: int, seed: int, augment: Augment | None, blend: bool) -> Batches:
@@ -266,12 +268,12 @@ class Lesson:
                 self._views[view] = self._lazy_outputs(len(index))
             for chosen in torch.randperm(len(index), generator=generator).tensor_split(-(-len(index) // size)):
                 if self._block_names:
-                    wanted = list[Tensor]()
+                    targets = list[Tensor]()
                 elif view:
-                    wanted = self._views[view](partial(take_samples, call), chosen, self.precision)
+                    targets = self._views[view](partial(take_samples, call), chosen, self.precision)
                 else:
-                    wanted = self._wanted(index[chosen], self.precision)
-                yield take_samples(call, chosen), wanted
+                    targets = self._targets_of(index[chosen], self.precision)
+                yield take_samples(call, chosen), targets
 
     def _whole_batches(
         self, index: Tensor, generator: torch.Generator, seed: int, augment: Augment | None, blend: bool
@@ -288,10 +290,10 @@ class Lesson:
                     call = _augmented(call, augment, seed_of_view)
                 if blend and view:
                     call = _blended(call, seed_of_view)
-                wanted = list[Tensor]()
+                targets = list[Tensor]()
                 if not self._block_names:
-                    wanted = outputs(lambda _, call=call: call, unit, self.precision)  # type: ignore[misc]
-                yield call, wanted
+                    targets = outputs(lambda _, call=call: call, unit, self.precision)  # type: ignore[misc]
+                yield call, targets
 
     def plain(self, index: Tensor) -> list[Any]:
         """Return batches of some of the images, unchanged, for the student."""
@@ -303,31 +305,33 @@ class Lesson:
         device = device_of(self._unpruned)
         args, kwargs = on_device(call, device)
         # Under autocast a network in half precision fails: norms get inputs of one type and weights of another.
-        is_half = any(each.dtype in _HALF for each in self._unpruned.parameters())
+        is_half = any(parameter.dtype in _HALF for parameter in self._unpruned.parameters())
         with (
             evaluation_mode(self._unpruned),
             torch.no_grad(),
             computing_in("float32" if is_half else precision, device),
         ):
             answer = _run(self._unpruned, (args, kwargs))
-        return [each.to(*self._place) for each in self._outputs_of(answer, (args, kwargs))]
+        return [output.to(*self._place) for output in self._outputs_of(answer, (args, kwargs))]
 
     def _compared(
-        self, student: nn.Module, call: Call, wanted: list[Tensor], precision: Precision = "float32"
+        self, student: nn.Module, call: Call, targets: list[Tensor], precision: Precision = "float32"
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Return a model's outputs and the wanted ones, both without padding."""
+        """Return a model's outputs and the targets, both without padding."""
         real = real_positions_of(student, call)
         args, kwargs = cast_floats(call, self._place[1])
         with computing_in(precision, self._place[0]):
-            found = _run(student, (args, kwargs))
-        mine = self._reading.aligned(self._outputs_of(found, (args, kwargs)))
-        return unpadded(mine, real), unpadded(self._reading.aligned(wanted), real)
+            answer = _run(student, (args, kwargs))
+        outputs = self._reading.aligned(self._outputs_of(answer, (args, kwargs)))
+        return unpadded(outputs, real), unpadded(self._reading.aligned(targets), real)
 
     def _outputs_of(self, answer: Any, call: Call) -> list[Tensor]:
         """Return the compared outputs; bfloat16 is cast first, for the losses and for the user's function."""
-        own = self._place[1]
-        if any(each.dtype == torch.bfloat16 for each in tensors_of(answer)):
-            answer = tree_map_only(Tensor, lambda each: each.to(own) if each.dtype == torch.bfloat16 else each, answer)
+        dtype = self._place[1]
+        if any(tensor.dtype == torch.bfloat16 for tensor in tensors_of(answer)):
+            answer = tree_map_only(
+                Tensor, lambda tensor: tensor.to(dtype) if tensor.dtype == torch.bfloat16 else tensor, answer
+            )
         return self._read(answer, call, self._reading)
 
     def _read(self, answer: Any, call: Call, reading: Reading) -> list[Tensor]:
@@ -339,7 +343,7 @@ class Lesson:
         """Return the unpruned network's outputs for ``count`` images, which are computed when they are needed."""
         return _OutputsOfBatches(self.answer) if self._pool.are_whole else _LazyOutputs(self.answer, count)
 
-    def _wanted(self, index: Tensor, precision: Precision = "float32") -> list[Tensor]:
+    def _targets_of(self, index: Tensor, precision: Precision = "float32") -> list[Tensor]:
         """Return the unpruned network's outputs for some images, or for one call that stays whole."""
         return self._answers(self._pool.of, index, precision)
 
@@ -360,36 +364,38 @@ class Lesson:
         parts = []
         for part in self._pool.together(self._pool.spread(index, min(KNOWN, self._together)), len(index)):
             real = real_positions_of(self._unpruned, self._pool.of(part))
-            parts.append(unpadded(self._reading.aligned(self._wanted(part)), real))
+            parts.append(unpadded(self._reading.aligned(self._targets_of(part)), real))
         return parts
 
-    def _losses(self, found: list[Tensor], wanted: list[Tensor], distances: list[Tensor]) -> list[Tensor]:
+    def _losses(self, outputs: list[Tensor], targets: list[Tensor], distances: list[Tensor]) -> list[Tensor]:
         """Return the mean loss of each output, given the distances."""
-        return [self._loss(*row) for row in zip(self.kinds, found, wanted, distances, strict=True)]
+        return [self._loss(*row) for row in zip(self.kinds, outputs, targets, distances, strict=True)]
 
-    def _loss(self, kind: OutputKind, mine: Tensor, theirs: Tensor, distance: Tensor) -> Tensor:
+    def _loss(self, kind: OutputKind, output: Tensor, target: Tensor, distance: Tensor) -> Tensor:
         if kind.holds == "numbers":
             return distance
         if kind.holds == "vectors":
-            one, other = normalize(mine, dim=-1), normalize(theirs, dim=-1)
-            loss = 1.0 - (one * other).sum(-1).mean()
-            if mine.dim() == 2:
+            vectors, target_vectors = normalize(output, dim=-1), normalize(target, dim=-1)
+            loss = 1.0 - (vectors * target_vectors).sum(-1).mean()
+            if output.dim() == 2:
                 # The cosines between samples say which are neighbours, and don't change if all embeddings are rotated.
-                loss = loss + _SIMILARITIES * (one @ one.T - other @ other.T).square().mean()
+                loss = loss + _SIMILARITIES * (vectors @ vectors.T - target_vectors @ target_vectors.T).square().mean()
             return loss
-        return self._divergence(kind, kind.scores(mine), kind.scores(theirs))
+        return self._divergence(kind, kind.scores(output), kind.scores(target))
 
-    def _divergence(self, kind: OutputKind, mine: Tensor, theirs: Tensor) -> Tensor:
+    def _divergence(self, kind: OutputKind, scores: Tensor, target_scores: Tensor) -> Tensor:
         """Return the mean divergence from the unpruned network's probabilities, for scores of classes or decisions."""
         t = self._temperature
         if kind.holds == "decisions":
-            yes = (theirs / t).sigmoid()
-            loss = yes * (logsigmoid(theirs / t) - logsigmoid(mine / t))
-            loss = loss + (1.0 - yes) * (logsigmoid(-theirs / t) - logsigmoid(-mine / t))
+            yes = (target_scores / t).sigmoid()
+            loss = yes * (logsigmoid(target_scores / t) - logsigmoid(scores / t))
+            loss = loss + (1.0 - yes) * (logsigmoid(-target_scores / t) - logsigmoid(-scores / t))
             return t * t * loss.mean()
-        loss = kl_div(log_softmax(mine / t, -1), log_softmax(theirs / t, -1), reduction="none", log_target=True)
+        loss = kl_div(
+            log_softmax(scores / t, -1), log_softmax(target_scores / t, -1), reduction="none", log_target=True
+        )
         # A masked class has probability 0 and contributes nothing.
-        return t * t * loss.masked_fill(theirs == -math.inf, 0.0).sum(-1).mean()
+        return t * t * loss.masked_fill(target_scores == -math.inf, 0.0).sum(-1).mean()
 
     def _scores(self, outputs: list[Tensor]) -> list[Tensor]:
         """Return outputs with scores in place of probabilities."""
@@ -398,7 +404,7 @@ class Lesson:
     def _variances(self, index: Tensor, *, of_scores: bool = False) -> list[float]:
         """Return the variance of each output of the unpruned network over some images, or a sample of many."""
         rows = self._scores(self._rows(index)) if of_scores else self._rows(index)
-        return [float(finite(each).var(0, correction=0).mean()) + _LEAST_VARIANCE for each in rows]
+        return [float(finite(output_rows).var(0, correction=0).mean()) + _LEAST_VARIANCE for output_rows in rows]
 
 
 class _LazyOutputs:
@@ -418,21 +424,23 @@ class _LazyOutputs:
     ) -> list[Tensor]:
         """Return the outputs for some images; unknown ones are computed in the given precision."""
         for part in _together(index[~self._is_known[index]].unique()) if self._is_kept else ():
-            found = self._ask(call_of(part), precision)
+            outputs = self._ask(call_of(part), precision)
             if not self._values:
                 count = len(self._is_known)
-                needed = sum(count * each[:1].nbytes for each in found)  # for all images
-                self._is_kept = needed <= _KEPT_SHARE * free_memory_of(found[0].device)
-                self._values = [each.new_empty(count if self._is_kept else 0, *each.shape[1:]) for each in found]
+                needed = sum(count * output[:1].nbytes for output in outputs)  # for all images
+                self._is_kept = needed <= _KEPT_SHARE * free_memory_of(outputs[0].device)
+                self._values = [
+                    output.new_empty(count if self._is_kept else 0, *output.shape[1:]) for output in outputs
+                ]
                 if not self._is_kept:
                     break
-            for kept, each in zip(self._values, found, strict=True):
-                kept[part.to(kept.device)] = each
+            for stored, output in zip(self._values, outputs, strict=True):
+                stored[part.to(stored.device)] = output
             self._is_known[part] = True
         if self._is_kept or not len(index):
-            return [each[index.to(each.device)] for each in self._values]
+            return [stored[index.to(stored.device)] for stored in self._values]
         parts = [self._ask(call_of(part), precision) for part in _together(index)]
-        return [torch.cat(each) for each in zip(*parts, strict=True)]
+        return [torch.cat(part_outputs) for part_outputs in zip(*parts, strict=True)]
 
 
 class _OutputsOfBatches:
@@ -479,13 +487,13 @@ def student_of(dense: nn.Module, few: Call) -> nn.Module:
     if not any(parameter.is_floating_point() for parameter in dense.parameters()):
         raise ConfigError("a model must have floating parameters, got none (dense)")
     student: nn.Module = evaluating(detached_copy(dense))
-    if any(each.dtype in _HALF for each in student.parameters()):
+    if any(parameter.dtype in _HALF for parameter in student.parameters()):
         student.float()
     for module in student.modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             module.sparse = False  # AdamW takes no sparse gradients
-    floats = [each for each in student.parameters() if each.is_floating_point()]
-    learned = next((each for each in floats if each.requires_grad), floats[0])
+    floats = [parameter for parameter in student.parameters() if parameter.is_floating_point()]
+    learned = next((parameter for parameter in floats if parameter.requires_grad), floats[0])
     args, kwargs = on_device(cast_floats(few, learned.dtype), device_of(student))
     student = lay_out(student, args, kwargs)
     frozen = frozen_parameters(student)
@@ -523,8 +531,8 @@ def _blended(call: Call, seed: int) -> Call:
     def blend(images: Tensor) -> Tensor:
         shape = (len(images), *[1] * (images.dim() - 1))
         shares = torch.rand(shape, generator=generator) * (torch.rand(shape, generator=generator) < _BLENDED)
-        others = images[torch.randperm(len(images), generator=generator).to(images.device)]
-        return images.lerp(others, shares.to(images))
+        partners = images[torch.randperm(len(images), generator=generator).to(images.device)]
+        return images.lerp(partners, shares.to(images))
 
     blended: Call = tree_map_only(Tensor, blend, call)
     return blended
@@ -532,8 +540,8 @@ def _blended(call: Call, seed: int) -> Call:
 
 def _together(index: Tensor) -> tuple[Tensor, ...]:
     """Split image numbers into batches; without images there is no batch."""
-    found: tuple[Tensor, ...] = index.split(_AT_ONCE) if len(index) else ()
-    return found
+    parts: tuple[Tensor, ...] = index.split(_AT_ONCE) if len(index) else ()
+    return parts
 
 
 def check_augment(unpruned: nn.Module, few: Call, augment: Augment, seed: int) -> None:
@@ -541,9 +549,9 @@ def check_augment(unpruned: nn.Module, few: Call, augment: Augment, seed: int) -
     view = _augmented(few, augment, seed)
     error = failure_on(unpruned, view)
     if error is not None:
-        got, given = (", ".join(in_words(each) for each in tensors_of(part)) for part in (view, few))
+        got, original = (", ".join(in_words(tensor) for tensor in tensors_of(part)) for part in (view, few))
         raise ConfigError(
-            f"augment must return inputs that fit the model, got {got} for {given}: {raised(error)} (augment)"
+            f"augment must return inputs that fit the model, got {got} for {original}: {raised(error)} (augment)"
         ) from error
 
 
@@ -554,27 +562,28 @@ def _augmented(call: Call, augment: Augment, seed: int) -> Call:
         seed_torch(seed)
         for index in _together(torch.arange(batch_size(call))):
             part = take_samples(call, index)
-            given = as_in_batch(part)
-            seen = augment(given)
+            batch = as_in_batch(part)
+            seen = augment(batch)
             # A model may take one mapping as its argument; then the returned mapping is that argument, too.
-            is_argument = not part[1] and isinstance(given, Mapping) and isinstance(seen, Mapping)
+            is_argument = not part[1] and isinstance(batch, Mapping) and isinstance(seen, Mapping)
             view = arguments_of((seen,) if is_argument else seen) if tensors_of(seen) else ((), {})
             is_alike = len(view[0]) == len(part[0]) and view[1].keys() == part[1].keys()
             if not is_alike or len(tensors_of(view)) != len(tensors_of(part)):
                 raise ConfigError(
                     "augment must return the same structure as its input (tensor, tuple or dict), "
-                    f"got {in_words(seen)} for {in_words(given)} (augment)"
+                    f"got {in_words(seen)} for {in_words(batch)} (augment)"
                 )
             before, after = (
-                sum(each.dim() > 0 and len(each) == len(index) for each in tensors_of(one)) for one in (part, view)
+                sum(tensor.dim() > 0 and len(tensor) == len(index) for tensor in tensors_of(inputs))
+                for inputs in (part, view)
             )
             if after < before:
                 raise ConfigError(
                     f"augment must return as many samples as it gets, {len(index)}, got {in_words(seen)} (augment)"
                 )
             before, after = (
-                sum(int((~each.isfinite()).sum()) for each in tensors_of(one) if each.is_floating_point())
-                for one in (part, view)
+                sum(int((~tensor.isfinite()).sum()) for tensor in tensors_of(inputs) if tensor.is_floating_point())
+                for inputs in (part, view)
             )
             if after > before:  # additive masks hold infinities
                 raise ConfigError(f"augment must return finite values, got {in_words(seen)} with others (augment)")
@@ -582,4 +591,4 @@ def _augmented(call: Call, augment: Augment, seed: int) -> Call:
     if not have_one_shape(views):
         got = "; ".join(in_words(as_in_batch(view)) for view in views)
         raise ConfigError(f"augment must return inputs of one shape, got {got} (augment)")
-    return joined(views)
+    return join_calls(views)

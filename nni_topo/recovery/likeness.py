@@ -113,11 +113,11 @@ class Answers:
         exact = Likeness(Estimate(0.0, 0.0, 0.0), Estimate(*([1.0 if self.have_answers else math.nan] * 3)))
         if net is self._model:
             return [exact] * len(self._parts)
-        found = []
+        likenesses = []
         for part in range(len(self._parts)):
             differences = self.differences(net, part)
-            found.append(Likeness(_mean(differences.distances), _share(differences.agreed)))
-        return found
+            likenesses.append(Likeness(_mean(differences.distances), _share(differences.agreed)))
+        return likenesses
 
     def differences(self, net: nn.Module, part: int) -> Differences:
         """Compare a network on each sample of a part."""
@@ -125,10 +125,10 @@ class Answers:
         agreed: list[float] = []
         answers = _answers(net, self._parts[part], self._reading)
         try:
-            for own, stored in zip(answers, self._wanted[part], strict=True):
-                mine, theirs = self._aligned(own), self._aligned(stored)
-                distances += self._distances(mine, theirs)
-                agreed += _agreements(mine, theirs, self.kinds)
+            for answer, stored in zip(answers, self._wanted[part], strict=True):
+                aligned, target = self._aligned(answer), self._aligned(stored)
+                distances += self._distances(aligned, target)
+                agreed += _agreements(aligned, target, self.kinds)
         except DataError as error:  # the data aren't the cause: the model itself has run on them
             raise SpeedupError(
                 "a smaller network must run on every batch on which the model runs, got "
@@ -137,22 +137,22 @@ class Answers:
             ) from error
         return Differences(distances, agreed)
 
-    def _distances(self, mine: _Answer, theirs: _Answer) -> list[float]:
+    def _distances(self, answer: _Answer, target: _Answer) -> list[float]:
         """Return the squared distance of each sample's outputs, as a share of the variance, averaged over outputs."""
-        shapes = [[each.shape for each in answer.outputs] for answer in (mine, theirs)]
+        shapes = [[output.shape for output in side.outputs] for side in (answer, target)]
         if shapes[0] != shapes[1]:  # such as the boxes that a detector finds
-            return [math.nan] * theirs.samples
-        total = torch.zeros(theirs.samples, dtype=torch.float64)
+            return [math.nan] * target.samples
+        total = torch.zeros(target.samples, dtype=torch.float64)
         # A smaller batch may have fewer outputs than scales.
-        for one, other, scale in zip(mine.outputs, theirs.outputs, self._scales, strict=False):
-            squares = minus(one.double(), other.double()).square()
-            if theirs.real is not None and squares.dim() > 2 and squares.shape[:2] == theirs.real.shape:
-                squares = squares.flatten(2).sum(2) * theirs.real
-            by_sample = squares.reshape(theirs.samples, -1).sum(1)
+        for output, target_output, scale in zip(answer.outputs, target.outputs, self._scales, strict=False):
+            squares = minus(output.double(), target_output.double()).square()
+            if target.real is not None and squares.dim() > 2 and squares.shape[:2] == target.real.shape:
+                squares = squares.flatten(2).sum(2) * target.real
+            by_sample = squares.reshape(target.samples, -1).sum(1)
             # Outputs that never vary have no scale: equal outputs have distance 0, others an infinite one.
             total += by_sample / scale if scale > 0.0 else torch.where(by_sample == 0.0, 0.0, math.inf)
-        found: list[float] = (total / max(len(mine.outputs), 1)).tolist()
-        return found
+        distances: list[float] = (total / max(len(answer.outputs), 1)).tolist()
+        return distances
 
 
 def have_answers(
@@ -200,44 +200,44 @@ def _answers(net: nn.Module, images: Calibration, reading: Reading) -> Iterator[
     with evaluation_mode(net), torch.no_grad():
         for index, call in enumerate(bar("comparing", None, calls(net, images))):
             with fitting(index, images):
-                found = net(*call[0], **call[1])
-            count = entry_count(found, call, reading.outputs) if images.why_whole else batch_size(call)
+                outputs = net(*call[0], **call[1])
+            count = entry_count(outputs, call, reading.outputs) if images.why_whole else batch_size(call)
             real = real_positions_of(net, call)
             try:
-                read = reading.read(found, call, count)
+                read = reading.read(outputs, call, count)
             except ConfigError:
                 # If outputs, such as lists of boxes, have no entry per image, a batch is one sample.
-                read = [each.flatten()[None] for each in returned_tensors(found) if each.is_floating_point()]
+                read = [tensor.flatten()[None] for tensor in returned_tensors(outputs) if tensor.is_floating_point()]
                 if not read:
                     raise
                 real, count = None, 1
-            yield _Answer([each.detach().cpu() for each in read], None if real is None else real.cpu(), count)
+            yield _Answer([tensor.detach().cpu() for tensor in read], None if real is None else real.cpu(), count)
 
 
 def _scales(answers: Sequence[_Answer]) -> list[float]:
     """Return for each output the mean squared distance of a sample from the mean over all samples."""
     scales = []
-    numbers = {len(each.outputs) for each in answers}
-    groups = [[(each, each.outputs[index]) for each in answers] for index in range(min(numbers))]
+    numbers = {len(answer.outputs) for answer in answers}
+    groups = [[(answer, answer.outputs[index]) for answer in answers] for index in range(min(numbers))]
     if len(numbers) > 1:
         # Batches with different numbers of outputs, such as a list of boxes per image: all are of one kind.
-        groups = [[(each, output) for each in answers for output in each.outputs]]
+        groups = [[(answer, output) for answer in answers for output in answer.outputs]]
     for group in groups:
         shapes = {output.shape[1:] for _, output in group}
         # Where lengths differ, or some positions are padding, every position is an observation of its own.
-        is_ragged = len(shapes) > 1 or any(each.real is not None for each in answers)
+        is_ragged = len(shapes) > 1 or any(answer.real is not None for answer in answers)
         total = torch.zeros((), dtype=torch.float64)
         # Samples, observations and the sum of their squares.
         counts = torch.zeros(3, dtype=torch.float64)
-        for each, output in group:
+        for answer, output in group:
             rows = finite(output.double())
             if is_ragged and rows.dim() > 2:
-                is_masked = each.real is not None and rows.shape[:2] == each.real.shape
-                rows = rows[each.real] if is_masked else rows.flatten(0, -2)
+                is_masked = answer.real is not None and rows.shape[:2] == answer.real.shape
+                rows = rows[answer.real] if is_masked else rows.flatten(0, -2)
             if len({shape[-1:] for shape in shapes}) > 1:
                 rows = rows.reshape(-1, 1)
             total = total + rows.sum(0)
-            counts += torch.tensor([each.samples, len(rows), float(rows.square().sum())], dtype=torch.float64)
+            counts += torch.tensor([answer.samples, len(rows), float(rows.square().sum())], dtype=torch.float64)
         samples, observations, squares = counts.tolist()
         around_mean = squares - float(total.square().sum()) / observations
         # Around outputs that never vary only a rounding error is left, which is no scale.
@@ -245,22 +245,22 @@ def _scales(answers: Sequence[_Answer]) -> list[float]:
     return scales if len(numbers) == 1 else scales * max(numbers)
 
 
-def _agreements(mine: _Answer, theirs: _Answer, kinds: Sequence[OutputKind]) -> list[float]:
+def _agreements(answer: _Answer, target: _Answer, kinds: Sequence[OutputKind]) -> list[float]:
     """Return for each sample the share of its classes or decisions that are the same, as the mean over outputs."""
     shares = []
-    for kind, one, other in zip(kinds, mine.outputs, theirs.outputs, strict=False):
-        if not kind.has_answer or one.shape != other.shape:
+    for kind, output, target_output in zip(kinds, answer.outputs, target.outputs, strict=False):
+        if not kind.has_answer or output.shape != target_output.shape:
             continue
-        same = (kind.answers(one) == kind.answers(other)).double().reshape(theirs.samples, -1)
-        shape = other.shape[: 2 if theirs.real is not None and other.dim() > 2 else 0]
-        if theirs.real is not None and shape == theirs.real.shape:
-            weights = theirs.real.double().repeat_interleave(same.shape[1] // theirs.real.shape[1], 1)
+        same = (kind.answers(output) == kind.answers(target_output)).double().reshape(target.samples, -1)
+        shape = target_output.shape[: 2 if target.real is not None and target_output.dim() > 2 else 0]
+        if target.real is not None and shape == target.real.shape:
+            weights = target.real.double().repeat_interleave(same.shape[1] // target.real.shape[1], 1)
             same = same * weights / weights.sum(1, keepdim=True).clamp_min(1.0)
             shares.append(same.sum(1))
         else:
             shares.append(same.mean(1))
     if not shares:
-        return [math.nan] * theirs.samples
+        return [math.nan] * target.samples
     means: list[float] = torch.stack(shares).mean(0).tolist()
     return means
 
@@ -268,13 +268,13 @@ def _agreements(mine: _Answer, theirs: _Answer, kinds: Sequence[OutputKind]) -> 
 def _mean(values: list[float]) -> Estimate:
     """Return a mean of nonnegative numbers and its interval by Student's t."""
     count = len(values)
-    found = torch.tensor(values, dtype=torch.float64)
-    mean = float(found.mean())
+    tensor = torch.tensor(values, dtype=torch.float64)
+    mean = float(tensor.mean())
     if not math.isfinite(mean):
         return Estimate(mean, mean, mean)
     if count < 2:
         return Estimate(mean, 0.0, math.inf)
-    half = float(stdtrit(count - 1, _TAIL)) * float(found.std()) / math.sqrt(count)
+    half = float(stdtrit(count - 1, _TAIL)) * float(tensor.std()) / math.sqrt(count)
     return Estimate(mean, max(mean - half, 0.0), mean + half)
 
 

@@ -89,14 +89,14 @@ class _Noting(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        results = [result] if isinstance(result, Tensor) else result
-        if isinstance(results, (list, tuple)) and results and all(isinstance(each, Tensor) for each in results):
+        output = func(*args, **kwargs)
+        results = [output] if isinstance(output, Tensor) else output
+        if isinstance(results, (list, tuple)) and results and all(isinstance(tensor, Tensor) for tensor in results):
             name = getattr(func, "__name__", "").split(".")[0]
             if name == "__get__":
                 name = getattr(func.__self__, "__name__", "")
             self._note(name.strip("_").removeprefix("special_"), func, args, kwargs, results)
-        return result
+        return output
 
     def _note(
         self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: Sequence[Tensor]
@@ -124,32 +124,34 @@ class _Noting(TorchFunctionMode):
             elif before is not None and name in _LOGARITHMS and before.operation == _LOGARITHMS[name][0]:
                 origin = replace(before, operation=_LOGARITHMS[name][1])
             elif before is not None and is_alike and name in _SHIFTING and before.operation in _SCORING:
-                others = [each for each in args[1:] if isinstance(each, Tensor)]
-                if all(isinstance(each, nn.Parameter) or not each.dim() for each in others):
+                operands = [operand for operand in args[1:] if isinstance(operand, Tensor)]
+                if all(isinstance(operand, nn.Parameter) or not operand.dim() for operand in operands):
                     origin = before
             elif moves_entries(name) or name in _RESIZING:
-                origin = self._moved(func, args, kwargs, index)
+                origin = self._origin_after_move(func, args, kwargs, index)
             if origin is None:
                 self.origins.pop(output, None)  # changed in place
             else:
                 self.origins[output] = origin
 
-    def _moved(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> Origin | None:
+    def _origin_after_move(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> Origin | None:
         """Return the origin of a result of an operation that moves entries of tensors of one origin."""
         floats: list[Tensor] = []
-        tree_map_only(Tensor, lambda each: floats.append(each) if each.is_floating_point() else None, (args, kwargs))
-        origins = [self.origins.get(each) for each in floats]
+        tree_map_only(
+            Tensor, lambda tensor: floats.append(tensor) if tensor.is_floating_point() else None, (args, kwargs)
+        )
+        origins = [self.origins.get(tensor) for tensor in floats]
         first = origins[0] if origins else None
-        if first is None or any(each is None or each.operation != first.operation for each in origins):
+        if first is None or any(origin is None or origin.operation != first.operation for origin in origins):
             return None
         # The tensors themselves aren't held.
-        known = {id(each): origin for each, origin in zip(floats, origins, strict=True)}
-        template = tree_map_only(Tensor, lambda each: known.get(id(each), each), (args, kwargs))
+        origin_by_id = {id(tensor): origin for tensor, origin in zip(floats, origins, strict=True)}
+        template = tree_map_only(Tensor, lambda tensor: origin_by_id.get(id(tensor), tensor), (args, kwargs))
 
         def marks() -> Tensor:
             marked_args, marked_kwargs = tree_map_only(Origin, lambda origin: origin.marks(), template)
-            moved = func(*marked_args, **marked_kwargs)
-            return moved if isinstance(moved, Tensor) else moved[index]
+            output = func(*marked_args, **marked_kwargs)
+            return output if isinstance(output, Tensor) else output[index]
 
         return replace(first, marks=marks)
 

@@ -117,16 +117,16 @@ class OutputKind(NamedTuple):
         by_place = " by place" if len(shape) > (self.holds != "decisions") else ""
         agreement = ""
         if self.holds == "classes":
-            what = f"{self.form} of {shape[-1]} classes{by_place}"
+            content = f"{self.form} of {shape[-1]} classes{by_place}"
             agreement = f"; agreement is the share of {'places' if by_place else 'samples'} with the same class"
         elif self.holds == "decisions":
-            what = f"{self.form} of decisions, which are taken at {0.5 if self.form == 'probabilities' else 0}"
+            content = f"{self.form} of decisions, which are taken at {0.5 if self.form == 'probabilities' else 0}"
             agreement = "; agreement is the share of equal decisions"
         elif self.holds == "vectors":
-            what = f"vectors of length one with {shape[-1]} numbers{by_place}"
+            content = f"vectors of length one with {shape[-1]} numbers{by_place}"
         else:
-            what = "numbers"
-        return f"{what}{f' ({self.origin})' if self.origin else ''}{agreement if with_agreement else ''}"
+            content = "numbers"
+        return f"{content}{f' ({self.origin})' if self.origin else ''}{agreement if with_agreement else ''}"
 
 
 NUMBERS = OutputKind("numbers")
@@ -298,11 +298,13 @@ class Reading:
             # (1, n, 4) beside the output for one image.
             fewer = take_samples(call, torch.arange(count - 1))
             with evaluation_mode(model), torch.no_grad():
-                others = self._entries(model(*fewer[0], **fewer[1]), fewer)
-            if len(entries) == len(others):  # otherwise the number of tensors depends on the samples
-                pairs = enumerate(zip(entries, others, strict=True))
+                fewer_tensors = self._entries(model(*fewer[0], **fewer[1]), fewer)
+            if len(entries) == len(fewer_tensors):  # otherwise the number of tensors depends on the samples
+                pairs = enumerate(zip(entries, fewer_tensors, strict=True))
                 self._places = tuple(
-                    place for place, (one, other) in pairs if len(one) == count and len(other) == count - 1
+                    place
+                    for place, (tensor, fewer_tensor) in pairs
+                    if len(tensor) == count and len(fewer_tensor) == count - 1
                 )
         self._origins: list[Origin | None] = []
         self._names: list[str] = []
@@ -319,9 +321,9 @@ class Reading:
 
     def read(self, answer: Any, call: Call, count: int) -> list[Tensor]:
         """Return the outputs to compare for a call of ``count`` samples."""
-        chosen, what = answer, "a model's output"
+        chosen, source = answer, "a model's output"
         if self.outputs is not None:
-            chosen, what = self.outputs(answer, as_in_batch(call)), "what outputs= returns"
+            chosen, source = self.outputs(answer, as_in_batch(call)), "what outputs= returns"
         logits = _logits_of(chosen)
         if logits is not None:
             return [logits]
@@ -332,14 +334,14 @@ class Reading:
             if len(tensor) == count and (places is None or place in places)
         ]
         if not tensors:
-            told = f"{in_words(chosen)} for {count} samples"
+            description = f"{in_words(chosen)} for {count} samples"
             if any(len(tensor) == count for tensor in entries):
-                told += ", whose length doesn't depend on the number of samples"
+                description += ", whose length doesn't depend on the number of samples"
             if isinstance(chosen, Tensor) and chosen.is_floating_point() and chosen.shape[1:2] == (count,):
-                told += (
+                description += (
                     "; if the samples are its second dimension, outputs=lambda output, inputs: output.transpose(0, 1)"
                 )
-            raise ConfigError(f"{what} must hold a floating tensor with an entry per sample, got {told}")
+            raise ConfigError(f"{source} must hold a floating tensor with an entry per sample, got {description}")
         return tensors
 
     def settle(self, values: Iterable[Sequence[Tensor]]) -> None:
@@ -388,12 +390,14 @@ def _logits_of(answer: Any) -> Tensor | None:
     return logits if isinstance(logits, Tensor) else None
 
 
-def entry_count(found: Any, call: Call, outputs: Outputs | None) -> int:
+def entry_count(answer: Any, call: Call, outputs: Outputs | None) -> int:
     """Return the number of samples of a whole batch: the length of its inputs, or else that of all outputs.
 
     The outputs for a batch of graphs have an entry for each graph, its inputs one for each node.
     """
-    lengths = {len(tensor) for tensor in _with_entries(found if outputs is None else outputs(found, as_in_batch(call)))}
+    lengths = {
+        len(tensor) for tensor in _with_entries(answer if outputs is None else outputs(answer, as_in_batch(call)))
+    }
     count = batch_size(call)
     return count if count in lengths or len(lengths) != 1 else lengths.pop()
 
@@ -404,9 +408,9 @@ def as_in_batch(call: Call) -> Any:
     return kwargs or (args[0] if len(args) == 1 else args)
 
 
-def _with_entries(found: Any) -> list[Tensor]:
+def _with_entries(answer: Any) -> list[Tensor]:
     """Return the floating tensors of a model's output that have a first dimension."""
-    return [each for each in returned_tensors(found) if each.is_floating_point() and each.dim()]
+    return [tensor for tensor in returned_tensors(answer) if tensor.is_floating_point() and tensor.dim()]
 
 
 class ComparedOutputs(NamedTuple):
@@ -427,12 +431,12 @@ class ComparedOutputs(NamedTuple):
         )
 
 
-def compared_outputs(found: Any, read: Sequence[Tensor]) -> ComparedOutputs:
+def compared_outputs(answer: Any, read: Sequence[Tensor]) -> ComparedOutputs:
     """Return which tensors of a model's output are compared, given those that `read_outputs` returned."""
-    chosen = {id(each) for each in read}
+    chosen = {id(tensor) for tensor in read}
     compared: list[str] = []
     left_out: list[str] = []
-    for name, tensor in returned_by_name(found):
+    for name, tensor in returned_by_name(answer):
         (compared if id(tensor) in chosen else left_out).append(name)
     return ComparedOutputs(tuple(compared), tuple(left_out))
 
@@ -441,12 +445,15 @@ def unpadded(outputs: list[Tensor], real: Tensor | None) -> list[Tensor]:
     """Return outputs by position without padding, ``(positions, ...)``, and other outputs unchanged."""
     if real is None:
         return outputs
-    return [each[real.to(each.device)] if each.dim() > 2 and each.shape[:2] == real.shape else each for each in outputs]
+    return [
+        output[real.to(output.device)] if output.dim() > 2 and output.shape[:2] == real.shape else output
+        for output in outputs
+    ]
 
 
-def minus(mine: Tensor, theirs: Tensor) -> Tensor:
-    """Return `mine` minus `theirs`: zero where both are the same infinity, as masked scores are."""
-    return torch.where(mine == theirs, 0.0, mine - theirs)
+def minus(output: Tensor, target: Tensor) -> Tensor:
+    """Return `output` minus `target`: zero where both are the same infinity, as masked scores are."""
+    return torch.where(output == target, 0.0, output - target)
 
 
 def finite(outputs: Tensor) -> Tensor:
@@ -454,10 +461,11 @@ def finite(outputs: Tensor) -> Tensor:
     return outputs.nan_to_num(0.0, 0.0, 0.0)
 
 
-def mean_distances(found: list[Tensor], wanted: list[Tensor], scales: list[float]) -> list[Tensor]:
+def mean_distances(outputs: list[Tensor], targets: list[Tensor], scales: list[float]) -> list[Tensor]:
     """Return the mean squared distance of each output, divided by its variance."""
     return [
-        minus(mine, theirs).square().mean() / scale for mine, theirs, scale in zip(found, wanted, scales, strict=True)
+        minus(output, target).square().mean() / scale
+        for output, target, scale in zip(outputs, targets, scales, strict=True)
     ]
 
 
@@ -475,12 +483,12 @@ def shared_blocks(
             for parent, module in net.named_modules()
             if isinstance(module, (nn.ModuleList, nn.Sequential))
             for key, child in module._modules.items()
-            if child is not None and sum(bool(list(each.parameters(recurse=False))) for each in child.modules()) > 1
+            if child is not None and sum(bool(list(layer.parameters(recurse=False))) for layer in child.modules()) > 1
         ]
         args, kwargs = on_device(cast_floats(call, place[1]) if net is student else call, device_of(net))
         with evaluation_mode(net), torch.no_grad(), blocks_seen(net, names) as seen:
             net(*args, **kwargs)
-        shapes.append({name: each.shape for name, each in seen.items()})
+        shapes.append({name: output.shape for name, output in seen.items()})
     return [name for name, shape in shapes[0].items() if shapes[1].get(name) == shape]
 
 
@@ -490,7 +498,7 @@ def blocks_seen(net: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tens
     seen: dict[str, Tensor] = {}
 
     def look(name: str, output: Any) -> None:
-        tensors = [each for each in tensors_of(output) if each.is_floating_point() and each.dim() > 1]
+        tensors = [tensor for tensor in tensors_of(output) if tensor.is_floating_point() and tensor.dim() > 1]
         if tensors:
             seen[name] = tensors[0]
 
@@ -499,7 +507,7 @@ def blocks_seen(net: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tens
         yield seen
 
 
-def in_words(found: Any) -> str:
+def in_words(value: Any) -> str:
     """Return a value's type, and the shapes of its tensors, for an error."""
-    shapes = [f"{str(each.dtype).removeprefix('torch.')} {tuple(each.shape)}" for each in tensors_of(found)]
-    return f"{type(found).__name__} ({listed(shapes)})" if shapes else type(found).__name__
+    shapes = [f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}" for tensor in tensors_of(value)]
+    return f"{type(value).__name__} ({listed(shapes)})" if shapes else type(value).__name__

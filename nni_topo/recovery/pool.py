@@ -89,7 +89,7 @@ def have_one_shape(parts: Iterable[Call]) -> bool:
     return is_one
 
 
-def joined(parts: Sequence[Call]) -> Call:
+def join_calls(parts: Sequence[Call]) -> Call:
     """Concatenate calls into one, whose inputs fit together."""
     flat = [tree_flatten(part) for part in parts]
     leaves = []
@@ -117,7 +117,7 @@ def inputs_to_compare(nets: Mapping[str, nn.Module], images: Sequence[Calibratio
         return parts, DIFFERENT_SHAPES
     if why := next((part.why_whole for part in images if part.why_whole), ""):
         return parts, why
-    call = joined(parts)
+    call = join_calls(parts)
     count = batch_size(call)
     for name, net in nets.items():
         # The first samples and the last ones: a batch may be sorted, with the longest sample in front.

@@ -141,10 +141,10 @@ def seconds_of_a_step(training: Training) -> float:
     """Return the seconds of a step on the first batch, measured on a copy that is then discarded."""
     course, batch = Course(training, min(RATES)), next(training.batches())
     with learning(course.student, is_normed=training.is_normed):
-        return timed(lambda: course.step(batch, course.rate), course.student)
+        return median_seconds(lambda: course.step(batch, course.rate), course.student)
 
 
-def timed(work: Callable[[], object], student: nn.Module) -> float:
+def median_seconds(work: Callable[[], object], student: nn.Module) -> float:
     """Return the median seconds of up to five runs, fewer if they are slow.
 
     The run before these isn't counted, because it also loads libraries and selects kernels.

@@ -104,7 +104,7 @@ def synthetic_images(
     if len(tensors) != 1 or tensors[0].dim() != 4 or not tensors[0].is_floating_point():
         raise ConfigError(
             f"a model must take one floating tensor (n, channels, height, width), got {len(tensors)} of shapes "
-            f"{[tuple(each.shape) for each in tensors]} (example_inputs)"
+            f"{[tuple(tensor.shape) for tensor in tensors]} (example_inputs)"
         )
     check_fits(model, call, "example_inputs")
     network = evaluating(detached_copy(model))
@@ -143,13 +143,13 @@ def _shaped(network: nn.Module, images: Tensor, steps: int, shown: Any) -> Tenso
     with watched([(norm, looking(norm)) for norm in norms]):
         for _ in range(steps):
             optimizer.zero_grad()
-            found = network(images)
+            outputs = network(images)
             loss = _ROUGHNESS * torch.stack([images.diff(dim=dim).square().mean() for dim in (2, 3)]).sum()
             if away:
                 loss = loss + torch.stack(away).mean()
-            if isinstance(found, Tensor) and found.dim() == 2 and found.shape[1] > 1:
-                classes = torch.arange(len(found), device=found.device) % found.shape[1]
-                loss = loss + _CLASSES * cross_entropy(found, classes)
+            if isinstance(outputs, Tensor) and outputs.dim() == 2 and outputs.shape[1] > 1:
+                classes = torch.arange(len(outputs), device=outputs.device) % outputs.shape[1]
+                loss = loss + _CLASSES * cross_entropy(outputs, classes)
             loss.backward()
             optimizer.step()
             schedule.step()
@@ -162,7 +162,7 @@ def _distance(norm: Any, entering: Tensor) -> Tensor:
     """Return the distance between the statistics of a batch norm's input and its running statistics."""
     dims = [dim for dim in range(entering.dim()) if dim != 1]
     variance, mean = torch.var_mean(entering, dims, correction=0)
-    known = norm.running_var + _LEAST_VARIANCE
-    ratio = ((variance + _LEAST_VARIANCE) / known).log()
-    distance: Tensor = ((mean - norm.running_mean).square() / known + ratio.square()).mean()
+    expected_variance = norm.running_var + _LEAST_VARIANCE
+    ratio = ((variance + _LEAST_VARIANCE) / expected_variance).log()
+    distance: Tensor = ((mean - norm.running_mean).square() / expected_variance + ratio.square()).mean()
     return distance

@@ -66,7 +66,7 @@ class Verdict:
                 text += f"; the weights are those after {self.weights_of} steps"
                 text += ", because those at the end are no better than without distillation"
         elif self.rates:
-            tried = ", ".join(dict.fromkeys(f"{each.lr:g}" for each in self.rates))
+            tried = ", ".join(dict.fromkeys(f"{trial.lr:g}" for trial in self.rates))
             text += f". No step was taken: a few at each of the learning rates {tried} make the loss too large"
         else:
             text += f". No step was taken: {seconds_knob()} allows too few"
@@ -157,4 +157,4 @@ class Distillation(Verdict):
     @property
     def verdict(self) -> Verdict:
         """The figures by which the learned weights were kept or discarded."""
-        return Verdict(**{each.name: getattr(self, each.name) for each in fields(Verdict)})
+        return Verdict(**{field.name: getattr(self, field.name) for field in fields(Verdict)})
