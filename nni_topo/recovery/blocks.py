@@ -115,28 +115,28 @@ def remove_blocks(
             raise ConfigError(
                 f"a block to remove must have an output of its input's shape, got {before} and {after} ({name})"
             )
-    result: nn.Module = detached_copy(model)
+    shortened: nn.Module = detached_copy(model)
     removed: set[tuple[str, int]] = set()
     for parent, first, last in gaps:
-        container: Any = result.get_submodule(parent)
-        whole: Any = model.get_submodule(parent)
-        at = first - sum(parent == other and number < first for other, number in removed)
+        container: Any = shortened.get_submodule(parent)
+        unpruned_container: Any = model.get_submodule(parent)
+        at = first - sum(parent == container_name and number < first for container_name, number in removed)
         removed |= {(parent, number) for number in range(first, last + 1)}
-        keep_blocks(result, parent, [*range(at), *range(at + last - first + 1, len(container))])
+        keep_blocks(shortened, parent, [*range(at), *range(at + last - first + 1, len(container))])
         call = structure_call(model, batches)
-        gap = gap_after(result, container[at - 1], model, whole[last], call) if at else None
+        gap = gap_after(shortened, container[at - 1], model, unpruned_container[last], call) if at else None
         if gap is None:
             why = "no sum before them"
             before = set(container[at - 1].modules()) if at else set()
-            if frozen := [name for name in frozen_layers(result) if result.get_submodule(name) in before]:
+            if frozen := [name for name in frozen_layers(shortened) if shortened.get_submodule(name) in before]:
                 why += f" to which a layer adds that isn't {FROZEN}: {listed(frozen)}"
             _logger.warning("nothing makes up for the blocks %d to %d of %s: %s", first, last, parent, why)
             continue
-        (found,) = solutions((model, result), [gap], batches, ridge)
-        gap.fill(found)
-    tell_solved_on(result, batches.digests)
-    hand_on_report(model, result, f"blocks removed (nni_topo.remove_blocks): {listed(names, 8)}")
-    return result
+        (solution,) = solutions((model, shortened), [gap], batches, ridge)
+        gap.fill(solution)
+    tell_solved_on(shortened, batches.digests)
+    hand_on_report(model, shortened, f"blocks removed (nni_topo.remove_blocks): {listed(names, 8)}")
+    return shortened
 
 
 def _gaps(model: nn.Module, names: Sequence[str]) -> list[tuple[str, int, int]]:
@@ -228,14 +228,16 @@ class Gap:
                 setattr(end, name, nn.Parameter(parameter.detach().clone(), requires_grad=is_trained))
 
 
-def gap_after(result: nn.Module, block: nn.Module, model: nn.Module, wanted: nn.Module, call: Call) -> Gap | None:
+def gap_after(
+    shortened: nn.Module, block: nn.Module, model: nn.Module, target_block: nn.Module, call: Call
+) -> Gap | None:
     """Return how a block of one model can replace another block of the unpruned model; None if it can't."""
-    writer = find_writer(result, block, call)
+    writer = find_writer(shortened, block, call)
     if writer is None:
         return None
-    stream = Stream(wanted, _calls_in(model, wanted, call)[2])
+    stream = Stream(target_block, _calls_in(model, target_block, call)[2])
     # A norm can get the parameters of the other block's norm, unless its own must stay; a ReLU has none.
-    is_frozen = any(result.get_submodule(name) is writer.stream.end for name in frozen_layers(result))
+    is_frozen = any(shortened.get_submodule(name) is writer.stream.end for name in frozen_layers(shortened))
     is_alike = type(stream.end) is type(writer.stream.end)
     return Gap(writer, stream, is_whole=False) if is_alike and not is_frozen else None
 
@@ -244,22 +246,22 @@ def _calls_in(
     model: nn.Module, block: nn.Module, call: Call
 ) -> tuple[list[tuple[nn.Module, Any, Any]], Tensor, nn.Module | None]:
     """Return the calls of a block's modules, the block's output, and the ReLU or norm that returns it."""
-    made: list[tuple[nn.Module, Any, Any]] = []  # keeps the tensors, so that no address is reused
+    module_calls: list[tuple[nn.Module, Any, Any]] = []  # keeps the tensors, so that no address is reused
 
     def look(module: nn.Module) -> Any:
-        return lambda entering, output: made.append((module, entering, output))
+        return lambda entering, output: module_calls.append((module, entering, output))
 
     run_watched(model, call, leaving=[(module, look(module)) for module in block.modules()])
-    given = next(tensors_of(output)[0] for module, _, output in reversed(made) if module is block)
-    inner = [each for each in made if each[0] is not block]
-    ends = [module for module, _, output in inner if isinstance(module, _ENDS) and _is_same(output, given)]
-    return inner, given, ends[-1] if ends else None
+    block_output = next(tensors_of(output)[0] for module, _, output in reversed(module_calls) if module is block)
+    inner = [module_call for module_call in module_calls if module_call[0] is not block]
+    ends = [module for module, _, output in inner if isinstance(module, _ENDS) and _is_same(output, block_output)]
+    return inner, block_output, ends[-1] if ends else None
 
 
-def _is_same(one: Any, other: Any) -> bool:
+def _is_same(value: Any, other_value: Any) -> bool:
     """Return whether two values are tensors in the same memory."""
-    are_tensors = isinstance(one, Tensor) and isinstance(other, Tensor)
-    return are_tensors and one.data_ptr() == other.data_ptr() and one.shape == other.shape
+    are_tensors = isinstance(value, Tensor) and isinstance(other_value, Tensor)
+    return are_tensors and value.data_ptr() == other_value.data_ptr() and value.shape == other_value.shape
 
 
 def run_watched(model: nn.Module, call: Call, entering: Iterable[Any] = (), leaving: Iterable[Any] = ()) -> Any:
@@ -271,27 +273,31 @@ def run_watched(model: nn.Module, call: Call, entering: Iterable[Any] = (), leav
 
 def find_writer(model: nn.Module, block: nn.Module, call: Call) -> Writer | None:
     """Return a layer of a block that isn't frozen and whose whole output is added to the block's output, or None."""
-    made, given, end = _calls_in(model, block, call)
+    module_calls, block_output, end = _calls_in(model, block, call)
     frozen, names = frozen_parameters(model), {module: name for name, module in model.named_modules()}
     stream = Stream(block, end)
-    called: list[Any] = [module for module, _, _ in made if type(module) in (*CONVOLUTIONS, nn.Linear)]
+    called: list[Any] = [module for module, _, _ in module_calls if type(module) in (*CONVOLUTIONS, nn.Linear)]
     once = [layer for layer in reversed(called) if called.count(layer) == 1]
     for layer in sorted(once, key=lambda layer: -layer.weight[0].numel()):  # with most unknowns first
         if getattr(layer, "groups", 1) > 1 or getattr(layer, "padding_mode", "zeros") != "zeros":
             continue
         if f"{names[layer]}.weight" in frozen:
             continue
-        (own,) = (output for module, _, output in made if module is layer)
-        norms: list[Any] = [each for each, entering, _ in made if isinstance(each, NORMS) and _is_same(entering, own)]
-        norm = next((each for each in norms if each.running_var is not None), None)
-        takers = [each for each in (norm, layer) if each is not None and each.bias is not None]
-        taker = next((each for each in takers if f"{names[each]}.bias" not in frozen), None)
+        (layer_output,) = (output for module, _, output in module_calls if module is layer)
+        norms: list[Any] = [
+            module
+            for module, entering, _ in module_calls
+            if isinstance(module, NORMS) and _is_same(entering, layer_output)
+        ]
+        norm = next((module for module in norms if module.running_var is not None), None)
+        takers = [module for module in (norm, layer) if module is not None and module.bias is not None]
+        taker = next((module for module in takers if f"{names[module]}.bias" not in frozen), None)
         writer = Writer(layer, norm, stream, taker)
         width = len(layer.weight)
-        added = torch.randn(width, generator=torch.Generator().manual_seed(0)).to(given)
+        added = torch.randn(width, generator=torch.Generator().manual_seed(0)).to(block_output)
         if not isinstance(layer, nn.Linear):
             added = added.view(-1, *[1] * len(layer.kernel_size))
-        if given.dim() < added.dim() or given.shape[1 if added.dim() > 1 else -1] != width:
+        if block_output.dim() < added.dim() or block_output.shape[1 if added.dim() > 1 else -1] != width:
             continue
         changed = layer if norm is None else norm
         streams: list[Tensor] = []
@@ -301,8 +307,8 @@ def find_writer(model: nn.Module, block: nn.Module, call: Call) -> Writer | None
             run_watched(model, call, before, [*more, *after])
             # A ReLU may be called several times; the last call ends the block.
             del streams[first:-1]
-        unchanged, moved = streams
-        if agree([added.expand_as(unchanged)], [moved - unchanged], SAME_CHANNELS):
+        unchanged, shifted = streams
+        if agree([added.expand_as(unchanged)], [shifted - unchanged], SAME_CHANNELS):
             return writer
     return None
 
@@ -314,13 +320,15 @@ def solutions(
 
     ``nets`` are the networks of the streams; the writers are in the last one.
     """
-    seen: list[dict[str, Tensor]] = [{} for _ in gaps]
+    tensors_by_gap: list[dict[str, Tensor]] = [{} for _ in gaps]
     before, after = list[Any](), list[Any]()
-    for gap, own in zip(gaps, seen, strict=True):
-        before.append((gap.writer.layer, lambda entering, own=own: own.update(entering=entering)))
+    for gap, gap_tensors in zip(gaps, tensors_by_gap, strict=True):
+        before.append(
+            (gap.writer.layer, lambda entering, gap_tensors=gap_tensors: gap_tensors.update(entering=entering))
+        )
         for key, stream in (("wanted", gap.wanted), ("reached", None if gap.is_whole else gap.writer.stream)):
             if stream is not None:
-                more = stream.watch(lambda value, key=key, own=own: own.update({key: value}))  # type: ignore[misc]
+                more = stream.watch(lambda value, key=key, gap_tensors=gap_tensors: gap_tensors.update({key: value}))  # type: ignore[misc]
                 before += more[0]
                 after += more[1]
     equations = [(NormalEquations(), NormalEquations()) for _ in gaps]
@@ -332,58 +340,58 @@ def solutions(
                 for net in nets:
                     net(*call[0], **call[1])
             # Within a model, samples may be the second dimension; then positions are held out instead.
-            size, entries = batch_size(call), len(seen[0]["wanted"])
-            held = is_held_out[samples : samples + size]
+            size, entries = batch_size(call), len(tensors_by_gap[0]["wanted"])
+            is_held = is_held_out[samples : samples + size]
             if entries != size:
-                held = (torch.arange(entries) + 1) % HELD_OUT_ENTRIES == 0
+                is_held = (torch.arange(entries) + 1) % HELD_OUT_ENTRIES == 0
             samples += size
             real = real_positions_of(nets[0], call)
-            for gap, own, parts in zip(gaps, seen, equations, strict=True):
-                reached = own.get("reached", torch.zeros_like(own["wanted"])).double()
-                lacking = own["wanted"].double() - reached
+            for gap, gap_tensors, parts in zip(gaps, tensors_by_gap, equations, strict=True):
+                reached = gap_tensors.get("reached", torch.zeros_like(gap_tensors["wanted"])).double()
+                lacking = gap_tensors["wanted"].double() - reached
                 if isinstance(gap.writer.stream.end, nn.ReLU) and not gap.is_whole:
                     # Where the ReLU returns zero, any negative input is as good.
-                    lacking = torch.where(own["wanted"] > 0.0, lacking, -reached.clamp(min=0.0))
-                values = own["entering"], lacking, own["wanted"]
-                for each, rows in zip(parts, (~held, held), strict=True):
+                    lacking = torch.where(gap_tensors["wanted"] > 0.0, lacking, -reached.clamp(min=0.0))
+                values = gap_tensors["entering"], lacking, gap_tensors["wanted"]
+                for sums, rows in zip(parts, (~is_held, is_held), strict=True):
                     chosen = _rows(gap.writer.layer, values, rows, real)
                     if chosen is not None:
-                        each.add(*chosen)
-    found = []
+                        sums.add(*chosen)
+    gap_solutions = []
     for gap, parts in zip(gaps, equations, strict=True):
-        if not all(each.is_finite() for each in parts):
+        if not all(sums.is_finite() for sums in parts):
             raise DataError("outputs of blocks must be finite, got NaN or infinity (calibration)")
         used = None if ridge == "auto" else float(ridge)
-        found.append(fit(*parts, used, intercept=gap.writer.taker is not None).solution)
-    return found
+        gap_solutions.append(fit(*parts, used, intercept=gap.writer.taker is not None).solution)
+    return gap_solutions
 
 
 def _rows(
-    layer: Any, values: tuple[Tensor, Tensor, Tensor], held: Tensor, real: Tensor | None
+    layer: Any, values: tuple[Tensor, Tensor, Tensor], is_chosen: Tensor, real: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return a layer's inputs, residuals and wanted outputs of some samples, (1, rows, ...); None without samples.
+    """Return a layer's inputs, residuals and target outputs of some samples, (1, rows, ...); None without samples.
 
-    ``held`` says which samples, bool (samples,); ``real`` which positions aren't padding, bool (samples, places).
+    ``is_chosen`` says which samples, bool (samples,); ``real`` which positions aren't padding, bool (samples, places).
     """
-    entering, lacking, wanted = values
-    marks = held
+    entering, lacking, targets = values
+    marks = is_chosen
     if isinstance(layer, nn.Linear):
-        marks = held.view(-1, *[1] * (wanted.dim() - 2)).expand(wanted.shape[:-1])
+        marks = is_chosen.view(-1, *[1] * (targets.dim() - 2)).expand(targets.shape[:-1])
         if real is not None and real.shape == marks.shape:
             marks = marks & real.to(marks.device)
     if not bool(marks.any()):
         return None
-    marks = marks.to(wanted.device)
-    entering, lacking, wanted = entering[marks], lacking[marks], wanted[marks]
+    marks = marks.to(targets.device)
+    entering, lacking, targets = entering[marks], lacking[marks], targets[marks]
     if isinstance(layer, nn.Linear):
-        return entering[None], lacking[None], wanted[None]
+        return entering[None], lacking[None], targets[None]
     generator = torch.Generator().manual_seed(0)
-    positions = draw_positions(position_count(layer, wanted.shape), len(wanted), _POSITIONS, generator)
-    positions = positions.to(wanted.device)
-    columns = torch.arange(layer.in_channels, device=wanted.device)[None]
-    rows = torch.arange(layer.out_channels, device=wanted.device)[None]
+    positions = draw_positions(position_count(layer, targets.shape), len(targets), _POSITIONS, generator)
+    positions = positions.to(targets.device)
+    columns = torch.arange(layer.in_channels, device=targets.device)[None]
+    rows = torch.arange(layer.out_channels, device=targets.device)[None]
     return (
-        input_rows(layer, entering, columns, positions, wanted.shape),
+        input_rows(layer, entering, columns, positions, targets.shape),
         output_rows(layer, lacking, rows, positions),
-        output_rows(layer, wanted, rows, positions),
+        output_rows(layer, targets, rows, positions),
     )

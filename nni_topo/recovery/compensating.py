@@ -98,7 +98,7 @@ def compensation(
     check_ridge(ridge)
     chosen = method if isinstance(method, RecoveryMethod) else RECOVERIES.info(method, "compensate", "method").make()
     check_model(model)
-    given, model = model, with_known_layers(model)
+    user_model, model = model, with_known_layers(model)
     calibration = batches_of(calibration, model)
     everything, calibration = calibration, samples_to_solve_on(model, calibration)
     networks, plan, sampler = _begin(model, calibration, masks, seed, cache_bytes or 0, context().facts)
@@ -106,7 +106,7 @@ def compensation(
     if cache_bytes is None:
         sampler.replay.cache_bytes = sampler.memory_beside(tasks)
     layers = _run(tasks, sampler, networks, None if ridge == "auto" else float(ridge), progress, plan.left_alone)
-    told = {name: why for name, why in plan.left_alone.items() if why != ATTENTION}
+    unsolved_reasons = {name: why for name, why in plan.left_alone.items() if why != ATTENTION}
     if chosen.recalibrates:
         # On the masked form of the result; removed channels keep their statistics.
         masked = apply_masks(networks.result, networks.masks)
@@ -120,19 +120,19 @@ def compensation(
                 norm.running_mean[alive] = measured.running_mean[alive]
                 norm.running_var[alive] = measured.running_var[alive]
         plan.left_alone.update(dict.fromkeys(frozen, FROZEN))
-    left = everything.samples - calibration.samples
+    held_out = everything.samples - calibration.samples
     read_as = context().read_as
     if read_as is None:
         read_as = outputs_in_words(model, calibration)
     seconds = time.perf_counter() - began
-    report = CompensationReport(layers, plan.left_alone, sampler.images, seconds, left, read_as)
-    if told:
-        named = ", ".join(f"{listed(names)} ({why})" for why, names in by_reason(told).items())
+    report = CompensationReport(layers, plan.left_alone, sampler.images, seconds, held_out, read_as)
+    if unsolved_reasons:
+        named = ", ".join(f"{listed(names)} ({why})" for why, names in by_reason(unsolved_reasons).items())
         _logger.warning("layers after removed channels that couldn't be reconstructed: %s", named)
     for text in report.warnings:
         _logger.warning("%s", text)
-    give_back_classes(given, networks.result)
-    hand_on_report(given, networks.result, "weights reconstructed (nni_topo.compensate)")
+    give_back_classes(user_model, networks.result)
+    hand_on_report(user_model, networks.result, "weights reconstructed (nni_topo.compensate)")
     tell_solved_on(networks.result, calibration.digests)
     tell_compensated(networks.result, True)
     return Compensation(networks.result, report)
@@ -284,30 +284,30 @@ def _run(
     sampler.check_room(tasks)
     ranks = [sampler.replay.order[task.layer.node] for task in tasks]
     layers: list[LayerReport] = []
-    others: set[str] = set()
+    unmatched: set[str] = set()
     for index, task in enumerate(bar("compensate", progress, tasks)):
-        if task.layer.name in others:  # a task that would refine what wasn't solved
+        if task.layer.name in unmatched:  # a task that would refine what wasn't solved
             continue
         chosen = layers[-1].ridge if task.refines and ridge is None and layers[-1].ridge < math.inf else ridge
         began = time.perf_counter()
         sums = sampler.collect(task, min(ranks[index:]))
         if sums is None:
-            others.add(task.layer.name)
+            unmatched.add(task.layer.name)
             left_alone[task.layer.name] = "in the pruned network a router sends it other samples"
             continue
-        found = task.fit(*sums, chosen)
+        layer_fit = task.fit(*sums, chosen)
         for net in (networks.pruned, networks.result):
-            task.apply(net, found)
+            task.apply(net, layer_fit)
         layers.append(
             LayerReport(
                 layer=task.layer.name,
                 place=task.label,
                 unknowns=task.fitted,
-                samples=sum(each.samples for each in sums),
-                ridge=found.ridge,
-                error_before=found.before,
-                error_after=found.after,
-                error_held_out=found.held_out,
+                samples=sum(equations.samples for equations in sums),
+                ridge=layer_fit.ridge,
+                error_before=layer_fit.before,
+                error_after=layer_fit.after,
+                error_held_out=layer_fit.held_out,
                 seconds=time.perf_counter() - began,
             )
         )

@@ -88,15 +88,15 @@ class PairTask(Task):
     def samples(self, unpruned: Values, pruned: Values, part: slice, positions: Tensor | None) -> Samples:
         """Return the pruned network's kept channels, the residuals of all channels, and the unpruned channels."""
         assert positions is not None  # windows aren't summed here
-        wanted = self._rows(unpruned[self.place][part], positions)
+        targets = self._rows(unpruned[self.place][part], positions)
         reached = self._rows(pruned[self.place][part], positions)
-        index = self.kept.to(wanted.device)[:, None, :].expand(-1, wanted.shape[1], -1)
+        index = self.kept.to(targets.device)[:, None, :].expand(-1, targets.shape[1], -1)
         inputs = reached.gather(2, index)
         # The residual of a kept channel is its change by earlier pruning; for a removed channel it is the whole
         # channel. So the ridge draws the solution towards unchanged kept channels.
-        lacking = wanted.double()
+        lacking = targets.double()
         # In float64, because after little pruning a residual is a small difference of two large values.
-        return inputs, lacking.scatter_add(2, index, -inputs.double()), wanted
+        return inputs, lacking.scatter_add(2, index, -inputs.double()), targets
 
     def fit(self, learned: NormalEquations, held: NormalEquations, ridge: float | None) -> Fit:
         """Solve for ``alpha`` and ``beta`` of every pair."""
@@ -110,7 +110,9 @@ class PairTask(Task):
         taps = math.prod(module.stride) if isinstance(module, TRANSPOSED) else 1
         with torch.no_grad():
             weight = by_output(module.weight, module)
-            for group, (rows, places, kept) in enumerate(zip(self.layer.rows, self._places, self.kept, strict=True)):
+            for group, (rows, places, kept_ranks) in enumerate(
+                zip(self.layer.rows, self._places, self.kept, strict=True)
+            ):
                 # Places count over all groups, the weight's second axis over one group.
                 rows, local = rows.to(weight.device), places.to(weight.device) % weight.shape[1]
                 # (outputs, channels, places of a channel, kernel elements): a channel's factor multiplies all of its
@@ -120,7 +122,7 @@ class PairTask(Task):
                 # The weights of removed channels become zero; a kept channel takes over with one factor for all
                 # kernel elements.
                 new = torch.zeros_like(old)
-                new[:, kept] = old[:, kept] + torch.einsum("kc,ocq...->okq...", mixing, old)
+                new[:, kept_ranks] = old[:, kept_ranks] + torch.einsum("kc,ocq...->okq...", mixing, old)
                 weight[rows[:, None], local.flatten()] = new.flatten(1, 2).to(weight.dtype)
                 if self.layer.intercept is not None:
                     # The old weights of the removed channels multiply their constants: `old`, not `new`.
@@ -130,8 +132,8 @@ class PairTask(Task):
                     else:
                         # As printed: not multiplied by the weights that read u, so the constant doesn't follow from
                         # (5.10).
-                        own = [self._biases.get(int(number), 0.0) for number in self._numbers[group]]
-                        constant = (shift * shift.new_tensor(own)).sum().expand(len(rows))
+                        biases = [self._biases.get(int(number), 0.0) for number in self._numbers[group]]
+                        constant = (shift * shift.new_tensor(biases)).sum().expand(len(rows))
                     add_constant(net, self.layer.intercept, rows, constant)
             module.weight.copy_(by_output(weight, module))
 
@@ -205,15 +207,15 @@ class Pair(RecoveryMethod):
             if name not in flow.layers:
                 raise unknown_name("a layer of pairs", name, flow.layers, "pairs")
             group_ids = flow.group_ids_of(name).tolist()
-            asked = kept_channels(unpruned.get_submodule(name), networks.asked.get(name, {}))
-            for lost, kept in chosen.items():
-                inside = all(each in range(len(group_ids)) for each in (lost, kept))
-                if inside and group_ids[lost] in removed and group_ids[kept] not in removed:
-                    survivors[group_ids[lost]] = group_ids[kept]
+            is_kept = kept_channels(unpruned.get_submodule(name), networks.asked.get(name, {}))
+            for lost, survivor in chosen.items():
+                inside = all(channel in range(len(group_ids)) for channel in (lost, survivor))
+                if inside and group_ids[lost] in removed and group_ids[survivor] not in removed:
+                    survivors[group_ids[lost]] = group_ids[survivor]
                 # A masked channel stays if another layer needs it, and then needs no survivor.
-                elif not inside or asked is None or bool(asked[lost]) or not bool(asked[kept]):
+                elif not inside or is_kept is None or bool(is_kept[lost]) or not bool(is_kept[survivor]):
                     raise ConfigError(
-                        f"pairs must map channels that are removed to channels that are kept, got {lost}: {kept} "
+                        f"pairs must map channels that are removed to channels that are kept, got {lost}: {survivor} "
                         f"({name})"
                     )
         biases: dict[int, float] | None = None
@@ -294,7 +296,8 @@ def _places(layer: Solvable, group_ids: np.ndarray, module: nn.Module) -> tuple[
         places = torch.from_numpy(order[np.argsort(order[:, 0])])[None]
     else:
         places = (groups[:, None] * step + torch.arange(step))[:, :, None]
-    kept = [
-        torch.isin(mine[:, 0], columns).nonzero().flatten() for mine, columns in zip(places, layer.columns, strict=True)
+    kept_ranks = [
+        torch.isin(group_places[:, 0], columns).nonzero().flatten()
+        for group_places, columns in zip(places, layer.columns, strict=True)
     ]
-    return places, torch.stack(kept)
+    return places, torch.stack(kept_ranks)

@@ -88,11 +88,11 @@ def make_plan(
             at_place.setdefault(far.place, []).append((unknowns, near, far))
         elif reason != "":
             plan.left_alone[str(node.target)] = reason or "its groups keep different numbers of channels"
-    for found in at_place.values():
+    for ways in at_place.values():
         # Layers with fewer unknowns are solved first for their own outputs, which reduces the error of the sum; the
         # layer with the most then makes up for that error, and the others for the rest of it.
-        *others, (_, _, last) = sorted(found, key=lambda each: each[0])
-        plan.equations += [*(near for _, near, _ in others), last, *(far for _, _, far in others)]
+        *smaller, (_, _, last) = sorted(ways, key=lambda way: way[0])
+        plan.equations += [*(near for _, near, _ in smaller), last, *(far for _, _, far in smaller)]
     # An equation needs the values at its place, so all layers in front of that have to be solved before. The sort is
     # stable, so that the order at one place stays.
     plan.equations.sort(key=lambda equation: order[equation.place])
@@ -103,9 +103,9 @@ def pruned_group_ids(graph_module: GraphModule, flow: ChannelFlow, masks: FullMa
     """Return the group ids of all pruned channels."""
     pruned: set[int] = set()
     for name in flow.layers:
-        kept = kept_channels(graph_module.get_submodule(name), masks.get(name, {}))
-        if kept is not None:
-            group_ids, is_kept = flow.group_ids_of(name), kept.cpu().numpy()
+        kept_mask = kept_channels(graph_module.get_submodule(name), masks.get(name, {}))
+        if kept_mask is not None:
+            group_ids, is_kept = flow.group_ids_of(name), kept_mask.cpu().numpy()
             # The group id of a head stands for several channels; it is kept if any of them is.
             pruned |= set(group_ids[~is_kept].tolist()) - set(group_ids[is_kept].tolist())
     # FIXED stands for channels that can't be pruned; a mask of a channel coupled to them removes nothing.
@@ -130,7 +130,7 @@ def _why_not(
             return f"of type {type(module).__name__}, which does more than a convolution or a product"
         if not inner.is_own:
             return "its weight is computed"
-    if sum(other.op == "call_module" and other.target == node.target for other in graph_module.graph.nodes) > 1:
+    if sum(peer.op == "call_module" and peer.target == node.target for peer in graph_module.graph.nodes) > 1:
         return "called more than once"
     # A parametrized weight isn't a parameter: the next forward overwrites it.
     if "weight" not in module._parameters:
@@ -181,7 +181,7 @@ def _solvable(
     # A group without inputs or outputs has nothing to solve; its bias stays.
     solved = [pair for pair in zip(columns, rows, strict=True) if len(pair[0]) and len(pair[1])]
     # All groups are solved in one batch of equal sizes.
-    if not solved or len({(len(one), len(other)) for one, other in solved}) > 1:
+    if not solved or len({(len(inputs), len(outputs)) for inputs, outputs in solved}) > 1:
         return None
     inputs = torch.from_numpy(np.stack([pair[0] for pair in solved]))
     outputs = torch.from_numpy(np.stack([pair[1] for pair in solved]))
@@ -189,14 +189,14 @@ def _solvable(
 
 
 def _any(values: Tensor, dim: int) -> np.ndarray:
-    found: np.ndarray = values.ne(0).any(dim).cpu().numpy()
-    return found
+    is_nonzero: np.ndarray = values.ne(0).any(dim).cpu().numpy()
+    return is_nonzero
 
 
-def _split(kept: np.ndarray, groups: int) -> list[np.ndarray]:
+def _split(is_kept: np.ndarray, groups: int) -> list[np.ndarray]:
     """Return the kept indices in each of some equal groups."""
-    step = len(kept) // groups
-    return [group * step + np.flatnonzero(kept[group * step : (group + 1) * step]) for group in range(groups)]
+    step = len(is_kept) // groups
+    return [group * step + np.flatnonzero(is_kept[group * step : (group + 1) * step]) for group in range(groups)]
 
 
 def _intercept(
@@ -223,7 +223,7 @@ def _is_affine(graph_module: GraphModule, node: Node) -> bool:
         return False
     module: Any = graph_module.get_submodule(str(node.target))
     # Called twice, it would subtract the constant in the other place too.
-    calls = sum(other.op == "call_module" and other.target == node.target for other in graph_module.graph.nodes)
+    calls = sum(peer.op == "call_module" and peer.target == node.target for peer in graph_module.graph.nodes)
     return is_plain_norm(module) and calls == 1 and module.running_var is not None
 
 

@@ -78,14 +78,14 @@ class Reconstruct(RecoveryMethod):
 
 def kept_share(plan: Plan, networks: Networks) -> float:
     """Return the share of the multiply-accumulates that the layers to solve keep; 1.0 if there is none."""
-    kept = full = 0
+    kept_macs = full_macs = 0
     for equation in plan.equations:
         module: Any = networks.unpruned.get_submodule(equation.layer.name)
         positions = position_count(module, tensor_shape(equation.place) or ())
         weights_between_kept = equation.layer.columns.numel() * equation.layer.rows.shape[1]
-        kept += positions * weights_between_kept * module.weight[0, 0].numel()
-        full += positions * module.weight.numel()
-    return kept / full if full else 1.0
+        kept_macs += positions * weights_between_kept * module.weight[0, 0].numel()
+        full_macs += positions * module.weight.numel()
+    return kept_macs / full_macs if full_macs else 1.0
 
 
 class ReconstructTask(Task):
@@ -107,13 +107,13 @@ class ReconstructTask(Task):
         # Weights of kept outputs for removed inputs become zero, whatever these inputs are.
         with torch.no_grad():
             for net in (pruned, result):
-                own: Any = net.get_submodule(self.layer.name)
-                rows = by_output(own.weight, own)
+                layer: Any = net.get_submodule(self.layer.name)
+                rows = by_output(layer.weight, layer)
                 place = self.block(rows)
-                kept = rows[place].clone()
+                kept_weights = rows[place].clone()
                 rows[self._rows.flatten()] = 0
-                rows[place] = kept
-                own.weight.copy_(by_output(rows, own))
+                rows[place] = kept_weights
+                layer.weight.copy_(by_output(rows, layer))
 
     @property
     def label(self) -> str:
@@ -135,18 +135,18 @@ class ReconstructTask(Task):
 
     def samples(self, unpruned: Values, pruned: Values, part: slice, positions: Tensor | None) -> Samples:
         """Return the pruned network's input patches, the residuals at the place, and the unpruned values there."""
-        wanted, reached = unpruned[self.place][part], pruned[self.place][part]
+        targets, reached = unpruned[self.place][part], pruned[self.place][part]
         entering = pruned[self.layer.source][part]
         inputs: Tensor | Windows
         if positions is None:
             inputs = input_windows(self._module, entering, self._columns)
         else:
-            inputs = input_rows(self._module, entering, self._columns, positions, wanted.shape)
-        wanted, reached = (output_rows(self._module, each, self._rows, positions) for each in (wanted, reached))
+            inputs = input_rows(self._module, entering, self._columns, positions, targets.shape)
+        targets, reached = (output_rows(self._module, values, self._rows, positions) for values in (targets, reached))
         if self.refines:  # the ReLU of the unpruned values is wanted, and any value below zero gives zero
-            lacking = torch.where(wanted > 0, wanted.double() - reached, -reached.double().clamp(min=0.0))
-            return inputs, lacking, wanted.clamp(min=0.0)
-        return inputs, wanted.double() - reached, wanted
+            lacking = torch.where(targets > 0, targets.double() - reached, -reached.double().clamp(min=0.0))
+            return inputs, lacking, targets.clamp(min=0.0)
+        return inputs, targets.double() - reached, targets
 
     def fit(self, learned: NormalEquations, held: NormalEquations, ridge: float | None) -> Fit:
         """Solve by ridge least squares."""

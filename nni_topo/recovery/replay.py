@@ -86,9 +86,9 @@ class Replay:
             yield {node: unpruned[node] for node in watched}, {node: pruned[node] for node in watched}
             # Keep the values of this batch instead of its earlier ones, if there is room.
             tensors = tensors_of([list(values.values()) for values in saved])
-            nbytes = sum({each.data_ptr(): each.nbytes for each in tensors}.values())
-            others = sum(kept.nbytes for each, kept in self._reached.items() if each != index)
-            if self._keeps and others + nbytes <= self.cache_bytes:
+            nbytes = sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+            other_bytes = sum(reached.nbytes for number, reached in self._reached.items() if number != index)
+            if self._keeps and other_bytes + nbytes <= self.cache_bytes:
                 self._reached[index] = _Reached(front, *saved, nbytes=nbytes)
 
     def unpadded(self) -> Tensor | None:
@@ -97,27 +97,29 @@ class Replay:
 
     def _starts(self) -> Iterator[_Reached]:
         """Yield each batch's values at the place where its pass starts."""
-        known, batches = self._reached, 0
-        is_known = len(known) == self._batches
-        given: Iterable[Any] = range(len(known)) if is_known else calls(self.model, self._calibration)
-        for index, call in enumerate(given):
+        reached, batches = self._reached, 0
+        is_known = len(reached) == self._batches
+        batch_calls: Iterable[Any] = range(len(reached)) if is_known else calls(self.model, self._calibration)
+        for index, call in enumerate(batch_calls):
             batches = index + 1
-            if index in known:
+            if index in reached:
                 # Copies of the dictionaries: a pass removes values that it no longer needs.
-                yield replace(known[index], unpruned=dict(known[index].unpruned), pruned=dict(known[index].pruned))
+                yield replace(
+                    reached[index], unpruned=dict(reached[index].unpruned), pruned=dict(reached[index].pruned)
+                )
             else:
                 self._real[index] = real_positions_of(self.model, call)
-                values = self._given(call)
+                values = self._graph_inputs(call)
                 # The model's code may change its inputs in place, so it runs once if both networks get the same.
                 unpruned = dict(values)
                 if self._instead:  # the unpruned network gets other inputs
                     args, kwargs = call
-                    others = {name: kwargs[other] for name, other in self._instead.items()}
-                    unpruned = self._given((args, kwargs | others))
+                    replaced_inputs = {name: kwargs[source] for name, source in self._instead.items()}
+                    unpruned = self._graph_inputs((args, kwargs | replaced_inputs))
                 yield _Reached(0, unpruned, values)
         self._batches = batches
 
-    def _given(self, call: Call) -> Values:
+    def _graph_inputs(self, call: Call) -> Values:
         """Return the graphs' inputs; for a network in parts, the values that the model's code passes to the parts."""
         if is_in_parts(self._runners[0].graph):
             return dict(zip(self._placeholders, arguments(self._runners[0].graph, self.model, call), strict=True))
@@ -137,13 +139,13 @@ class Replay:
                     # A node that pruning doesn't affect has the same value in both networks, which share the tensor.
                     pruned[node] = unpruned[node]
                     if node in self.touched_nodes:
-                        known = {self._twins[parent]: pruned[parent] for parent in node.all_input_nodes}
-                        pruned[node] = _compute(self._runners[1], self._twins[node], known)
+                        parent_values = {self._twins[parent]: pruned[parent] for parent in node.all_input_nodes}
+                        pruned[node] = _compute(self._runners[1], self._twins[node], parent_values)
                 # Free the values that no later node reads.
-                for each in [*node.all_input_nodes, node]:
-                    if self._last_use[each] <= rank and each not in watched:
-                        unpruned.pop(each, None)
-                        pruned.pop(each, None)
+                for operand in [*node.all_input_nodes, node]:
+                    if self._last_use[operand] <= rank and operand not in watched:
+                        unpruned.pop(operand, None)
+                        pruned.pop(operand, None)
 
 
 def without_side_effects(graph_module: GraphModule, *, light: bool = False) -> GraphModule:
@@ -174,19 +176,23 @@ def touched_nodes(unpruned: GraphModule, pruned: GraphModule, entering: Collecti
     ``entering``: the placeholders with different inputs.
     """
     # Tensors only, because a module's get_extra_state may return anything.
-    mine, theirs = (
-        {name: value for name, value in each.state_dict().items() if isinstance(value, Tensor)}
-        for each in (unpruned, pruned)
+    unpruned_tensors, pruned_tensors = (
+        {name: value for name, value in net.state_dict().items() if isinstance(value, Tensor)}
+        for net in (unpruned, pruned)
     )
     # A narrowed norm has its tensors under other names and so counts as changed.
-    changed = {name for name, value in mine.items() if name not in theirs or not torch.equal(value, theirs[name])}
+    changed = {
+        name
+        for name, value in unpruned_tensors.items()
+        if name not in pruned_tensors or not torch.equal(value, pruned_tensors[name])
+    }
     touched: set[Node] = set(entering)
     for node in unpruned.graph.nodes:
         target = str(node.target)
-        own = node.op in ("call_module", "get_attr") and any(
+        is_changed = node.op in ("call_module", "get_attr") and any(
             name == target or name.startswith(f"{target}.") for name in changed
         )
-        if own or any(parent in touched for parent in node.all_input_nodes):
+        if is_changed or any(parent in touched for parent in node.all_input_nodes):
             touched.add(node)
     return touched
 

@@ -96,15 +96,15 @@ class CompensationReport:
         table = self.to_frame()[columns].fillna({"place": ""})
         shown = table.to_string(index=False, max_colwidth=60, na_rep="", float_format=lambda value: f"{value:.4g}")
         lines = [shown] if len(table) else []
-        others = f", {self.held_out} others left for distillation to judge on" if self.held_out else ""
-        lines.append(f"{self.images} calibration inputs{others}, {self.seconds:.3g} s")
+        held_out_note = f", {self.held_out} others left for distillation to judge on" if self.held_out else ""
+        lines.append(f"{self.images} calibration inputs{held_out_note}, {self.seconds:.3g} s")
         lines += [self.read_as] if self.read_as else []
-        return "\n".join([*lines, *(f"warning: {each}" for each in self.warnings)])
+        return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """Reasons to doubt the solutions, with advice."""
-        found = []
+        sentences = []
         # A layer that is refined has a row for each step, with the same samples and unknowns.
         few = {layer.layer: layer for layer in self.layers if layer.is_underdetermined and layer.is_far}
         if few:
@@ -112,7 +112,7 @@ class CompensationReport:
             named = listed([f"{layer.layer!r} ({layer.samples} of {layer.unknowns})" for layer in scarcest])
             # Samples grow with the images: each image has the same number of positions.
             most = max(math.ceil(self.images * layer.unknowns / max(layer.samples, 1)) for layer in few.values())
-            found.append(
+            sentences.append(
                 f"calibration should have more samples than a layer has unknowns, got fewer for the layers {named}: "
                 f"pass more inputs, here at least {most} instead of {self.images}"
             )
@@ -120,13 +120,13 @@ class CompensationReport:
         if lost:
             worst = sorted(lost.values(), key=lambda layer: -layer.error_held_out)
             named = listed([f"{layer.layer!r} ({layer.error_held_out:.3g})" for layer in worst])
-            found.append(
+            sentences.append(
                 f"the outputs of these layers are almost lost: {named}. In parentheses is the squared distance from "
                 f"the unpruned network on held-out samples, over the variance; above {LOST:g} an output is hardly "
                 "better than a constant. Keep more of the channels that these layers read: prune the layers before "
                 "them less, or leave those unpruned"
             )
-        return tuple(found)
+        return tuple(sentences)
 
     def to_frame(self) -> pandas.DataFrame:
         """Return a table: a row for each equation, then a row for each layer that couldn't be reconstructed."""
@@ -145,11 +145,11 @@ class CompensationReport:
         return pandas.DataFrame(rows, columns=columns)
 
 
-def signed_like(other: Callable[P, Any]) -> Callable[[Callable[..., _Made]], Callable[P, _Made]]:
+def signed_like(template: Callable[P, Any]) -> Callable[[Callable[..., _Made]], Callable[P, _Made]]:
     """Give a function the signature of another one, to which it passes its arguments; errors name the function."""
 
     def sign(function: Any) -> Any:
-        signature = inspect.signature(other).replace(return_annotation=inspect.signature(function).return_annotation)
+        signature = inspect.signature(template).replace(return_annotation=inspect.signature(function).return_annotation)
 
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -157,7 +157,7 @@ def signed_like(other: Callable[P, Any]) -> Callable[[Callable[..., _Made]], Cal
                 signature.bind(*args, **kwargs)
             except TypeError as error:
                 raise TypeError(f"{function.__name__}() {error}") from None
-            with in_context(called_as=(other.__name__, function.__name__)):
+            with in_context(called_as=(template.__name__, function.__name__)):
                 return function(*args, **kwargs)
 
         run.__signature__ = signature  # type: ignore[attr-defined]

@@ -54,10 +54,10 @@ def input_rows(module: Any, inputs: Tensor, columns: Tensor, positions: Tensor, 
     else:
         windows = call.windows()
     # As torch.unravel_index does, which would load SymPy.
-    places, rest = list[Tensor](), positions
+    places, quotient = list[Tensor](), positions
     for size in reversed(windows.shape[2 : 2 + dims]):
-        places.insert(0, rest % size)
-        rest = rest // size
+        places.insert(0, quotient % size)
+        quotient = quotient // size
     at: tuple[Any, ...] = (entries, slice(None), *places)
     rows = windows[at].flatten(0, 1)
     if isinstance(module, TRANSPOSED):
@@ -101,28 +101,28 @@ def _chosen(values: Tensor, positions: Tensor | None, channels: Tensor) -> Tenso
     return flat[None] if torch.equal(channels[0], everything) else flat[:, channels].transpose(0, 1)
 
 
-def draw_positions(count: int, entries: int, wanted: int, generator: torch.Generator) -> Tensor:
-    """Draw positions (entries, min(wanted, count)), ascending, one from each of ``wanted`` equal ranges."""
-    if wanted >= count:
+def draw_positions(count: int, entries: int, n_positions: int, generator: torch.Generator) -> Tensor:
+    """Draw positions (entries, min(n_positions, count)), ascending, one from each of ``n_positions`` equal ranges."""
+    if n_positions >= count:
         return torch.arange(count).expand(entries, count)
-    jitter = torch.rand(entries, wanted, generator=generator, dtype=torch.float64)
-    edges = torch.arange(wanted + 1, dtype=torch.float64) * count / wanted
+    jitter = torch.rand(entries, n_positions, generator=generator, dtype=torch.float64)
+    edges = torch.arange(n_positions + 1, dtype=torch.float64) * count / n_positions
     low, high = edges[:-1].ceil(), edges[1:].ceil()
     return (low + (jitter * (high - low)).floor()).long()
 
 
 def draw_unpadded(
-    count: int, entries: int, wanted: int, generator: torch.Generator, real: Tensor | None
+    count: int, entries: int, n_positions: int, generator: torch.Generator, real: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Draw positions, about ``wanted`` of them real, and return them with marks of the real ones.
+    """Draw positions, about ``n_positions`` of them real, and return them with marks of the real ones.
 
     Both are (entries, positions). Positions are drawn as by `draw_positions`. ``real`` marks the positions that aren't
     padding, bool (entries, count). If it is None or has another shape, all are real, and the marks are None.
     """
     if real is None or real.shape != (entries, count):
-        return draw_positions(count, entries, wanted, generator), None
+        return draw_positions(count, entries, n_positions, generator), None
     share = max(float(real.double().mean()), 1 / count)
-    positions = draw_positions(count, entries, math.ceil(wanted / share), generator).to(real.device)
+    positions = draw_positions(count, entries, math.ceil(n_positions / share), generator).to(real.device)
     return positions, real.gather(1, positions)
 
 
@@ -138,13 +138,13 @@ def _transposed_windows(call: InnerCall, size: Sequence[int]) -> Tensor:
     pixels: Any = (..., *(slice(None, None, stride) for stride in call.stride))
     windows[pixels] = inputs
     around: list[int] = []
-    for length, wanted, kernel, dilation, (padding, _) in zip(
+    for length, output_length, kernel, dilation, (padding, _) in zip(
         apart, size, call.kernel, call.dilation, call.padding, strict=True
     ):
         reach = dilation * (kernel - 1)
         before = reach - padding
         # The last dimension comes first, as in `pad`; negative numbers cut off.
-        around = [before, wanted + reach - before - length, *around]
+        around = [before, output_length + reach - before - length, *around]
     windows = functional.pad(windows, around)
     for dim, (kernel, dilation) in enumerate(zip(call.kernel, call.dilation, strict=True), start=2):
         windows = windows.unfold(dim, dilation * (kernel - 1) + 1, 1)[..., ::dilation]
@@ -239,8 +239,8 @@ class Sampler:
     def check_room(self, tasks: Sequence[Task]) -> None:
         """Raise DataError if a task's sums and factors don't fit into memory."""
         for task in tasks:
-            what = f"least squares of {task.unknowns} unknowns"
-            check_memory(self._needed(task), what, _CURE, task.layer.name)
+            purpose = f"least squares of {task.unknowns} unknowns"
+            check_memory(self._needed(task), purpose, _CURE, task.layer.name)
 
     def memory_beside(self, tasks: Sequence[Task]) -> int:
         """Return the bytes that networks' values may take: a quarter of the memory left by the largest task."""
@@ -263,9 +263,9 @@ class Sampler:
         for example because a router of experts decides which samples get there: they can't be matched.
         """
         # A task that refines the one before has the same positions, so that the products of inputs are the same.
-        known = self._known if task.refines else None
+        previous_sums = self._known if task.refines else None
         self._known = None
-        learned, held = (NormalEquations(each) for each in known or (None, None))
+        learned, held_out = (NormalEquations(sums) for sums in previous_sums or (None, None))
         first = 0  # samples before this batch
         for size, (unpruned, pruned) in zip(self.sizes, self.replay.run(settled, task.watched), strict=True):
             if len(unpruned[task.place]) != len(pruned[task.place]):
@@ -279,8 +279,8 @@ class Sampler:
             positions, stay, width = None, None, count
             if real is not None or not task.sums_windows(sampled, entries * self.images // size, count):
                 generator = torch.Generator().manual_seed(self.seed + first)
-                wanted = int(sampled * (size / self.images) / entries) + 1
-                positions, stay = draw_unpadded(count, entries, wanted, generator, real)
+                n_positions = int(sampled * (size / self.images) / entries) + 1
+                positions, stay = draw_unpadded(count, entries, n_positions, generator, real)
                 width = positions.shape[1] * task.unknowns
             # Entries whose patches fit into memory together.
             step = max(1, _CHUNK // max(width * len(task.layer.columns), 1))
@@ -294,16 +294,16 @@ class Sampler:
                 if stay is not None:
                     stays = stay[part].flatten().to(device)
                     stays = stays.repeat_interleave(count_here // len(stays))
-                for equations, rows in ((learned, stays & ~marks), (held, stays & marks)):
+                for equations, rows in ((learned, stays & ~marks), (held_out, stays & marks)):
                     if bool(rows.any()):
                         inputs, residuals, references = samples
                         inputs = inputs.of_rows(rows) if isinstance(inputs, Windows) else inputs[:, rows]
                         equations.add(inputs, residuals[:, rows], references[:, rows])
             first += size
-        if not (learned.is_finite() and held.is_finite()):
+        if not (learned.is_finite() and held_out.is_finite()):
             raise DataError(f"activations must be finite, got NaN or infinity ({task.layer.name})")
-        self._known = learned, held
-        return learned, held
+        self._known = learned, held_out
+        return learned, held_out
 
 
 def check_ridge(ridge: Any) -> None:
