@@ -132,9 +132,8 @@ class Lesson:
         shapes, expected = ([tuple(output.shape[1:]) for output in tensors] for tensors in (student_outputs, targets))
         if shapes != expected:
             raise ConfigError(f"both models must give outputs of the same shapes, got {shapes} and {expected} (dense)")
-        self._together = max(
-            _FEWEST, _NUMBERS // max(1, sum(target.numel() for target in targets))
-        )  # most samples at once
+        # Most samples at once.
+        self._together = max(_FEWEST, _NUMBERS // max(1, sum(target.numel() for target in targets)))
         if kinds:
             self._reading.kinds = kinds
         else:

@@ -49,7 +49,7 @@ def products(collector):
 
 def sums(batches):
     context = RandomPruner(Words(), [{"op_names": ["fc1"], "sparse_ratio": 0.5}]).context
-    ((_, problem),) = ReconstructionProblems(batches).each(context, {})
+    ((_, problem),) = ReconstructionProblems(batches).unit_problems(context, {})
     return torch.from_numpy(problem.layers[0].gram)
 
 

@@ -25,7 +25,7 @@ def config(*names, ratio=0.5):
 
 def problem_of(model, names, *, batches=BATCHES):
     pruner = RandomPruner(model, config(*names))
-    found = {u.members[0][0]: p for u, p in ReconstructionProblems(batches).each(pruner.context, {})}
+    found = {u.members[0][0]: p for u, p in ReconstructionProblems(batches).unit_problems(pruner.context, {})}
     pruner.unwrap_model()
     return found
 
@@ -75,7 +75,7 @@ def test_the_error_is_what_least_squares_leaves():
 def test_the_choice_weighs_the_layers_that_read_alike():
     model = toy_model().eval()
     pruner = RandomPruner(model, dependency_groups(model, IMAGES[:2], config("stem", "inner")))
-    (problem,) = (found for _, found in ReconstructionProblems(BATCHES).each(pruner.context, {}))
+    (problem,) = (found for _, found in ReconstructionProblems(BATCHES).unit_problems(pruner.context, {}))
     pruner.unwrap_model()
     single = [lost(ReconstructionProblem((layer,)), np.eye(8, dtype=bool)) for layer in problem.layers]
     assert not np.allclose(single[0], single[1], rtol=0.1)
@@ -122,10 +122,10 @@ def test_the_first_of_sequence_is_the_same_and_later_ones_see_what_went():
     model = toy_model().eval()
     grouped = dependency_groups(model, IMAGES[:2], config("stem", "inner", "hidden"))
     pruner = RandomPruner(model, grouped)
-    plain = {u.name: p for u, p in ReconstructionProblems(BATCHES).each(pruner.context, {})}
+    plain = {u.name: p for u, p in ReconstructionProblems(BATCHES).unit_problems(pruner.context, {})}
     kept = {}
     found = {}
-    for unit, problem in ReconstructionProblems(BATCHES, sequential=True).each(pruner.context, kept):
+    for unit, problem in ReconstructionProblems(BATCHES, sequential=True).unit_problems(pruner.context, kept):
         found[unit.name] = problem
         kept[unit.name] = np.arange(unit.blocks) < unit.blocks // 2
     pruner.unwrap_model()

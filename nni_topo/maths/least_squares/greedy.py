@@ -59,7 +59,7 @@ def forward_selection(
         In the order of selection; with one part each prefix is the selection for a smaller ``keep``. Of gains that are
         equal to within 1e-6 the lowest channel wins. The targets are met once no channel reduces the error by more than
         1e-4 of the reduction so far: the others follow by their gains at that step, equal within 1e-9 of the first one.
-    taken : ndarray, shape (keep,)
+    reductions : ndarray, shape (keep,)
         Reduction of the squared error by each channel.
 
     Notes
@@ -79,30 +79,31 @@ def forward_selection(
     torch.set_num_threads(1)
     try:
         readers = [
-            _InProducts(one, keep, device) if isinstance(one, Products) else _InSamples(one, device) for one in layers
+            _InProducts(layer, keep, device) if isinstance(layer, Products) else _InSamples(layer, device)
+            for layer in layers
         ]
         part = np.arange(channels) // (channels // parts)
         room = np.full(parts, keep // parts)
-        left = np.ones(channels, dtype=bool)
-        order, taken = np.empty(keep, dtype=np.int64), np.empty(keep)
+        is_available = np.ones(channels, dtype=bool)
+        order, reductions = np.empty(keep, dtype=np.int64), np.empty(keep)
         gains, is_met = np.empty(0), False
         for step in range(keep):
             if not is_met:
                 gains = np.sum([reader.gains() for reader in readers], axis=0)
-            open_gains = np.where(left & (room[part] > 0), gains, -np.inf)
-            first, reduced = taken[0] if step else 0.0, taken[:step].sum()
+            open_gains = np.where(is_available & (room[part] > 0), gains, -np.inf)
+            first, reduced = reductions[0] if step else 0.0, reductions[:step].sum()
             is_met = is_met or open_gains.max() <= STOP * reduced
             # Gains that are tiny compared with the first one are rounding: among such channels the lowest wins.
             order[step] = first_largest(open_gains, _ROUNDING_OF_A_REST * first if is_met else first)
-            taken[step] = gains[order[step]]
-            left[order[step]] = False
+            reductions[step] = gains[order[step]]
+            is_available[order[step]] = False
             room[part[order[step]]] -= 1
             if not is_met and step < keep - 1:  # after the last choice no gains are needed
                 for reader in readers:
                     reader.choose(int(order[step]))
     finally:
         torch.set_num_threads(threads)
-    return order, taken
+    return order, reductions
 
 
 def _device(layers: Sequence[Products | SampleMatrix]) -> torch.device:
@@ -160,23 +161,25 @@ class _Reader(ABC):
 
     # The remaining channels are contiguous: the last one takes the place of a chosen one.
 
-    def __init__(self, own: Tensor) -> None:
-        # `own` (n, block, block): products of each channel's columns with each other.
-        count, self._block = own.shape[:2]
-        scale = own.diagonal(dim1=1, dim2=2).mean(1)
+    def __init__(self, grams: Tensor) -> None:
+        # `grams` (n, block, block): products of each channel's columns with each other.
+        count, self._block = grams.shape[:2]
+        scale = grams.diagonal(dim1=1, dim2=2).mean(1)
         # A tiny ridge: columns that the chosen ones span leave a block of zeros, which has no Cholesky factor.
         trace = LEAST_PIVOT * torch.where(scale > 0.0, scale, 1.0)
-        self._unit = torch.eye(self._block, dtype=torch.float64, device=own.device)
-        self._own = own + trace[:, None, None] * self._unit
+        self._unit = torch.eye(self._block, dtype=torch.float64, device=grams.device)
+        self._grams = grams + trace[:, None, None] * self._unit
         # With C the products of a channel's columns with what is left of the targets: C C', channel by channel.
-        self._met = torch.empty_like(self._own)
+        self._target_products = torch.empty_like(self._grams)
         self._channels, self._place, self._left = np.arange(count), np.arange(count), count
 
     def gains(self) -> FloatArray:
         """Return by how much each channel would reduce the squared error, shape (n,); 0 for the chosen ones."""
         # It is ``trace(G^-1 C C')``, with ``G`` the channel's own products.
-        own, met = self._own[: self._left], self._met[: self._left]
-        explained = met / own if self._block == 1 else torch.linalg.inv_ex(own).inverse * met
+        grams, target_products = self._grams[: self._left], self._target_products[: self._left]
+        explained = (
+            target_products / grams if self._block == 1 else torch.linalg.inv_ex(grams).inverse * target_products
+        )
         gains = np.zeros(len(self._channels))
         gains[self._channels[: self._left]] = explained.sum((1, 2)).cpu().numpy()
         return gains
@@ -184,10 +187,10 @@ class _Reader(ABC):
     def choose(self, channel: int) -> None:
         """Choose a channel, and subtract what it explains from the others."""
         place = int(self._place[channel])
-        factor = torch.linalg.cholesky_ex(self._own[place]).L
+        factor = torch.linalg.cholesky_ex(self._grams[place]).L
         inverse = torch.linalg.solve_triangular(factor, self._unit, upper=False)
         self._left -= 1
-        for blocks in (self._own, self._met):
+        for blocks in (self._grams, self._target_products):
             blocks[place] = blocks[self._left].clone()
         self._channels[place] = self._channels[self._left]
         self._place[self._channels[place]] = place
@@ -206,7 +209,7 @@ class _InProducts(_Reader):
     def __init__(self, layer: Products, keep: int, device: torch.device) -> None:
         self._gram = _tensor(layer.gram, device).unflatten(1, (-1, layer.block)).unflatten(0, (-1, layer.block))
         super().__init__(self._gram.diagonal(dim1=0, dim2=2).permute(2, 0, 1))
-        self._cross = _compressed(_tensor(layer.cross, device))
+        self._cross = _compress(_tensor(layer.cross, device))
         # The rows of the factor at its final length, stored transposed, so that the filled part is contiguous.
         self._rows = torch.zeros(keep * layer.block, len(layer.gram), dtype=torch.float64, device=device).mT
         self._filled = 0
@@ -231,7 +234,7 @@ class _InProducts(_Reader):
         self._filled += block
         blocks = new.unflatten(0, (-1, block))
         # Each channel's own block becomes its Schur complement.
-        self._own[: self._left].baddbmm_(blocks, blocks.mT, alpha=-1.0)
+        self._grams[: self._left].baddbmm_(blocks, blocks.mT, alpha=-1.0)
         for chunk in self._chunks():
             rows = slice(chunk.start * block, chunk.stop * block)
             self._cross[rows].addmm_(new[rows], target, alpha=-1.0)
@@ -244,7 +247,7 @@ class _InProducts(_Reader):
 
     def _meet(self, chunk: slice) -> None:
         blocks = self._cross[chunk.start * self._block : chunk.stop * self._block].unflatten(0, (-1, self._block))
-        torch.bmm(blocks, blocks.mT, out=self._met[chunk])
+        torch.bmm(blocks, blocks.mT, out=self._target_products[chunk])
 
 
 class _InSamples(_Reader):
@@ -263,7 +266,7 @@ class _InSamples(_Reader):
         )
         left_over = targets @ targets.mT
         products = (columns @ left_over).unflatten(0, (-1, layer.block))
-        torch.bmm(products, blocks.mT, out=self._met)
+        torch.bmm(products, blocks.mT, out=self._target_products)
         self._columns = columns.clone()
         self._errors = left_over  # E E', (samples, samples)
         self._projection = torch.eye(len(targets), dtype=torch.float64, device=device)
@@ -281,16 +284,16 @@ class _InSamples(_Reader):
         self._errors.addmm_(both, torch.cat([half, directions], 1).mT, alpha=-1.0)
         shared = self._columns[:columns] @ both
         first, second = shared.unflatten(0, (-1, block)).split(block, 2)  # S and W
-        self._own[: self._left].baddbmm_(first, first.mT, alpha=-1.0)
+        self._grams[: self._left].baddbmm_(first, first.mT, alpha=-1.0)
         change = first @ second.mT
-        self._met[: self._left].sub_(change).sub_(change.mT)
+        self._target_products[: self._left].sub_(change).sub_(change.mT)
 
 
 def _tensor(values: FloatArray, device: torch.device) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64)).to(device)
 
 
-def _compressed(cross: Tensor) -> Tensor:
+def _compress(cross: Tensor) -> Tensor:
     """Return a copy of the targets with at most as many columns as rows, and the same inner products of rows."""
     # Gains depend on targets only through inner products of rows, and updates mix rows: a rotation of the targets
     # changes neither.

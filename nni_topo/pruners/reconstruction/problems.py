@@ -60,9 +60,9 @@ class ReconstructionProblem:
     def worth(self, parts: int = 1) -> FloatArray:
         """Return how much each channel reduces the error, summed over the layers, when all are chosen one by one."""
         channels = self.layers[0].channels
-        order, taken = forward_selection(self.layers, channels, parts)
+        order, reductions = forward_selection(self.layers, channels, parts)
         worth = np.zeros(channels)
-        worth[order] = taken.clip(min=0.0)
+        worth[order] = reductions.clip(min=0.0)
         return worth
 
 
@@ -81,10 +81,10 @@ class ReconstructionProblems:
         self.keeps = False  # whether problems that fit into memory together are measured only once
         self._measured: dict[str, ReconstructionProblem] = {}
 
-    def each(
-        self, context: PruningContext, kept: dict[str, BoolArray]
+    def unit_problems(
+        self, context: PruningContext, kept_blocks: dict[str, BoolArray]
     ) -> Iterator[tuple[PruningUnit, ReconstructionProblem]]:
-        """Yield every unit and its problem; before the next one the caller puts the unit's kept blocks into `kept`."""
+        """Yield every unit and its problem; before the next one the caller puts its blocks into `kept_blocks`."""
         if context.units and all(unit.name in self._measured for unit in context.units):
             for unit in context.units:
                 yield unit, self._measured[unit.name]
@@ -96,24 +96,24 @@ class ReconstructionProblems:
             )
             readers = {}
             for unit in context.units:
-                found = readers_of(unit, analysis.flow, replace(context, model=original))
-                readers[unit.name] = [reader for reader in found if isinstance(reader.module, WEIGHTED)]
+                unit_readers = readers_of(unit, analysis.flow, replace(context, model=original))
+                readers[unit.name] = [reader for reader in unit_readers if isinstance(reader.module, WEIGHTED)]
                 if not readers[unit.name]:
                     raise unread_error([unit.name], analysis.flow)
             self.check_memory(readers, analysis)
             if self.sequential:
-                yield from self._one_after_the_other(context, kept, readers, analysis)
+                yield from self._one_after_the_other(context, kept_blocks, readers, analysis)
                 return
             # In chunks whose matrices fit into memory together.
             chunks: list[list[PruningUnit]] = [[]]
             size = 0
             for unit in context.units:
-                own = sum(8 * column_count(reader) ** 2 for reader in readers[unit.name])
-                if chunks[-1] and size + own > _MOST_BYTES:
+                nbytes = sum(8 * column_count(reader) ** 2 for reader in readers[unit.name])
+                if chunks[-1] and size + nbytes > _MOST_BYTES:
                     chunks.append([])
                     size = 0
                 chunks[-1].append(unit)
-                size += own
+                size += nbytes
             for units in chunks:
                 measured = self.measure({unit.name: readers[unit.name] for unit in units}, original, original)
                 if self.keeps and len(chunks) == 1:
@@ -124,7 +124,7 @@ class ReconstructionProblems:
     def _one_after_the_other(
         self,
         context: PruningContext,
-        kept: dict[str, BoolArray],
+        kept_blocks: dict[str, BoolArray],
         readers: dict[str, list[ChannelReader]],
         analysis: Analysis,
     ) -> Iterator[tuple[PruningUnit, ReconstructionProblem]]:
@@ -132,29 +132,34 @@ class ReconstructionProblems:
         modules = {module: name for name, module in original.named_modules()}
         rank = {name: index for index, name in enumerate(analysis.flow.layers)}
         first = {
-            name: min((modules[reader.module] for reader in found), key=rank.__getitem__)
-            for name, found in readers.items()
+            name: min((modules[reader.module] for reader in unit_readers), key=rank.__getitem__)
+            for name, unit_readers in readers.items()
         }
         for unit in sorted(context.units, key=lambda unit: rank[first[unit.name]]):
             masks: Masks = {}
-            for other in context.units:
-                if other.name in kept and not kept[other.name].all():
-                    for module, target in other.members:
+            for masked_unit in context.units:
+                if masked_unit.name in kept_blocks and not kept_blocks[masked_unit.name].all():
+                    for module, target in masked_unit.members:
                         shape = context.metric_shape(module, target)
-                        own = torch.from_numpy(kept[other.name]).float().reshape(shape)
-                        masks.setdefault(module, {})[target] = own
+                        mask = torch.from_numpy(kept_blocks[masked_unit.name]).float().reshape(shape)
+                        masks.setdefault(module, {})[target] = mask
             network: nn.Module = original
             if masks:
-                whole = dict(_expand_masks(masks, context.target_spaces))
+                full_masks = dict(_expand_masks(masks, context.target_spaces))
                 last = first[unit.name]
                 network = compensate_up_to(
-                    original, whole, self.calibration, last, seed=self.seed, facts=analysis.facts
+                    original, full_masks, self.calibration, last, seed=self.seed, facts=analysis.facts
                 )
             yield unit, self.measure({unit.name: readers[unit.name]}, original, network)[unit.name]
 
     def check_memory(self, readers: dict[str, list[ChannelReader]], analysis: Analysis) -> None:
         """Raise DataError for a unit whose least squares don't fit into memory."""
-        wide = [(name, reader) for name, found in readers.items() for reader in found if column_count(reader) > _MANY]
+        wide = [
+            (name, reader)
+            for name, unit_readers in readers.items()
+            for reader in unit_readers
+            if column_count(reader) > _MANY
+        ]
         if not wide:
             return
         model, shapes = analysis.model, analysis.sizes
@@ -166,8 +171,8 @@ class ReconstructionProblems:
             # Few samples are stored themselves, instead of their products.
             samples = images * position_count(reader.module, shapes[names[id(reader.module)]][0][1])
             rows = min(samples, columns)
-            what = f"least squares of {columns} columns from {samples} samples"
-            check_memory(8 * _COPIES * columns * (rows + min(outputs, rows)), what, cure, name)
+            purpose = f"least squares of {columns} columns from {samples} samples"
+            check_memory(8 * _COPIES * columns * (rows + min(outputs, rows)), purpose, cure, name)
 
     def measure(
         self, readers: dict[str, list[ChannelReader]], original: nn.Module, network: nn.Module
@@ -180,12 +185,16 @@ class ReconstructionProblems:
         names = {id(module): name for name, module in original.named_modules()}
         sums = {
             name: [
-                Reading(reader, network.get_submodule(names[id(reader.module)]), samples, self.seed) for reader in found
+                Reading(reader, network.get_submodule(names[id(reader.module)]), samples, self.seed)
+                for reader in unit_readers
             ]
-            for name, found in readers.items()
+            for name, unit_readers in readers.items()
         }
-        flat = [one for found in sums.values() for one in found]
-        hooks = watched([(one.twin, one.reached) for one in flat], [(one.module, one.met) for one in flat])
+        flat = [reading for readings in sums.values() for reading in readings]
+        hooks = watched(
+            [(reading.twin, reading.record_twin_call) for reading in flat],
+            [(reading.module, reading.record_call) for reading in flat],
+        )
         with mixing_called(original, network), hooks, evaluation_mode(original, network), torch.no_grad():
             for index, (args, kwargs) in enumerate(calls(original, self.calibration)):
                 with fitting(index, self.calibration):
@@ -193,13 +202,13 @@ class ReconstructionProblems:
                     if network is not original:
                         network(*args, **kwargs)
                 real = real_positions_of(original, (args, kwargs))
-                for one in flat:
-                    one.add(real)
+                for reading in flat:
+                    reading.add(real)
         del flat, hooks
         problems = {}
         for name in list(sums):
             waiting = sums.pop(name)
-            if not all(one.equations.is_finite() for one in waiting):
+            if not all(reading.equations.is_finite() for reading in waiting):
                 raise DataError(f"activations must be finite, got NaN or infinity ({name})")
             # Each layer's sums are freed before the next layer's are used.
             waiting.reverse()

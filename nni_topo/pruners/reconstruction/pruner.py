@@ -54,7 +54,7 @@ class ReconstructionMetric(SelectionMetric):
         if self.by_error is None:
             return super().losses(context, clouds)
         # A row has one block of every part.
-        worth = {u.name: u.parts * found.worth(u.parts) for u, found in self.by_error.each(context, {})}
+        worth = {u.name: u.parts * problem.worth(u.parts) for u, problem in self.by_error.unit_problems(context, {})}
         return lambda unit: worth[unit.name]
 
     def chosen(self, problem: ReconstructionProblem, keep: int, parts: int) -> IntArray:
@@ -63,13 +63,13 @@ class ReconstructionMetric(SelectionMetric):
 
     def choose(self, context: PruningContext, clouds: Clouds, rows: dict[str, int]) -> KeptBlocks:
         """Return the kept blocks, chosen unit by unit in the order of the problems."""
-        kept: KeptBlocks = {}
+        kept_blocks: KeptBlocks = {}
         with bar("choosing filters", self.progress, total=len(context.units)) as shown:
-            for unit, problem in self.problems.each(context, kept):
+            for unit, problem in self.problems.unit_problems(context, kept_blocks):
                 chosen = self.chosen(problem, rows[unit.name] * unit.parts, unit.parts)
-                kept[unit.name] = np.isin(np.arange(unit.blocks), chosen)
+                kept_blocks[unit.name] = np.isin(np.arange(unit.blocks), chosen)
                 shown.update()
-        return kept
+        return kept_blocks
 
 
 class ReadCollector(FunctionalCollector):
@@ -154,10 +154,10 @@ class ReconstructionPruner(StructuredPruner):
         seed: int = 0,
         progress: bool | None = None,
     ) -> None:
-        kept = pruner_batches(evaluator if calibration is None else calibration, model)
-        if kept is None:
+        batches = pruner_batches(evaluator if calibration is None else calibration, model)
+        if batches is None:
             raise ConfigError("ReconstructionPruner needs calibration data or an evaluator, got neither (calibration)")
-        self.calibration = calibration = kept
+        self.calibration = calibration = batches
         self._problems = ReconstructionProblems(calibration, seed=seed, sequential=sequential)
         is_by_error = budget is not None and as_budget(budget).allocation == "error"
         by_error = ReconstructionProblems(calibration, seed=seed) if is_by_error else None

@@ -46,23 +46,26 @@ class Reading:
         elements = self._all_columns // reader.places.size
         self._empty = torch.from_numpy(reader.places.reshape(-1) < 0).repeat_interleave(elements).to(weight.device)
         # If the twin is the layer itself, the outputs follow from the products of the inputs.
-        own = self.module is twin
-        self._weights = weight.new_zeros(self._all_columns, 0, dtype=torch.float64) if own else self._read_weights()
-        self._wanted = max(_LEAST_SAMPLES, _SAMPLES_PER_COLUMN * self._all_columns) // images + 1  # positions per entry
+        is_own_twin = self.module is twin
+        self._weights = (
+            weight.new_zeros(self._all_columns, 0, dtype=torch.float64) if is_own_twin else self._read_weights()
+        )
+        # Positions per entry.
+        self._n_positions = max(_LEAST_SAMPLES, _SAMPLES_PER_COLUMN * self._all_columns) // images + 1
         self._images = images
         self._generator = torch.Generator().manual_seed(seed)
         self._shape: Sequence[int]
         self._before: Tensor
         self._now: Tensor
 
-    def met(self, entering: Tensor, output: Tensor) -> None:
+    def record_call(self, entering: Tensor, output: Tensor) -> None:
         """Record a call of the layer."""
         self._before, self._shape = entering, tuple(output.shape)
         if has_own_forward(self.module):  # which may compute more after its convolution
             size = call_of(self.module, entering).output_size
             self._shape = (len(entering), 1, *size) if size else tuple(entering.shape)
 
-    def reached(self, entering: Tensor) -> None:
+    def record_twin_call(self, entering: Tensor) -> None:
         """Record a call of the twin."""
         self._now = entering
 
@@ -71,13 +74,13 @@ class Reading:
         before, now, shape = self._before, self._now, self._shape
         del self._before, self._now  # they may be large
         places = position_count(self.module, shape)
-        sampled = self._wanted * self._images
+        sampled = self._n_positions * self._images
         if counted is None and are_windows_summed(self.module, self._inputs, sampled, self._images, places):
 
             def read(entering: Tensor) -> Tensor | Windows:
                 return input_windows(self.module, entering, self._inputs)
         else:
-            positions, stay = draw_unpadded(places, len(before), self._wanted, self._generator, counted)
+            positions, stay = draw_unpadded(places, len(before), self._n_positions, self._generator, counted)
             real = slice(None) if stay is None else stay.flatten()
 
             def read(entering: Tensor) -> Tensor | Windows:
@@ -100,21 +103,21 @@ class Reading:
             rows[:, self._empty] = 0.0
             if self.module is self.twin:
                 outputs = rows @ self._read_weights()
-            wanted = outputs * _inverse_root(outputs.square().sum())
+            scaled_outputs = outputs * _inverse_root(outputs.square().sum())
             columns = np.ascontiguousarray(rows.T.cpu().numpy())
             ridge = _RIDGE * np.square(columns).sum(1)
             ridge[self._empty.cpu().numpy()] = 1.0
-            return SampleMatrix(columns, wanted.cpu().numpy(), ridge, self.columns, rows.device)
-        own, across, variances = (values[0] for values in sums.covariances())
-        own[self._empty] = own[:, self._empty] = across[self._empty] = 0.0
-        own.diagonal()[self._empty] = 1.0
+            return SampleMatrix(columns, scaled_outputs.cpu().numpy(), ridge, self.columns, rows.device)
+        gram, across, variances = (values[0] for values in sums.covariances())
+        gram[self._empty] = gram[:, self._empty] = across[self._empty] = 0.0
+        gram.diagonal()[self._empty] = 1.0
         if self.module is self.twin:
             weights = self._read_weights()
-            across = own @ weights
+            across = gram @ weights
             variances = (weights * across).sum(0)
-        own.diagonal().mul_(1.0 + _RIDGE)
+        gram.diagonal().mul_(1.0 + _RIDGE)
         targets = (across * _inverse_root(variances.sum())).cpu().numpy()
-        return Products(own.cpu().numpy(), targets, self.columns, own.device)
+        return Products(gram.cpu().numpy(), targets, self.columns, gram.device)
 
     def _read_weights(self) -> Tensor:
         """Return the weights that read the unit's columns, ``(channels * columns, outputs)``, float64."""
