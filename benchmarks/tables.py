@@ -250,6 +250,7 @@ _MAKERS: dict[str, Callable[[], Iterator[Callable[[str], str]]]] = {
             _of_jsonl("speed/bench_pipeline.py", "steps.jsonl"),
             _of_jsonl("selection/when_to_stop.py", "selection.jsonl", "tables"),
             _of_jsonl("speed/bench_seconds.py", "seconds.jsonl"),
+            _of_jsonl("speed/bench_shrink.py", "shrink.jsonl"),
             _of_jsonl("speed/bench_tones.py", "tones.jsonl"),
             _of_jsonl("speed/bench_precision.py", "precision.jsonl"),
             _of_jsonl("speed/quick.py", "quick.jsonl"),
