@@ -215,15 +215,15 @@ class Gap:
     """A layer before a gap, and the streams that it should match."""
 
     writer: Writer
-    wanted: Stream
-    is_whole: bool  # whether it adds the whole wanted stream, or the difference to its own stream
+    target: Stream
+    is_whole: bool  # whether it adds the whole target stream, or the difference to its own stream
 
     def fill(self, solution: Solution) -> None:
-        """Add a solution to the writer, and copy the parameters of the wanted stream's norm."""
+        """Add a solution to the writer, and copy the parameters of the target stream's norm."""
         self.writer.add(solution)
-        end, wanted_end = self.writer.stream.end, self.wanted.end
-        if end is not None and wanted_end is not None and not self.is_whole:
-            for name, parameter in wanted_end.named_parameters(recurse=False):
+        end, target_end = self.writer.stream.end, self.target.end
+        if end is not None and target_end is not None and not self.is_whole:
+            for name, parameter in target_end.named_parameters(recurse=False):
                 is_trained = getattr(end, name).requires_grad
                 setattr(end, name, nn.Parameter(parameter.detach().clone(), requires_grad=is_trained))
 
@@ -326,7 +326,7 @@ def solutions(
         before.append(
             (gap.writer.layer, lambda entering, gap_tensors=gap_tensors: gap_tensors.update(entering=entering))
         )
-        for key, stream in (("wanted", gap.wanted), ("reached", None if gap.is_whole else gap.writer.stream)):
+        for key, stream in (("wanted", gap.target), ("reached", None if gap.is_whole else gap.writer.stream)):
             if stream is not None:
                 more = stream.watch(lambda value, key=key, gap_tensors=gap_tensors: gap_tensors.update({key: value}))  # type: ignore[misc]
                 before += more[0]

@@ -45,7 +45,7 @@ class Clock:
         return time.perf_counter() - self._began
 
     @property
-    def left(self) -> float:
+    def remaining_seconds(self) -> float:
         """Remaining seconds for steps; infinite without a limit."""
         if self.seconds is None:
             return math.inf

@@ -205,18 +205,20 @@ class _Timing:
 
         The first one is taken if there is any time, because it may take longer than the others.
         """
-        return self._clock.seconds is not None and (self._clock.left <= 0.0 or self._clock.left < self._of_a_step(step))
+        return self._clock.seconds is not None and (
+            self._clock.remaining_seconds <= 0.0 or self._clock.remaining_seconds < self._of_a_step(step)
+        )
 
     def steps_left(self, step: int) -> int:
         """Return the number of steps that fit into the limit."""
-        return int(self._clock.left / self._of_a_step(step))
+        return int(self._clock.remaining_seconds / self._of_a_step(step))
 
     def share(self, of_steps: float) -> float:
         """Return the used share of the steps, or of the time if that is larger."""
         if self._clock.seconds is None:
             return of_steps
         spent = self._clock.spent - self._spent_before
-        return max(of_steps, spent / max(spent + self._clock.left, 1e-9))
+        return max(of_steps, spent / max(spent + self._clock.remaining_seconds, 1e-9))
 
 
 @dataclass(frozen=True)
@@ -237,7 +239,7 @@ def learn(training: Training, judge: Judge, rate: float, before: Judgement, prog
     """Take the steps at a rate, and judge the weights at the end, or else the best ones on the way."""
     clock, course = training.clock, Course(training, rate)
     course.run(progress)
-    is_out_of_time = course.is_out_of_time or clock.left <= 0.0
+    is_out_of_time = course.is_out_of_time or clock.remaining_seconds <= 0.0
     if course.is_given_up and not course.gains_nothing:
         message = "learning rate %g is given up after %d of %d steps: the loss on held-out samples has grown"
         _logger.info(message, rate, course.done, training.total)
@@ -245,7 +247,7 @@ def learn(training: Training, judge: Judge, rate: float, before: Judgement, prog
         return Learned(course, is_out_of_time=is_out_of_time)
     student, after = judge.at_end(course.student, training.is_normed)
     weights_of = course.done
-    if not is_better(after, before) and course.best and (clock.seconds is None or clock.left > 0.0):
+    if not is_better(after, before) and course.best and (clock.seconds is None or clock.remaining_seconds > 0.0):
         course.student.load_state_dict(course.best)
         earlier, then = judge.at_end(course.student, training.is_normed)
         if is_better(then, before):

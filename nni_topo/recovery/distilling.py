@@ -133,7 +133,7 @@ def distillation(
     )
     if lesson.named.left_out:
         _logger.warning("%s", lesson.named)
-    lesson.split(split.held, split.learned)
+    lesson.split(split.judging_numbers, split.learned)
     _check_gradients(lesson, student, split.learned[:2])
     if augment is not None:
         check_augment(original, pool.few(2), augment, seed)
@@ -149,14 +149,14 @@ def distillation(
         objective=lesson.objective,
         total=steps or course_length(len(split.learned), 1 if pool.are_whole else batch_size),
         look=judge.look,
-        first=before.loss if len(judge.looked_at) == len(split.held) else judge.look(student),
+        first=before.loss if len(judge.looked_at) == len(split.judging_numbers) else judge.look(student),
         constant=lesson.loss_of_a_constant(judge.looked_at),
         is_normed=is_normed,
         clock=clock,
     )
     clock.judged_at_end = judge.samples_looked_at + split.judges
     if is_normed:  # the result is judged twice, and its batch norms measured on the images
-        clock.judged_at_end += len(split.held) + len(split.learned)
+        clock.judged_at_end += len(split.judging_numbers) + len(split.learned)
 
     trial, learned = Trial(training), Learned()
     if before.loss != 0.0 and not before.distance < ROUNDING:
@@ -188,7 +188,12 @@ def _learned(trial: Trial, judge: Judge, before: Judgement, progress: bool | Non
     if math.isnan(trial.rate):
         return Learned()
     learned = learn(trial.training, judge, trial.rate, before, progress)
-    if learned.is_discarded and is_chosen and trial.training.clock.left > 0.0 and not learned.is_out_of_time:
+    if (
+        learned.is_discarded
+        and is_chosen
+        and trial.training.clock.remaining_seconds > 0.0
+        and not learned.is_out_of_time
+    ):
         again = learn(trial.training, judge, trial.rate / _LOWER, before, progress)
         if again.steps:
             return replace(again, discarded_lr=trial.rate)

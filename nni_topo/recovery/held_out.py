@@ -34,7 +34,7 @@ class HeldOutSplit:
 
     inputs: Call | list[Call]
     pool: Pool  # of these
-    held: Tensor  # numbers of those that judge, in the pool
+    judging_numbers: Tensor  # numbers of those that judge, in the pool
     learned: Tensor  # numbers of the others
     images: int  # number of all samples
     solved_on: int  # number of those that judge on which weights were solved
@@ -43,7 +43,7 @@ class HeldOutSplit:
     @property
     def judges(self) -> int:
         """Number of samples that judge."""
-        return self.pool.samples(self.held)
+        return self.pool.samples(self.judging_numbers)
 
 
 def held_out_split(
@@ -86,7 +86,7 @@ def held_out_split(
     return HeldOutSplit(
         inputs=inputs,
         pool=Pool(inputs),
-        held=judging_numbers,
+        judging_numbers=judging_numbers,
         learned=learned,
         images=sum(part.samples for part in data),
         solved_on=int((is_solved_on(dense, data[-1]) & is_held).sum()),
@@ -146,13 +146,13 @@ class Judge:
 
     def __init__(self, lesson: Lesson, split: HeldOutSplit, clock: Clock) -> None:
         self._lesson, self._split, self._clock = lesson, split, clock
-        self.looked_at = split.pool.first(split.held, _LOOKED_AT)
+        self.looked_at = split.pool.first(split.judging_numbers, _LOOKED_AT)
         self.samples_looked_at = split.pool.samples(self.looked_at)
 
     def all(self, net: nn.Module) -> Judgement:
         """Judge on all held-out samples."""
         with self._clock.judging(self._split.judges):
-            return self._lesson.judge(net, self._split.held)
+            return self._lesson.judge(net, self._split.judging_numbers)
 
     def look(self, net: nn.Module) -> float:
         """Return the loss on some of them, which is looked at during a course."""
@@ -170,12 +170,12 @@ class Judge:
 
     def at_end(self, net: nn.Module, is_normed: bool) -> tuple[nn.Module, Judgement]:
         """Return the learned network with the better statistics of batch norms, and its judgement."""
-        judgement = self._lesson.judge(net, self._split.held)
+        judgement = self._lesson.judge(net, self._split.judging_numbers)
         if is_normed and math.isfinite(judgement.loss):
             # Views and blends differ from real images. Statistics of the unchanged images may be better or worse than
             # the statistics of the steps: the held-out images decide.
             measured = recalibrate_batch_norm(net, self._lesson.plain(self._split.learned))
-            judged_again = self._lesson.judge(measured, self._split.held)
+            judged_again = self._lesson.judge(measured, self._split.judging_numbers)
             if judged_again.loss < judgement.loss:
                 return measured, judged_again
         return net, judgement

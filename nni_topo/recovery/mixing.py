@@ -207,7 +207,7 @@ class Pair(RecoveryMethod):
             if name not in flow.layers:
                 raise unknown_name("a layer of pairs", name, flow.layers, "pairs")
             group_ids = flow.group_ids_of(name).tolist()
-            is_kept = kept_channels(unpruned.get_submodule(name), networks.asked.get(name, {}))
+            is_kept = kept_channels(unpruned.get_submodule(name), networks.requested_masks.get(name, {}))
             for lost, survivor in chosen.items():
                 inside = all(channel in range(len(group_ids)) for channel in (lost, survivor))
                 if inside and group_ids[lost] in removed and group_ids[survivor] not in removed:

@@ -32,7 +32,7 @@ class Networks:
     flow: ChannelFlow  # how channels go through the model
     is_kept: np.ndarray  # which channels stay, by group id: bool
     masks: FullMasks  # completed: the same in layers that share channels
-    asked: FullMasks  # the masks that were given
+    requested_masks: FullMasks  # of the caller
     folded: set[str]  # layers with a computed weight; in the graphs and, if solved, in the result they are plain
 
 

@@ -67,7 +67,7 @@ def find_rate(training: Training, judge: Judge, lr: float | None, progress: bool
     taken.
     """
     clock = training.clock
-    if clock.left <= 0.0:
+    if clock.remaining_seconds <= 0.0:
         return Trial(training, math.nan if lr is None else lr)
 
     def after_few_steps(net: nn.Module) -> float:
@@ -82,7 +82,7 @@ def find_rate(training: Training, judge: Judge, lr: float | None, progress: bool
     _tell_time(training, a_step, looks, is_searched=lr is None)
     steps = training.total
     if clock.seconds is not None:
-        steps = max(0, min(steps, int((clock.left - looks) / a_step)))
+        steps = max(0, min(steps, int((clock.remaining_seconds - looks) / a_step)))
     rates: tuple[RateTrial, ...] = ()
     if lr is None or training.is_normed:
         candidates: tuple[float, ...] = RATES if lr is None else (lr,)
@@ -175,7 +175,7 @@ def try_rates(
     most = min(_MOST_LOSS * first, first + _MOST_GROWTH * abs(training.constant - first))
     trials: list[RateTrial] = []
     for rate in bar("learning rate", progress, rates):
-        if clock.left <= 0.0:
+        if clock.remaining_seconds <= 0.0:
             break
         course = Course(training, rate)
         with learning(course.student, is_normed=training.is_normed):

@@ -206,7 +206,7 @@ class Prepared:
         total, hint = sum(known.values()), ""
         if not math.isnan(self.seconds_of_a_step):
             time = self.time_of_distillation
-            seconds = min(distilled * time.seconds, max(self.clock.left - total, 0.0))
+            seconds = min(distilled * time.seconds, max(self.clock.remaining_seconds - total, 0.0))
             tried = 0 if time.again == 0 else most_tried_steps(time.steps)
             finding = f", {tried} of them to find the learning rate" if tried else ""
             finding += f", {time.again} more at a lower one if needed" if time.again else ""
@@ -253,7 +253,8 @@ class Prepared:
             range_of_agreement = expected(last.agreement, last.macs / first.macs, samples)
             text = text if range_of_agreement is None else repr(range_of_agreement)
         if is_distilled:
-            text += f"; takes at most {duration(min(self.time_of_distillation.seconds, max(self.clock.left, 0.0)))}"
+            most = min(self.time_of_distillation.seconds, max(self.clock.remaining_seconds, 0.0))
+            text += f"; takes at most {duration(most)}"
         _logger.info("%s", text)
         return range_of_agreement
 
@@ -398,7 +399,8 @@ class Prepared:
         given = self.settings.distillation_knobs.items()
         chosen = {name: value for name, value in given if value is not None or name not in own}
         if self.clock.seconds is not None:
-            left = self.clock.left - self.measured.seconds_of_a_network  # the distilled network is also measured
+            # The distilled network is also measured.
+            left = self.clock.remaining_seconds - self.measured.seconds_of_a_network
             if left <= 0.0:
                 self.leave_out(
                     f"the network isn't distilled: seconds={self.clock.seconds:g} leaves no time for it, because the "

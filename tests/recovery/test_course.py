@@ -170,15 +170,15 @@ def test_time_left_is_what_neither_the_past_nor_the_last_judgements_take(watch):
     watch.now += 10.0
     with clock.judging(4):
         watch.now += 2.0
-    assert (clock.spent, clock.left) == (12.0, 88.0)
+    assert (clock.spent, clock.remaining_seconds) == (12.0, 88.0)
     clock.judged_at_end = 20
-    assert clock.left == 78.0  # half a second for each
+    assert clock.remaining_seconds == 78.0  # half a second for each
     with clock.judging(4):
         watch.now += 4.0
-    assert clock.left == 74.0
+    assert clock.remaining_seconds == 74.0
     with clock.judging(8):
         watch.now += 2.0
-    assert clock.left == 77.0
+    assert clock.remaining_seconds == 77.0
 
 
 def tried(judge, steps=10, rates=RATES, **knobs):
