@@ -46,11 +46,12 @@ _ROWS: dict[str, Row] = {}
 
 # PyTorch's functions that take the arguments of the operator of the same name.
 _NAMES = """
+__and__ __or__ __xor__
 abs acos acosh adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d add
 addcdiv addcmul all amax amin any arange arctan argmax argmin argsort asin asinh atan atan2 atanh avg_pool1d
 avg_pool2d avg_pool3d baddbmm bitwise_and bitwise_not bitwise_or bmm broadcast_tensors bucketize cat ceil celu
 channel_shuffle chunk clamp clamp_max clamp_min clip clone concat constant_pad_nd cos cosh cosine_similarity cummax
-cumprod cumsum diag diagonal div divide einsum elu empty empty_like eq erf erfc exp exp2 expand expand_as expm1 eye
+cumprod cumsum diag diagonal diff div divide einsum elu empty empty_like eq erf erfc exp exp2 expand expand_as expm1 eye
 fft_fft fft_fft2 fft_irfft fft_irfft2 fft_rfft fft_rfft2 fill flip floor floor_divide fmod frac frobenius_norm full
 full_like gather ge gelu glu gt hardshrink hardsigmoid hardswish hardtanh hstack im2col imag index_add index_copy
 index_put index_select isfinite isin isinf isnan le leaky_relu lerp linalg_norm linalg_vector_norm linspace log log10
@@ -67,6 +68,7 @@ where zeros zeros_like
 """
 _SAME = frozenset(_NAMES.split())
 _ALSO = {
+    "__and__": "bitwise_and", "__or__": "bitwise_or", "__xor__": "bitwise_xor",
     "concat": "cat", "fft_fft": "fft.fft", "fft_fft2": "fft.fft2", "fft_irfft": "fft.irfft", "fft_irfft2": "fft.irfft2",
     "fft_rfft": "fft.rfft", "fft_rfft2": "fft.rfft2", "linalg_vector_norm": "linalg.vector_norm",
     "linalg_norm": "linalg.norm", "special_erf": "special.erf", "special_expit": "special.expit",
@@ -357,9 +359,11 @@ def _matmul(b: Building, a: Arguments) -> Any:
     return matmul(b, a["self"], a.get("mat2", a.get("other")))
 
 
-@row("t")
+@row("t", "numpy_T")
 def _t(b: Building, a: Arguments) -> Any:
     x = a["self"]
+    if len(b.shape(x)) > 2:
+        return b.call("permute", x, *reversed(range(len(b.shape(x)))))
     return transposed(x) if isinstance(x, Constant) and x.tensor.dim() == 2 else b.call("t", x)
 
 
