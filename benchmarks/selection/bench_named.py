@@ -144,7 +144,7 @@ def speedups(network: str, data_dir: str | None, out: Path) -> None:
             other = ModelSpeedup(copy.deepcopy(start.net), start.example, masks).speedup_model().eval()
             record["nni_cpu_seconds"] = time.process_time() - began
             with torch.no_grad():
-                expected, found = dense(start.timed), other(start.timed)
+                expected, found = dense(start.timing_batch), other(start.timing_batch)
             record["difference"] = float((found - expected).abs().max() / expected.abs().max())
         except Exception as error:  # NNI's speed-up has no kind of error of its own
             record["error"] = f"{type(error).__name__}: {error}"[:300]
@@ -165,8 +165,8 @@ def times(network: str, data_dir: str | None, out: Path) -> None:
         for runtime in RUNTIMES:
             if runtime.name not in ("PyTorch", "onnxruntime"):
                 continue
-            for batch in (1, len(start.timed)):
-                medians, _ = timed([start.net, dense], start.timed[:batch].contiguous(), runtime)
+            for batch in (1, len(start.timing_batch)):
+                medians, _ = timed([start.net, dense], start.timing_batch[:batch].contiguous(), runtime)
                 record["ms"][f"{runtime.name}, {batch}"] = [statistics.median(each) for each in medians]
         append_record(path, record)
         print(*record["key"], record["ms"], flush=True)

@@ -502,7 +502,7 @@ class Depth:
             loss = judgement.loss if math.isfinite(judgement.loss) else math.inf
             is_met = budget_outcome(whole.budget.kind, share, made.left, "").is_met
             found[count] = made
-            tried[count] = DepthTried(count, self.left(count), made.left, loss, is_met, is_chosen=False)
+            tried[count] = DepthTried(count, self.share_without(count), made.left, loss, is_met, is_chosen=False)
 
         # If the fewest channels don't make a network fast enough, some blocks are always removed.
         overhead = self.overhead()
@@ -535,7 +535,7 @@ class Depth:
         whole = self.whole
         if not count:
             return whole.make(share)
-        left = self.left(count)
+        left = self.share_without(count)
         if left <= share:
             dense = dense_of(self.path.states[count].net, whole.images.example, {})
             return replace(whole.start, dense=dense, layers=dense_report_of(dense), left=left)
@@ -559,7 +559,7 @@ class Depth:
             self._prepared[count] = replace(whole, start=Pipeline(analysis, whole.start.round_to), prunable=prunable)
         return self._prepared[count]
 
-    def left(self, count: int) -> float:
+    def share_without(self, count: int) -> float:
         """Return the share of the cost that the network keeps without ``count`` blocks, with all channels."""
         if count not in self._lefts:
             self._lefts[count] = self.whole.share_left(self.path.states[count].net)

@@ -124,7 +124,7 @@ def _without_held(
         if is_default:
             raise _none_left(unpruned | why)
         raise ConfigError(
-            f"layers must include all that share channels with the named ones, got {_told(why)}: name these, too "
+            f"layers must include all that share channels with the named ones, got {_why_text(why)}: name these, too "
             "(layers)"
         )
     if is_default:
@@ -161,8 +161,8 @@ def _check_have_channels(analysis: Analysis, layers: Layers) -> None:
     refused |= {name: unpruned[name] for name in keeping}
     if refused:
         raise ConfigError(
-            f"layers must be layers whose channels can be removed, got {_told(refused)}; layers of this model that can "
-            f"be named: {listed(prunable, 8) or 'none'} (layers)"
+            f"layers must be layers whose channels can be removed, got {_why_text(refused)}; layers of this model that "
+            f"can be named: {listed(prunable, 8) or 'none'} (layers)"
         )
 
 
@@ -170,10 +170,10 @@ def _none_left(unpruned: Mapping[str, str]) -> ConfigError:
     """Return the error for a model of which no layer can be pruned; ``unpruned``: why its layers keep all channels."""
     found = "no convolution, linear or recurrent layer"
     if unpruned:
-        found = f"{_told(unpruned)}; nni_topo.explain(model, inputs, layer) says what to change"
+        found = f"{_why_text(unpruned)}; nni_topo.explain(model, inputs, layer) says what to change"
     return ConfigError(f"a model must have a layer whose channels can be removed, got none: {found} (shrink)")
 
 
-def _told(why: Mapping[str, str]) -> str:
+def _why_text(why: Mapping[str, str]) -> str:
     """Return the reasons in words, each with its layers."""
     return "; ".join(f"{listed(names)}: {each}" for each, names in by_reason(why).items())

@@ -87,7 +87,7 @@ class Start:
         return Analysis.on(self.net, self.example)
 
     @cached_property
-    def timed(self) -> Tensor:
+    def timing_batch(self) -> Tensor:
         """The batch of test images that networks are timed on, on the device."""
         return self.data.test[:LATENCY_BATCH][0].to(self.device)
 
@@ -241,7 +241,7 @@ def prune_to_ratios(start: Start, choice: PrunerChoice, target: Target, ratios: 
     allocation = choice.knobs.get("budget", {}).get("allocation")
     if allocation is not None and target.kind != "ratio":
         budget = {target.kind: target.value, "allocation": allocation}
-        timed = {"example_inputs": start.timed} if target.kind == "latency" else {}
+        timed = {"example_inputs": start.timing_batch} if target.kind == "latency" else {}
         choice = replace(choice, knobs={**timed, **choice.knobs, "budget": budget})
         config_list = [{key: item for key, item in entry.items() if key != "sparse_ratio"} for entry in config_list]
     return prune(start, choice, config_list)
@@ -327,8 +327,12 @@ def budget_facts(start: Start, dense: nn.Module, asked: Target | BudgetOutcome, 
 
 def latencies(start: Start, dense: nn.Module) -> Record:
     """Return milliseconds before and after, measured alternately on a batch of test images."""
-    found = zoo.latencies({"before": start.net, "after": dense}, start.timed)
-    return {"latency_before_ms": found["before"], "latency_ms": found["after"], "latency_batch": len(start.timed)}
+    found = zoo.latencies({"before": start.net, "after": dense}, start.timing_batch)
+    return {
+        "latency_before_ms": found["before"],
+        "latency_ms": found["after"],
+        "latency_batch": len(start.timing_batch),
+    }
 
 
 def layer_widths(model: nn.Module) -> dict[str, int]:

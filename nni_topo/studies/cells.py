@@ -161,7 +161,7 @@ def shared_ratios(cell: Cell, start: Start, out: Path) -> dict[str, float]:
     with only_process(checkpoint(cell.training_key, out).parent):  # the lock of `out` is held by the comparison
         ratios_by_key = read_json(path) or {}
         if key not in ratios_by_key:
-            example = start.timed if cell.target.kind == "latency" else start.example
+            example = start.timing_batch if cell.target.kind == "latency" else start.example
             ratios_by_key[key] = layer_ratios(start.net, example, cell.target)
             write_json(path, ratios_by_key, sort=False)
     return dict(ratios_by_key[key])

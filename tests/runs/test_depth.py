@@ -406,7 +406,7 @@ class Staged(Depth):
     def overhead(self):
         return self._overhead
 
-    def left(self, count):
+    def share_without(self, count):
         return self.path.states[count].left
 
     def without(self, count, share):
@@ -456,7 +456,7 @@ def test_numbers_of_blocks_are_tried_where_they_may_help(losses, knobs, tried, b
     chosen = steps.make(0.25)
     assert chosen.dense == best
     assert [each.removed for each in chosen.depth.tried] == tried
-    assert [each.left for each in chosen.depth.tried] == [steps.left(count) for count in tried]
+    assert [each.left for each in chosen.depth.tried] == [steps.share_without(count) for count in tried]
     assert [each.is_chosen for each in chosen.depth.tried] == [count == best for count in tried]
     assert chosen.depth.kept == {"4": "wanted"}
     assert [each.name for each in chosen.depth.removed] == [str(number) for number in range(best)]

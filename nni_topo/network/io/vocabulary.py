@@ -254,7 +254,7 @@ class Vocabulary:
             raise DataError(f"the texts need all {len(pieces.ids):,} tokens: there is nothing to gain ({kind}, texts)")
         self.ids = torch.tensor(order, device="cpu")
         self._new_ids = {old: new for new, old in enumerate(order)}
-        self.tokenizer = _with_backend(tokenizer, pieces.kept(self._new_ids))
+        self.tokenizer = _with_backend(tokenizer, pieces.with_ids(self._new_ids))
         written = json.loads(self.tokenizer.backend_tokenizer.to_str())
         again = _encoded(_backend(written, padding=None, truncation=None), texts, progress)
         for text, old, new in zip(texts, tokens, again, strict=True):
@@ -446,7 +446,7 @@ class _Pieces:
             self._known[number] = steps
         return self._known[number]
 
-    def kept(self, new_ids: Mapping[int, int]) -> dict[str, Any]:
+    def with_ids(self, new_ids: Mapping[int, int]) -> dict[str, Any]:
         """Return the tokenizer's JSON form with some tokens alone, by their new ids."""
         content = copy.deepcopy(self._content)
         model = content["model"]

@@ -70,7 +70,7 @@ class Building:
 
     def input(self, name: str, examples: Sequence[Tensor]) -> Node:
         """Add an input."""
-        self._inputs.append(self._noted(self.graph.placeholder(name), list(examples)))
+        self._inputs.append(self._with_examples(self.graph.placeholder(name), list(examples)))
         return self._inputs[-1]
 
     def call(self, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Any:
@@ -95,10 +95,10 @@ class Building:
 
             return map_aggregate(run(0), constant)
         examples = [run(call) for call in range(self.calls)]
-        args, kwargs = map_aggregate((args, kwargs), self._held)
+        args, kwargs = map_aggregate((args, kwargs), self._graph_argument)
         if isinstance(target, str):
-            return self._noted(self.graph.call_method(target, args, kwargs), examples)
-        return self._noted(self.graph.call_function(target, args, kwargs), examples)
+            return self._with_examples(self.graph.call_method(target, args, kwargs), examples)
+        return self._with_examples(self.graph.call_function(target, args, kwargs), examples)
 
     @property
     def has_inputs(self) -> bool:
@@ -107,7 +107,7 @@ class Building:
 
     def device(self) -> Node:
         """Return the device on which the network runs."""
-        return self._noted(
+        return self._with_examples(
             self.graph.call_function(getattr, (self._inputs[0], "device")), [torch.device("cpu")] * self.calls
         )
 
@@ -175,8 +175,8 @@ class Building:
         layer = self._root.get_submodule(path)
         with torch.no_grad():
             examples = [layer(*self.values(list(inputs), call)) for call in range(self.calls)]
-        args = map_aggregate(tuple(inputs), self._held)
-        return self._noted(self.graph.call_module(path, args), examples)
+        args = map_aggregate(tuple(inputs), self._graph_argument)
+        return self._with_examples(self.graph.call_module(path, args), examples)
 
     def with_bias(self, node: Node, bias: Constant) -> Node | None:
         """Give the layer that a node calls a bias; None if the layer has one, or is called elsewhere."""
@@ -208,7 +208,7 @@ class Building:
         """Return a number that an attribute of the network holds, so that it can change with a width."""
         name = self._name(f"{self.where.rpartition('.')[2]}_size")
         setattr(self._root, name, value)
-        return self._noted(self.graph.get_attr(name), [value] * self.calls)
+        return self._with_examples(self.graph.get_attr(name), [value] * self.calls)
 
     def end(self, x: Any, axis: int, end: Any) -> Any:
         """Return an end of a slice: where it may count channels, a number that an attribute holds."""
@@ -272,7 +272,7 @@ class Building:
 
     def finish(self, outputs: Any) -> GraphModule:
         """Return the network."""
-        self.graph.output(map_aggregate(outputs, self._held))
+        self.graph.output(map_aggregate(outputs, self._graph_argument))
         self._compute_shuffled_sizes()
         self._join_slices()
         network = GraphModule(self._root, self.graph, "Imported")
@@ -345,18 +345,18 @@ class Building:
             torch.equal(chunk, self.values(part, call)) for chunk, part in zip(chunks, parts, strict=True)
         )
 
-    def _noted(self, node: Node, examples: list[Any]) -> Node:
+    def _with_examples(self, node: Node, examples: list[Any]) -> Node:
         node.meta[_EXAMPLES] = examples
         return node
 
-    def _held(self, leaf: Any) -> Any:
+    def _graph_argument(self, leaf: Any) -> Any:
         """Return an argument as the graph holds it: a constant is an attribute of the network."""
         if not isinstance(leaf, Constant):
             return leaf
         tensor = self.tensor(leaf)
         if id(tensor) not in self._paths:
             self._paths[id(tensor)] = self._put(leaf.name or f"{self.where}.constant", tensor)
-        return self._noted(self.graph.get_attr(self._paths[id(tensor)]), [leaf.tensor] * self.calls)
+        return self._with_examples(self.graph.get_attr(self._paths[id(tensor)]), [leaf.tensor] * self.calls)
 
     def _put(self, path: str, value: nn.Module | Tensor) -> str:
         """Store a layer, parameter or buffer under a name like the wanted one; return the name."""
