@@ -264,8 +264,9 @@ def export(
         else:
             with quietly(), _export_errors("that PyTorch can write as ONNX", net):
                 opset = facts.opset if facts is not None and facts.opset > _OPSET else None
+                is_optimized = not _adds_tiny_numbers(program)
                 written_as_onnx: Any = torch.onnx.export(
-                    program, dynamo=True, verbose=False, opset_version=opset, optimize=not _has_tiny_numbers(program)
+                    program, dynamo=True, verbose=False, opset_version=opset, optimize=is_optimized
                 )
                 # Which lines of code each node comes from: it is longer than the graph, and has this machine's paths.
                 for node in written_as_onnx.model.graph.all_nodes():
@@ -280,8 +281,9 @@ def export(
             error = _check(net, calls_to_check, lambda one: _run(session, one))
             if images is not None:
                 learned, held_out = with_whole_batches(net, images).split()
-                # onnxruntime's symbolic shape inference can't handle a dynamic height or width.
-                symbolic = not set(dynamic_dims) - {0}
+                # onnxruntime's symbolic shape inference can't handle a dynamic height or width, nor constants that
+                # aren't tensors, which the optimiser replaces.
+                symbolic = is_optimized and not set(dynamic_dims) - {0}
                 _quantize(part, session, calls(net, learned), weight_bits, symbolic)
                 distance = _distance(net, _session(part), calls(net, held_out or learned))
         weights = part.with_name(f"{part.name}.data")
@@ -401,12 +403,25 @@ def _return_tensors_alone(net: nn.Module, returned: Any, *, and_numbers: bool) -
     net.forward = tensors_alone
 
 
-def _has_tiny_numbers(program: Any) -> bool:
-    """Tell whether a program has numbers that onnxscript's optimiser takes for zero, as in ``log(x + 1e-10)``."""
-    numbers = [value for node in program.graph.nodes for value in node.args if isinstance(value, float)]
-    tensors = (*program.constants.values(), *program.state_dict.values())
-    numbers += [float(each) for each in tensors if isinstance(each, Tensor) and each.numel() == 1]
-    return any(0 < abs(number) <= _TINY for number in numbers)
+def _adds_tiny_numbers(program: Any) -> bool:
+    """Tell whether a program adds numbers that onnxscript's optimiser takes for zero, as in ``log(x + 1e-10)``."""
+    signature = program.graph_signature
+    names = {
+        **signature.inputs_to_lifted_tensor_constants,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_parameters,
+    }
+    tensors = {**program.constants, **program.state_dict}
+    for node in program.graph.nodes:
+        if not str(node.target).startswith(("aten.add", "aten.sub", "aten.rsub")):
+            continue
+        for summand in node.args:
+            value = tensors.get(names.get(getattr(summand, "name", ""), ""), summand)
+            if isinstance(value, Tensor) and value.numel() == 1:
+                value = float(value)
+            if isinstance(value, float) and 0 < abs(value) <= _TINY:
+                return True
+    return False
 
 
 def _name_outputs(graph: Any, names: list[str]) -> None:
