@@ -20,7 +20,7 @@ from nni_topo.network.layers.memory_format import inputs_laid_out
 from nni_topo.network.runtime.progress import bar
 from nni_topo.recovery.batchnorm import batch_norms
 from nni_topo.recovery.clock import Clock
-from nni_topo.recovery.held_out import Judge
+from nni_topo.recovery.held_out import HeldOutJudge
 from nni_topo.recovery.lesson import Batches, Judgement, is_better
 
 _MOMENTUM = 0.1  # of batch norms that have none of their own
@@ -235,7 +235,7 @@ class Learned:
     discarded_lr: float = math.nan  # of the course before, whose weights were discarded
 
 
-def learn(training: Training, judge: Judge, rate: float, before: Judgement, progress: bool | None) -> Learned:
+def learn(training: Training, judge: HeldOutJudge, rate: float, before: Judgement, progress: bool | None) -> Learned:
     """Take the steps at a rate, and judge the weights at the end, or else the best ones on the way."""
     clock, course = training.clock, Course(training, rate)
     course.run(progress)

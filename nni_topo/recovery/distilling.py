@@ -37,7 +37,7 @@ from nni_topo.recovery.batchnorm import batch_norms
 from nni_topo.recovery.clock import Clock
 from nni_topo.recovery.course import Learned, Training, learn, learning
 from nni_topo.recovery.frozen import frozen_layers
-from nni_topo.recovery.held_out import BATCH_NORM_IMAGES, HeldOutSplit, Judge, held_out_split
+from nni_topo.recovery.held_out import BATCH_NORM_IMAGES, HeldOutJudge, HeldOutSplit, held_out_split
 from nni_topo.recovery.lesson import (
     Augment,
     Judgement,
@@ -49,7 +49,7 @@ from nni_topo.recovery.lesson import (
 )
 from nni_topo.recovery.outputs import Outputs
 from nni_topo.recovery.pool import Pool, are_joinable
-from nni_topo.recovery.rates import Trial, find_rate, median_seconds
+from nni_topo.recovery.rates import RateSearch, find_rate, median_seconds
 from nni_topo.recovery.report import signed_like
 from nni_topo.recovery.verdict import ROUNDING, Distillation
 from nni_topo.rules import FLAG, FUNCTION, NONE, SEED, number, one_of, taking, whole
@@ -138,7 +138,7 @@ def distillation(
     if augment is not None:
         check_augment(original, pool.few(2), augment, seed)
 
-    judge = Judge(lesson, split, clock)
+    judge = HeldOutJudge(lesson, split, clock)
     before = judge.all(student)
     is_blended = blend and is_blendable(pool.few(1))
     # Whole batches may be as small as a single sample, which has no statistics.
@@ -158,7 +158,7 @@ def distillation(
     if is_normed:  # the result is judged twice, and its batch norms measured on the images
         clock.judged_at_end += len(split.judging_numbers) + len(split.learned)
 
-    trial, learned = Trial(training), Learned()
+    trial, learned = RateSearch(training), Learned()
     if before.loss != 0.0 and not before.distance < ROUNDING:
         trial = find_rate(training, judge, lr, progress)
         learned = _learned(trial, judge, before, progress, is_chosen=lr is None)
@@ -180,7 +180,9 @@ def distillation(
     return done
 
 
-def _learned(trial: Trial, judge: Judge, before: Judgement, progress: bool | None, *, is_chosen: bool) -> Learned:
+def _learned(
+    trial: RateSearch, judge: HeldOutJudge, before: Judgement, progress: bool | None, *, is_chosen: bool
+) -> Learned:
     """Take the steps at the rate of the trial; if their weights are discarded, once more at a sixth of it.
 
     ``is_chosen``: whether the trial chose the rate, and not the user.
@@ -200,7 +202,7 @@ def _learned(trial: Trial, judge: Judge, before: Judgement, progress: bool | Non
     return learned
 
 
-def _figures(before: Judgement, trial: Trial, learned: Learned) -> dict[str, Any]:
+def _figures(before: Judgement, trial: RateSearch, learned: Learned) -> dict[str, Any]:
     """Return the fields of a report that a trial and a course give."""
     after, course = learned.after or before, learned.course
     is_second = not math.isnan(learned.discarded_lr)

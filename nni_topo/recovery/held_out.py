@@ -141,7 +141,7 @@ def too_few_batches(count: int, why: str) -> ConfigError:
     )
 
 
-class Judge:
+class HeldOutJudge:
     """Judges networks on the held-out samples, within the time limit."""
 
     def __init__(self, lesson: Lesson, split: HeldOutSplit, clock: Clock) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from nni_topo.network.runtime.progress import LONG, bar, duration
 from nni_topo.recovery.clock import seconds_knob
 from nni_topo.recovery.course import LOOKS, MOST_LOST, Course, Training, learning
-from nni_topo.recovery.held_out import Judge
+from nni_topo.recovery.held_out import HeldOutJudge
 
 RATES = (6e-3, 2e-3, 6e-4, 2e-4, 6e-5)
 """Learning rates of AdamW that are tried, the highest first."""
@@ -52,7 +52,7 @@ class RateTrial:
 
 
 @dataclass(frozen=True)
-class Trial:
+class RateSearch:
     """What the range test found."""
 
     training: Training  # the steps that are left, with the batch norms' statistics that the network bears
@@ -60,7 +60,7 @@ class Trial:
     rates: tuple[RateTrial, ...] = ()
 
 
-def find_rate(training: Training, judge: Judge, lr: float | None, progress: bool | None) -> Trial:
+def find_rate(training: Training, judge: HeldOutJudge, lr: float | None, progress: bool | None) -> RateSearch:
     """Say how long the steps take, and find the learning rate unless it is given.
 
     The steps of the range test are some of all steps. If they don't allow to try further rates, the next lower one is
@@ -68,7 +68,7 @@ def find_rate(training: Training, judge: Judge, lr: float | None, progress: bool
     """
     clock = training.clock
     if clock.remaining_seconds <= 0.0:
-        return Trial(training, math.nan if lr is None else lr)
+        return RateSearch(training, math.nan if lr is None else lr)
 
     def after_few_steps(net: nn.Module) -> float:
         return judge.after_few_steps(net, training.is_normed)
@@ -95,14 +95,14 @@ def find_rate(training: Training, judge: Judge, lr: float | None, progress: bool
                 rates += try_rates(training, after_few_steps, candidates, steps_of_each, progress)
     training = replace(training, total=training.total - sum(trial.steps for trial in rates))
     if lr is not None:
-        return Trial(training, lr)
+        return RateSearch(training, lr)
     if not rates:
-        return Trial(training, ONE_RATE_NORMED if training.is_normed else ONE_RATE)
+        return RateSearch(training, ONE_RATE_NORMED if training.is_normed else ONE_RATE)
     last = rates[-1]
     if last.is_taken:
-        return Trial(training, last.lr, rates)
+        return RateSearch(training, last.lr, rates)
     lower = [rate for rate in RATES if rate < last.lr]
-    return Trial(training, lower[0] if lower else math.nan, rates)
+    return RateSearch(training, lower[0] if lower else math.nan, rates)
 
 
 def _tell_time(training: Training, a_step: float, looks: float, *, is_searched: bool) -> None:
